@@ -1,0 +1,25 @@
+"""Adaptive context pooling for vision: the operator, its layers, and variants registered with timm.
+
+Importing the package registers every variant. Without timm, the operator and the layers remain.
+"""
+from .layers import ContextPool2d, TokenContextPool
+from .version import __version__
+
+try:
+    from .ops import context_pool2d
+except ImportError:
+    pass
+
+try:
+    from . import models
+except ModuleNotFoundError as e:
+    if (e.name or '').partition('.')[0] != 'timm':
+        raise
+
+__all__ = ['ContextPool2d', 'TokenContextPool', '__version__', 'context_pool2d', 'list_models', 'models']
+
+
+def list_models(filter: str = '*cpool*') -> list[str]:
+    """Names of the registered variants that match `filter`, for `timm.create_model`."""
+    import timm
+    return timm.list_models(filter)

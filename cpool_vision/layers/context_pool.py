@@ -1,0 +1,165 @@
+"""Context pooling of feature maps: a lean predictor of weights and supports in front of the operator."""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cpool_vision.ops  # noqa: F401  (registers torch.ops.cpool_vision)
+
+INITS = ('paper', 'identity')
+
+
+class Subsample2d(nn.Module):
+    """Keeps every `stride`-th row and column: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
+
+    The base of a strided `ContextPool2d` that stands behind a convolution whose own stride was taken away: a
+    convolution at stride 1 followed by this equals the convolution at `stride`, bit for bit up to its kernel choice.
+    """
+
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__()
+        if stride < 1:
+            raise ValueError(f'stride must be at least 1, got {stride}')
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., ::self.stride, ::self.stride]
+
+    def extra_repr(self) -> str:
+        return f'stride={self.stride}'
+
+
+def default_hidden_dim(dim: int) -> int:
+    """Width of the predictor: a sixteenth of `dim`, rounded to a multiple of 8, at least 16."""
+    return max(16, (dim // 16 + 4) // 8 * 8)
+
+
+class ContextPool2d(nn.Module):
+    """Replaces each pixel by a weighted mean of a neighbourhood whose size the features choose themselves.
+
+    A predictor of two convolutions (1x1 from `dim` to `hidden_dim`, activation, 3x3 to `2 * groups`) gives a weight
+    logit per input pixel and a raw support `s` per output cell; the support is a Gaussian of standard deviation
+    `sigma = floor + ratio * sqrt(H * W) * sigmoid(s)` input pixels. Then
+    `y_i = sum_j softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2)) x_j` (Huang et al., ICML 2022,
+    https://arxiv.org/abs/2207.01844).
+
+    With `h = hidden_dim` and `G = groups` the layer has `dim * h + h + 18 * h * G + 2 * G` parameters (and `dim` more
+    with `init='identity'`); its predictor costs `H * W * (dim * h + 18 * h * G)` multiply-adds, the pool itself up to
+    `dim * (H * W) * (Ho * Wo)`, less where supports are small.
+
+    Weight logits and supports are handed to the operator in the parameters' dtype or better (fp32 under autocast; the
+    supports never below fp32), the output has the dtype of the input.
+
+    Args:
+        dim: Channels C of the input `(B, C, H, W)`.
+        stride: Output cells are `stride` pixels apart; the output is `(B, C, ceil(H / stride), ceil(W / stride))`.
+        groups: Groups of channels with weights and supports of their own; divides `dim`.
+        ratio: Largest support relative to the side of the map.
+        floor: Smallest support, in pixels.
+        init: `paper` outputs the pool itself. `identity` outputs `base(x) + gamma * (pool(x) - base(x))` with a gate
+            per channel that starts at zero, so that a fresh layer returns exactly `base(x)`.
+        hidden_dim: Width of the predictor; `max(16, dim // 16)` rounded to a multiple of 8 if None.
+        base: What `identity` starts from; the identity itself at stride 1 if None. Not kept with `init='paper'`.
+        act_layer: Activation of the predictor.
+        backend: Implementation of the operator; None lets it choose. A request never falls back silently.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: An argument is out of range, or `init='identity'` with `stride > 1` has no `base`.
+    """
+
+    backend: str | None
+
+    def __init__(
+            self,
+            dim: int,
+            stride: int = 1,
+            groups: int = 1,
+            ratio: float = 0.1,
+            floor: float = 0.1,
+            init: str = 'paper',
+            hidden_dim: int | None = None,
+            base: nn.Module | None = None,
+            act_layer: Callable[..., nn.Module] = nn.GELU,
+            backend: str | None = None,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f'dim must be at least 1, got {dim}')
+        if groups < 1 or dim % groups:
+            raise ValueError(f'groups must divide dim, got groups={groups} for dim={dim}')
+        if stride < 1:
+            raise ValueError(f'stride must be at least 1, got {stride}')
+        if not ratio > 0:
+            raise ValueError(f'ratio must be > 0 (a fraction of the side of the map), got {ratio}')
+        if not floor > 0:
+            raise ValueError(f'floor must be > 0 (pixels), got {floor}')
+        if init not in INITS:
+            raise ValueError(f'init must be one of {INITS}, got {init!r}')
+        if hidden_dim is not None and hidden_dim < 1:
+            raise ValueError(f'hidden_dim must be at least 1 or None, got {hidden_dim}')
+        if init == 'identity' and stride > 1 and base is None:
+            raise ValueError(
+                f"init='identity' with stride={stride} needs base: pass the pooling module being replaced, "
+                f'for example nn.MaxPool2d or Subsample2d({stride})')
+        dd = {'device': device, 'dtype': dtype}
+        hidden_dim = hidden_dim or default_hidden_dim(dim)
+        self.dim = dim
+        self.stride = stride
+        self.groups = groups
+        self.ratio = float(ratio)
+        self.floor = float(floor)
+        self.backend = backend
+
+        self.reduce = nn.Conv2d(dim, hidden_dim, 1, **dd)
+        self.act = act_layer()
+        self.predict = nn.Conv2d(hidden_dim, 2 * groups, 3, padding=1, **dd)
+        self.gamma = nn.Parameter(torch.empty(dim, **dd)) if init == 'identity' else None
+        self.base = base if base is not None and init == 'identity' else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets small predictor weights (std .02), zero biases and a closed gate."""
+        for conv in (self.reduce, self.predict):
+            nn.init.trunc_normal_(conv.weight, std=.02)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        if self.gamma is not None:
+            nn.init.zeros_(self.gamma)
+
+    def init_weights(self) -> None:
+        """The hook by which timm's models re-initialise their layers."""
+        self.reset_parameters()
+
+    def predict_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels of the map `x`."""
+        maps = self.predict(self.act(self.reduce(x)))
+        weight_logits = maps[:, :self.groups].type_as(self.predict.weight)
+        raw = maps[:, self.groups:, ::self.stride, ::self.stride]
+        sigma = torch.ops.cpool_vision.support_size(raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
+        return weight_logits, sigma
+
+    def pool_map(self, x: Tensor) -> Tensor:
+        """Pools the map `x`, `(B, C, H, W)` to `(B, C, Ho, Wo)`."""
+        weight_logits, sigma = self.predict_maps(x)
+        y = torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
+        if self.gamma is not None:
+            base = self.base(x)
+            y = base + self.gamma.view(-1, 1, 1).type_as(base) * (y - base)
+        return y
+
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels for `x`. Stores nothing."""
+        return self.predict_maps(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool_map(x)
+
+    def extra_repr(self) -> str:
+        gate = 'identity' if self.gamma is not None else 'paper'
+        return (f'{self.dim}, stride={self.stride}, groups={self.groups}, ratio={self.ratio}, floor={self.floor}, '
+                f'init={gate!r}')

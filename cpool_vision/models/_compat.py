@@ -1,0 +1,22 @@
+"""The private names of timm that this package uses, in one place."""
+from timm.models._builder import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args
+from timm.models._manipulate import checkpoint
+from timm.models._pretrained import PretrainedCfg
+from timm.models._registry import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
+from timm.models.convnext import checkpoint_filter_fn as convnext_filter_fn
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+
+__all__ = [
+    'PretrainedCfg',
+    'build_model_with_cfg',
+    'checkpoint',
+    'convnext_filter_fn',
+    'feature_take_indices',
+    'generate_default_cfgs',
+    'get_arch_pretrained_cfgs',
+    'register_model',
+    'update_model_args',
+    'vit_filter_fn',
+]
