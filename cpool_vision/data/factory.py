@@ -1,0 +1,61 @@
+"""`create_dataset`: timm's, plus the sets that the package makes itself."""
+import re
+from typing import Any
+
+import timm.data
+import torch.utils.data
+
+from .shapes import ShapesDataset
+
+PREFIX = 'cpool/'
+_SHAPES = re.compile(r'shapes(\d{1,4})?')
+# arguments of timm's factory that mean nothing to a set made in memory; its `seed` is that of the shuffle
+_NOT_FOR_OURS = (
+    'search_split', 'load_bytes', 'is_training', 'download', 'batch_size', 'seed', 'repeats', 'trust_remote_code',
+    'input_key', 'target_key',
+)
+
+
+def list_datasets() -> list[str]:
+    """Names under `cpool/` that `create_dataset` knows; `<SIZE>` stands for a side in pixels."""
+    return ['cpool/shapes', 'cpool/shapes<SIZE>']
+
+
+def create_dataset(
+        name: str,
+        root: str | None = None,
+        split: str = 'validation',
+        **kwargs: Any,
+) -> torch.utils.data.Dataset:
+    """Creates a data set by name; every name but those under `cpool/` goes to `timm.data.create_dataset` unchanged.
+
+    Args:
+        name: 'cpool/shapes' (32 pixels), 'cpool/shapes64' (any side), or a name that timm knows ('' for a folder).
+        root: folder of the data; ours need none and ignore it.
+        split: name of the split.
+        **kwargs: timm's arguments. Ours take `num_samples`, `transform`, `target_transform`, `input_img_mode`,
+            `image_size` and `data_seed`; loader settings of timm's factory (`batch_size`, `is_training`, `seed`, ...)
+            change nothing in them, so that every training seed sees the same pictures.
+
+    Returns:
+        A data set whose items are `(image, class index)`.
+
+    Raises:
+        ValueError: unknown name under `cpool/`, unknown split, `num_samples` < 1, or a `class_map` for a set of ours.
+        TypeError: an argument that neither timm's factory nor the set knows.
+    """
+    if not name.lower().startswith(PREFIX):
+        return timm.data.create_dataset(name, root=root, split=split, **kwargs)
+    match = _SHAPES.fullmatch(name[len(PREFIX):].lower())
+    if match is None:
+        raise ValueError(f'unknown data set {name!r}: choose one of {", ".join(list_datasets())}')
+    options = {key: value for key, value in kwargs.items() if value is not None and key not in _NOT_FOR_OURS}
+    if options.pop('class_map', None):
+        raise ValueError(f'class_map has no meaning for {name!r}: its classes are fixed; leave it out')
+    if match.group(1):
+        size = int(match.group(1))
+        if options.setdefault('image_size', size) != size:
+            raise ValueError(f'image_size={options["image_size"]} contradicts the name {name!r}: give one of the two')
+    dataset = ShapesDataset(split=split, **options)
+    dataset.preload()
+    return dataset

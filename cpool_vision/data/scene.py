@@ -1,0 +1,188 @@
+"""Pictures of one textured object on cluttered ground, in elementwise fp32: bit-equal on every platform."""
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .counter import CounterDraws
+
+OUTLINES = ('disk', 'square', 'triangle', 'cross', 'ring')
+TEXTURES = ('striped', 'checked')
+# lengths are in units of 1/32 of the picture's side
+RADIUS = (3.5, 15.0)
+PERIOD = (3.5, 6.0)
+
+F32 = NDArray[np.float32]
+
+
+def _table(values: NDArray[np.float64]) -> F32:
+    # rounded to 2^-20 so that the last digit of the platform's libm is not seen
+    return (np.round(values * 2 ** 20) / 2 ** 20).astype(np.float32)
+
+
+_ANGLES = np.arange(256) * (2 * np.pi / 256)
+_COS, _SIN = _table(np.cos(_ANGLES)), _table(np.sin(_ANGLES))
+_RADII = _table(RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** ((np.arange(256) + 0.5) / 256))
+
+
+def _column(x: NDArray[Any]) -> NDArray[Any]:
+    return x[:, None, None]
+
+
+def _turn(x: F32, y: F32, direction: NDArray[np.int64]) -> tuple[F32, F32]:
+    c, s = _column(_COS[direction]), _column(_SIN[direction])
+    return x * c + y * s, y * c - x * s
+
+
+def _outline_distance(x: F32, y: F32, outline: NDArray[np.int64]) -> F32:
+    """Distance to the outline in radii, negative inside; `x`, `y` are the object's own coordinates in radii."""
+    ax, ay = np.abs(x), np.abs(y)
+    rho = np.sqrt(x * x + y * y)
+    lean = np.float32(0.8660254) * ax - np.float32(0.5) * y
+    bar = np.float32(0.36)
+    shapes = (
+        rho - np.float32(0.95),
+        np.maximum(ax, ay) - np.float32(0.86),
+        np.maximum(y, lean) - np.float32(0.6),
+        np.minimum(np.maximum(ax - 1, ay - bar), np.maximum(ax - bar, ay - 1)),
+        np.maximum(rho - 1, np.float32(0.5) - rho),
+    )
+    return np.choose(_column(outline), shapes)
+
+
+def _wave(t: F32) -> F32:
+    """Triangle wave of period 1, steepened and clipped to [-1, 1]."""
+    tri = 4 * np.abs(t - np.floor(t) - np.float32(0.5)) - 1
+    return np.clip(2 * tri, -1, 1)
+
+
+def _texture(x: F32, y: F32, texture: NDArray[np.int64], period: F32, phase: F32) -> F32:
+    """Pattern in [-1, 1]: stripes, or checks of the same period."""
+    first = _wave(x / _column(period) + _column(phase[:, 0]))
+    second = _wave(y / _column(period) + _column(phase[:, 1]))
+    return np.where(_column(texture) == 0, first, first * second)
+
+
+def _value_noise(draws: CounterDraws, n: int, cells: int, size: int) -> F32:
+    """Smooth noise in [-1, 1): random values on a grid of `cells` cells a side, interpolated bilinearly."""
+    grid = draws.uniform((cells + 1) ** 2, -1, 1).reshape(n, cells + 1, cells + 1)
+    at = ((np.arange(size) + 0.5) * (cells / size)).astype(np.float32)
+    low = np.floor(at).astype(np.int64)
+    frac = at - low.astype(np.float32)
+    rows = grid[:, low] + (grid[:, low + 1] - grid[:, low]) * frac[None, :, None]
+    return rows[:, :, low] + (rows[:, :, low + 1] - rows[:, :, low]) * frac
+
+
+def _blend(image: F32, cover: F32, colour: F32) -> None:
+    for c in range(3):
+        image[:, c] += cover * (_column(colour[:, c]) - image[:, c])
+
+
+def _stroke_cover(draws: CounterDraws, x: F32, y: F32, scale: float) -> F32:
+    """Coverage of one random thin line segment per picture."""
+    ends = draws.uniform(4, -4, 36)
+    width = _column(draws.uniform(1, 0.3, 0.8)[:, 0])
+    px, py = x - _column(ends[:, 0]), y - _column(ends[:, 1])
+    dx, dy = _column(ends[:, 2] - ends[:, 0]), _column(ends[:, 3] - ends[:, 1])
+    along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy + np.float32(1e-3)), 0, 1)
+    px, py = px - along * dx, py - along * dy
+    return np.clip(np.float32(0.5) - (np.sqrt(px * px + py * py) - width) * np.float32(scale), 0, 1)
+
+
+def _pair_of_colours(draws: CounterDraws) -> tuple[F32, F32]:
+    """A mean colour and a difference of random hue and sign, both `(N, 3)` in levels of 0 to 255."""
+    mean = draws.uniform(3, 70, 185)
+    contrast = draws.uniform(1, 26, 62) * np.where(draws.uniform(1) < 0.5, np.float32(-1), np.float32(1))
+    return mean, contrast * draws.uniform(3, 0.6, 1.0)
+
+
+def _paint(image: F32, cover: F32, mean: F32, pattern: F32, difference: F32) -> None:
+    for c in range(3):
+        target = _column(mean[:, c]) + pattern * _column(difference[:, c])
+        image[:, c] += cover * (target - image[:, c])
+
+
+def render_scenes(
+        seed: int,
+        stream: int,
+        indices: NDArray[Any],
+        outline: NDArray[np.int64],
+        texture: NDArray[np.int64],
+        size: int = 32,
+) -> NDArray[np.uint8]:
+    """Renders one picture per index.
+
+    Each shows one object of the given outline and texture, of random place, size (4 times and more between the smallest
+    and the largest), orientation, period, colours and aspect, on ground of smooth colour noise. What carries no class:
+    an untextured object of another random outline, a patch of texture without an outline, line strokes below and above,
+    the direction of the light, pixel noise.
+
+    Args:
+        seed: seed of the data set.
+        stream: number of the split.
+        indices: `(N,)` sample numbers.
+        outline: `(N,)` indices into `OUTLINES`.
+        texture: `(N,)` indices into `TEXTURES`.
+        size: side in pixels; the same scene at every size, up to pixel noise.
+
+    Returns:
+        `(N, size, size, 3)` uint8.
+    """
+    n = len(indices)
+    draws = CounterDraws(seed, stream, indices)
+    scale = size / 32
+    centre = ((np.arange(size) + 0.5) / scale).astype(np.float32)
+    x = np.broadcast_to(centre[None, None, :], (n, size, size))
+    y = np.broadcast_to(centre[None, :, None], (n, size, size))
+    half, middle = np.float32(0.5), np.float32(16)
+
+    ground = draws.uniform(3, 60, 195)
+    coarse = [_value_noise(draws, n, 3, size) for _ in range(2)]
+    fine = _value_noise(draws, n, 10, size)
+    tint = draws.uniform(9, -1, 1).reshape(n, 3, 3) * np.asarray([34, 34, 22], np.float32)
+    image = np.empty((n, 3, size, size), np.float32)
+    for c in range(3):
+        image[:, c] = _column(ground[:, c]) + _column(tint[:, c, 0]) * coarse[0] + _column(tint[:, c, 1]) * coarse[1]
+        image[:, c] += _column(tint[:, c, 2]) * fine
+
+    # a patch of texture that fades out: texture without an outline
+    mean, difference = _pair_of_colours(draws)
+    at, reach = draws.uniform(2, 2, 30), draws.uniform(1, 3, 8)[:, 0]
+    px, py = x - _column(at[:, 0]), y - _column(at[:, 1])
+    fade = np.clip(1 - (px * px + py * py) / _column(reach * reach), 0, 1)
+    px, py = _turn(px, py, draws.integers(1, 256)[:, 0])
+    pattern = _texture(px, py, draws.integers(1, 2)[:, 0], draws.uniform(1, *PERIOD)[:, 0], draws.uniform(2))
+    _paint(image, fade * fade * np.float32(0.8), mean, pattern, difference)
+
+    for _ in range(3):
+        _blend(image, _stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
+
+    # an outline without texture
+    at, radius = draws.uniform(2, 0, 32), _column(draws.uniform(1, 2.5, 5.5)[:, 0])
+    px, py = _turn(x - _column(at[:, 0]), y - _column(at[:, 1]), draws.integers(1, 256)[:, 0])
+    flat = _outline_distance(px / radius, py / radius, draws.integers(1, len(OUTLINES))[:, 0])
+    _blend(image, np.clip(half - flat * radius * np.float32(scale), 0, 1), draws.uniform(3, 50, 205))
+
+    # the object
+    radius = _RADII[draws.integers(1, 256)[:, 0]]
+    margin = np.minimum(radius * np.float32(0.9), 15)
+    at = margin[:, None] + draws.uniform(2) * (32 - 2 * margin[:, None])
+    px, py = _turn(x - _column(at[:, 0]), y - _column(at[:, 1]), draws.integers(1, 256)[:, 0])
+    aspect = draws.uniform(1, 0.85, 1.0)[:, 0]
+    ux, uy = px / _column(radius), py / _column(radius * aspect)
+    cover = _outline_distance(ux, uy, outline) * _column(radius) * np.float32(scale)
+    cover = np.clip(half - cover, 0, 1)
+    tx, ty = _turn(px, py, draws.integers(1, 256)[:, 0])
+    mean, difference = _pair_of_colours(draws)
+    pattern = _texture(tx, ty, texture, draws.uniform(1, *PERIOD)[:, 0], draws.uniform(2))
+    _paint(image, cover, mean, pattern, difference)
+
+    _blend(image, _stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
+
+    along, _ = _turn((x - middle) / middle, (y - middle) / middle, draws.integers(1, 256)[:, 0])
+    light = _column(draws.uniform(1, 0.8, 1.1)[:, 0]) * (1 + _column(draws.uniform(1, 0, 0.35)[:, 0]) * along)
+    image *= light[:, None]
+    noise = draws.bytes(6 * size * size).astype(np.float32).reshape(n, 2, 3, size, size)
+    noise_level = draws.uniform(1, 0.02, 0.14)[:, 0]
+    image += (noise[:, 0] - noise[:, 1]) * noise_level[:, None, None, None]
+    return np.floor(np.clip(image, 0, 255) + half).astype(np.uint8).transpose(0, 2, 3, 1)
