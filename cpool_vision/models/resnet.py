@@ -94,7 +94,7 @@ def _pool_stride(block: Any, pool_args: dict[str, Any]) -> None:
         raise ValueError(
             f"position 'stride' needs the anti-aliasing slot of the block, which holds {type(block.aa).__name__}: "
             f'leave aa_layer or the position out')
-    conv = block.conv2 if isinstance(block, Bottleneck) else block.conv1
+    conv: Any = block.conv2 if isinstance(block, Bottleneck) else block.conv1
     conv.stride = (1, 1)
     block.aa = ContextPool2d(conv.out_channels, stride=2, base=Subsample2d(2), **pool_args)
 

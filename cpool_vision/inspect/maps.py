@@ -1,0 +1,65 @@
+"""What a model pooled with: weight logits and supports of every context pool for a batch of images."""
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import ContextPool2d
+
+
+class ContextMaps(NamedTuple):
+    """Maps of one context pool for one batch.
+
+    Attributes:
+        weight_logits: `(B, G, H, W)`, up to a constant per map the log of how much a pixel counts wherever it is seen.
+        sigma: `(B, G, Ho, Wo)`, supports in pixels (or tokens) of the map that was pooled.
+        grid: `(H, W)` of the map that was pooled.
+        stride: Output cells are `stride` pixels apart.
+    """
+    weight_logits: Tensor
+    sigma: Tensor
+    grid: tuple[int, int]
+    stride: int
+
+
+def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
+    """Weight logits and supports of every context pool of `model` for `images`, by module name in order of execution.
+
+    The model runs once, in eval mode and without gradients. Nothing is stored on it: hooks are removed and the mode of
+    every module is restored, also when the model raises. Maps of token pools come on their grid.
+
+    Args:
+        model: Any eager model that holds `ContextPool2d` or `TokenContextPool` layers (not scripted, not compiled).
+        images: Input of the model, on its device.
+
+    Returns:
+        One `ContextMaps` per pool that ran. A pool that ran several times gives its last maps.
+
+    Raises:
+        ValueError: The model holds no context pool.
+    """
+    pools = {name: module for name, module in model.named_modules() if isinstance(module, ContextPool2d)}
+    if not pools:
+        raise ValueError(
+            f'{type(model).__name__} holds no context pool: build a cpool variant with at least one position')
+    found: dict[str, ContextMaps] = {}
+
+    def record(name: str) -> Any:
+        def hook(pool: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            weight_logits, sigma = pool.maps(*args, **kwargs)
+            height, width = weight_logits.shape[-2:]
+            found[name] = ContextMaps(weight_logits, sigma, (height, width), pool.stride)
+        return hook
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [pool.register_forward_pre_hook(record(name), with_kwargs=True) for name, pool in pools.items()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return found

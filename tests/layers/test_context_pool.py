@@ -1,0 +1,201 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cpool_vision.layers import ContextPool2d, Subsample2d
+from cpool_vision.layers.context_pool import default_hidden_dim
+from cpool_vision.ops import context_pool2d_reference
+
+
+def make(dim=32, **kwargs):
+    torch.manual_seed(0)
+    return ContextPool2d(dim, **kwargs)
+
+
+def spread(pool, std=1.0):
+    """Gives the predictor weights large enough for maps that vary from pixel to pixel."""
+    with torch.no_grad():
+        for conv in (pool.reduce, pool.predict):
+            conv.weight.normal_(std=std / conv.weight[0].numel() ** .5)
+    return pool
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('stride', [1, 2, 3])
+@pytest.mark.parametrize('size', [(1, 1), (3, 3), (7, 5), (1, 6)])
+def test_output_is_the_definition_on_predicted_maps(size, stride, groups):
+    pool = spread(make(stride=stride, groups=groups, ratio=0.5), std=3.)
+    x = torch.randn(2, 32, *size)
+    weight_logits, sigma = pool.maps(x)
+    out = [-(-n // stride) for n in size]
+    assert weight_logits.shape == (2, groups, *size)
+    assert sigma.shape == (2, groups, *out)
+    y = pool(x)
+    torch.testing.assert_close(y, context_pool2d_reference(x, weight_logits, sigma, stride), rtol=1e-4, atol=1e-5)
+    assert y.shape == (2, 32, *out)
+
+
+def test_supports_are_relative_to_the_map_and_bounded():
+    pool = spread(make(ratio=0.25, floor=0.3), std=20.)
+    _, sigma = pool.maps(torch.randn(1, 32, 9, 16))
+    assert sigma.min() >= 0.3 and sigma.max() <= 0.3 + 0.25 * 12 + 1e-5
+    assert sigma.std() > 0.1
+    fresh = make(ratio=0.25, floor=0.3)
+    torch.testing.assert_close(
+        fresh.maps(torch.zeros(1, 32, 9, 16))[1], torch.full((1, 1, 9, 16), 0.3 + 0.25 * 12 / 2))
+
+
+@pytest.mark.parametrize('dim,groups,hidden', [(384, 1, 24), (64, 2, 16), (768, 1, 48), (2048, 4, 128), (40, 1, 16)])
+def test_parameters_and_flops_as_stated(dim, groups, hidden):
+    assert default_hidden_dim(dim) == hidden
+    pool = ContextPool2d(dim, groups=groups, init='identity', device='meta')
+    stated = dim * hidden + hidden + 18 * hidden * groups + 2 * groups + dim
+    assert sum(p.numel() for p in pool.parameters()) == stated
+    with FlopCounterMode(display=False) as counter:
+        pool.predict(pool.reduce(torch.empty(1, dim, 6, 5, device='meta')))
+    assert counter.get_total_flops() == 2 * 6 * 5 * (dim * hidden + 18 * hidden * groups)
+
+
+def test_identity_returns_its_base_bit_for_bit_until_the_gate_opens():
+    x = torch.randn(2, 32, 6, 9)
+    pool = make(init='identity')
+    assert torch.equal(pool(x), x)
+    for base in (nn.MaxPool2d(3, 2, 1), Subsample2d(2)):
+        strided = make(init='identity', stride=2, base=base)
+        assert torch.equal(strided(x), base(x))
+    with torch.no_grad():
+        pool.gamma.fill_(1.)
+    paper = make(init='paper')
+    paper.load_state_dict({k: v for k, v in pool.state_dict().items() if k != 'gamma'})
+    torch.testing.assert_close(pool(x), paper(x))
+    assert not torch.allclose(pool(x), x)
+
+
+@pytest.mark.parametrize('init', ['paper', 'identity'])
+def test_every_parameter_gets_a_gradient(init):
+    pool = make(init=init)
+    x = torch.randn(2, 32, 3, 3, requires_grad=True)
+    pool(x).square().sum().backward()
+    assert x.grad is not None
+    for name, p in pool.named_parameters():
+        assert p.grad is not None, name
+    moving = pool.gamma if init == 'identity' else pool.predict.weight
+    assert moving.grad.abs().max() > 0
+
+
+def test_fresh_parameters_are_small_and_survive_meta():
+    def is_fresh(pool):
+        stds = [conv.weight.std().item() for conv in (pool.reduce, pool.predict)]
+        return all(.015 < s < .025 for s in stds) and not pool.reduce.bias.any() and not pool.predict.bias.any() \
+            and not pool.gamma.any()
+
+    pool = make(256, init='identity')
+    assert is_fresh(pool)
+    for reset in (pool.reset_parameters, pool.init_weights):
+        for p in pool.parameters():
+            nn.init.normal_(p)
+        assert not is_fresh(pool)
+        reset()
+        assert is_fresh(pool)
+    meta = ContextPool2d(256, init='identity', device='meta', dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in meta.parameters())
+    real = meta.to_empty(device='cpu')
+    real.reset_parameters()
+    assert is_fresh(real)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('init', ['paper', 'identity'])
+def test_autocast_predicts_maps_in_fp32(dtype, init):
+    pool = spread(make(init=init, ratio=0.3))
+    if init == 'identity':
+        nn.init.ones_(pool.gamma)
+    x = torch.randn(2, 32, 8, 8)
+    y = pool(x)
+    with torch.autocast('cpu', dtype):
+        weight_logits, sigma = pool.maps(x.to(dtype))
+        assert weight_logits.dtype == sigma.dtype == torch.float32
+        low = pool(x.to(dtype))
+        assert low.dtype == dtype
+        assert pool(x).dtype == torch.float32
+    torch.testing.assert_close(low.float(), y, rtol=.05, atol=.05)
+    low.float().sum().backward()
+    assert pool.predict.weight.grad.dtype == torch.float32
+
+
+def test_low_precision_parameters_keep_supports_in_fp32():
+    pool = make().bfloat16()
+    x = torch.randn(1, 32, 5, 5, dtype=torch.bfloat16)
+    assert pool.maps(x)[1].dtype == torch.float32
+    assert pool(x).dtype == torch.bfloat16
+
+
+def test_double_precision_stays_double():
+    pool = spread(make(8, hidden_dim=4, groups=2, init='identity', dtype=torch.float64))
+    nn.init.normal_(pool.gamma)
+    x = torch.randn(1, 8, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert pool(x).dtype == pool.maps(x)[1].dtype == torch.float64
+    assert torch.autograd.gradcheck(pool, (x,))
+
+
+def test_channels_last_equals_contiguous():
+    pool = spread(make(groups=2))
+    x = torch.randn(2, 32, 6, 7)
+    y = pool(x)
+    pool.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(pool(x.to(memory_format=torch.channels_last)), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(init='identity'), dict(stride=2, groups=2), dict(stride=2, init='identity', base=nn.MaxPool2d(3, 2, 1)),
+])
+@pytest.mark.filterwarnings('ignore')
+def test_torchscript_and_fx_equal_eager(kwargs):
+    pool = spread(make(**kwargs))
+    if pool.gamma is not None:
+        nn.init.normal_(pool.gamma)
+    x = torch.randn(2, 32, 5, 6)
+    y = pool(x)
+    y.square().sum().backward()
+    expected = {k: p.grad.clone() for k, p in pool.named_parameters()}
+    traced = torch.fx.symbolic_trace(pool)
+    for compiled in (torch.jit.script(pool), traced, torch.jit.script(traced)):
+        for _ in range(3):  # the profiling executor specialises after its first runs
+            pool.zero_grad()
+            out = compiled(x)
+            assert torch.equal(out, y)
+            out.square().sum().backward()
+            for k, p in pool.named_parameters():
+                torch.testing.assert_close(p.grad, expected[k])
+        assert compiled(torch.randn(1, 32, 3, 9)).shape[-1] == -(-9 // pool.stride)
+
+
+def test_maps_stores_nothing():
+    pool = make(groups=2)
+    before = set(pool.__dict__), set(pool.state_dict()), set(dict(pool.named_buffers()))
+    pool.maps(torch.randn(1, 32, 4, 4))
+    pool(torch.randn(1, 32, 4, 4))
+    assert before == (set(pool.__dict__), set(pool.state_dict()), set(dict(pool.named_buffers())))
+
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(dim=0), r'dim must be at least 1, got 0'),
+    (dict(dim=32, groups=5), r'groups must divide dim, got groups=5 for dim=32'),
+    (dict(dim=32, groups=0), r'groups must divide dim, got groups=0'),
+    (dict(dim=32, stride=0), r'stride must be at least 1, got 0'),
+    (dict(dim=32, ratio=0.), r'ratio must be > 0 .*, got 0.0'),
+    (dict(dim=32, ratio=float('nan')), r'ratio must be > 0 .*, got nan'),
+    (dict(dim=32, floor=-1.), r'floor must be > 0 .*, got -1.0'),
+    (dict(dim=32, init='zero'), r"init must be one of \('paper', 'identity'\), got 'zero'"),
+    (dict(dim=32, hidden_dim=0), r'hidden_dim must be at least 1 or None, got 0'),
+    (dict(dim=32, init='identity', stride=2), r"init='identity' with stride=2 needs base"),
+])
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ContextPool2d(**kwargs)
+
+
+def test_subsample_needs_a_stride():
+    with pytest.raises(ValueError, match='stride must be at least 1, got 0'):
+        Subsample2d(0)
