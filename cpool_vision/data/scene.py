@@ -9,8 +9,8 @@ from .counter import CounterDraws
 OUTLINES = ('disk', 'square', 'triangle', 'cross', 'ring')
 TEXTURES = ('striped', 'checked')
 # lengths are in units of 1/32 of the picture's side
-RADIUS = (3.5, 15.0)
-PERIOD = (3.5, 6.0)
+RADIUS = (4.0, 16.5)
+PERIOD = (4.0, 6.5)
 
 F32 = NDArray[np.float32]
 
@@ -92,7 +92,7 @@ def _stroke_cover(draws: CounterDraws, x: F32, y: F32, scale: float) -> F32:
 def _pair_of_colours(draws: CounterDraws) -> tuple[F32, F32]:
     """A mean colour and a difference of random hue and sign, both `(N, 3)` in levels of 0 to 255."""
     mean = draws.uniform(3, 70, 185)
-    contrast = draws.uniform(1, 26, 62) * np.where(draws.uniform(1) < 0.5, np.float32(-1), np.float32(1))
+    contrast = draws.uniform(1, 32, 68) * np.where(draws.uniform(1) < 0.5, np.float32(-1), np.float32(1))
     return mean, contrast * draws.uniform(3, 0.6, 1.0)
 
 
@@ -147,14 +147,14 @@ def render_scenes(
 
     # a patch of texture that fades out: texture without an outline
     mean, difference = _pair_of_colours(draws)
-    at, reach = draws.uniform(2, 2, 30), draws.uniform(1, 3, 8)[:, 0]
+    at, reach = draws.uniform(2, 2, 30), draws.uniform(1, 3, 7)[:, 0]
     px, py = x - _column(at[:, 0]), y - _column(at[:, 1])
     fade = np.clip(1 - (px * px + py * py) / _column(reach * reach), 0, 1)
     px, py = _turn(px, py, draws.integers(1, 256)[:, 0])
     pattern = _texture(px, py, draws.integers(1, 2)[:, 0], draws.uniform(1, *PERIOD)[:, 0], draws.uniform(2))
-    _paint(image, fade * fade * np.float32(0.8), mean, pattern, difference)
+    _paint(image, fade * fade * np.float32(0.7), mean, pattern, difference)
 
-    for _ in range(3):
+    for _ in range(2):
         _blend(image, _stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
 
     # an outline without texture
@@ -183,6 +183,6 @@ def render_scenes(
     light = _column(draws.uniform(1, 0.8, 1.1)[:, 0]) * (1 + _column(draws.uniform(1, 0, 0.35)[:, 0]) * along)
     image *= light[:, None]
     noise = draws.bytes(6 * size * size).astype(np.float32).reshape(n, 2, 3, size, size)
-    noise_level = draws.uniform(1, 0.02, 0.14)[:, 0]
+    noise_level = draws.uniform(1, 0.02, 0.10)[:, 0]
     image += (noise[:, 0] - noise[:, 1]) * noise_level[:, None, None, None]
     return np.floor(np.clip(image, 0, 255) + half).astype(np.uint8).transpose(0, 2, 3, 1)
