@@ -21,16 +21,7 @@ def context_pool2d_reference(x: Tensor, weight_logits: Tensor, sigma: Tensor, st
 
     `y[b, c, i] = sum_j softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2)) x[b, c, j]` over all pixels j of the map
     (Huang et al., ICML 2022, https://arxiv.org/abs/2207.01844). Time and memory grow with `(H W)(Ho Wo)`.
-    Differentiable by autograd to any order.
-
-    Args:
-        x: `(B, C, H, W)`.
-        weight_logits: `(B, G, H, W)`; G divides C.
-        sigma: `(B, G, Ho, Wo)`, standard deviations in input pixels, `Ho = ceil(H / stride)`.
-        stride: output cells are `stride` pixels apart.
-
-    Returns:
-        `(B, C, Ho, Wo)` in the dtype of `x`. Half precisions are computed in fp32, fp64 in fp64.
+    Differentiable by autograd to any order. Arguments and result are those of `context_pool2d`.
     """
     b, c, h, w = x.shape
     g, ho, wo = sigma.shape[1:]

@@ -1,25 +1,112 @@
-"""Schemas, fakes and autograd of the operators under `torch.ops.cpool_vision`."""
-from typing import Optional
+"""Schemas, kernels, fakes, autograd and FLOP formulas of the operators under `torch.ops.cpool_vision`.
+
+`context_pool2d` chooses a backend and decomposes; models call it in this form, which TorchScript, `torch.fx`,
+`torch.compile` and `torch.export` all take as one operator.
+"""
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from .backends import choose_backend
+from .layout import empty_maps, is_channels_last
 from .reference import context_pool2d_reference
+from .tiled import tiled_backward, tiled_forward
 
 _lib = torch.library.Library('cpool_vision', 'DEF')
 
 _lib.define('context_pool2d(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1, str? backend=None) -> Tensor')
+_lib.define('context_pool2d_reference(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1) -> Tensor')
 _lib.define('support_size(Tensor raw, int height, int width, float ratio, float floor) -> Tensor')
+_lib.define('context_pool2d_tiled(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> (Tensor, Tensor, Tensor)')
+_lib.define(
+    'context_pool2d_tiled_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor y, Tensor total, '
+    'Tensor margins, int stride) -> (Tensor, Tensor, Tensor)')
 
 
-def _context_pool2d(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, backend: Optional[str] = None) -> Tensor:
-    return context_pool2d_reference(x, weight_logits, sigma, stride)
+def _context_pool2d(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, backend: str | None = None) -> Tensor:
+    if choose_backend(x, weight_logits, sigma, stride, backend) == 'reference':
+        return context_pool2d_reference(x, weight_logits, sigma, stride)
+    return torch.ops.cpool_vision.context_pool2d_tiled.default(x, weight_logits, sigma, stride)[0]
 
 
 def _support_size(raw: Tensor, height: int, width: int, ratio: float, floor: float) -> Tensor:
+    """`floor + ratio sqrt(height width) sigmoid(raw)` in input pixels, at least in fp32."""
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    return floor + ratio * (height * width) ** 0.5 * raw.sigmoid()
+    return floor + ratio * math.sqrt(height * width) * raw.sigmoid()
 
 
-_lib.impl('context_pool2d', _context_pool2d, 'CompositeImplicitAutograd')
-_lib.impl('support_size', _support_size, 'CompositeImplicitAutograd')
+for _name, _function in (
+        ('context_pool2d', _context_pool2d),
+        ('context_pool2d_reference', context_pool2d_reference),
+        ('support_size', _support_size),
+):
+    _lib.impl(_name, _function, 'CompositeImplicitAutograd')
+_lib.impl('context_pool2d_tiled', tiled_forward, 'CompositeExplicitAutograd')
+_lib.impl('context_pool2d_tiled_backward', tiled_backward, 'CompositeExplicitAutograd')
+
+
+def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    g, ho, wo = sigma.shape[1:]
+    maps = x.shape[0] * g
+    return (
+        empty_maps(x, (x.shape[0], x.shape[1], ho, wo), is_channels_last(x, g)),
+        x.new_empty(maps, ho, wo, dtype=torch.promote_types(x.dtype, torch.float32)),
+        x.new_empty(4, maps, ho, wo, dtype=torch.int16),
+    )
+
+
+def _tiled_backward_fake(
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_maps(x, x.shape, is_channels_last(x, sigma.shape[1])),
+        weight_logits.new_empty(weight_logits.shape),
+        sigma.new_empty(sigma.shape),
+    )
+
+
+torch.library.register_fake('cpool_vision::context_pool2d_tiled', _tiled_fake, lib=_lib)
+torch.library.register_fake('cpool_vision::context_pool2d_tiled_backward', _tiled_backward_fake, lib=_lib)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.stride = inputs[3]
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.cpool_vision.context_pool2d_tiled_backward.default(grad, *ctx.saved_tensors, ctx.stride)
+    return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None)
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "backend='tiled' has no second derivative; use backend='reference' where gradients of gradients are needed")
+
+
+torch.library.register_autograd(
+    'cpool_vision::context_pool2d_tiled', _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd('cpool_vision::context_pool2d_tiled_backward', _no_double_backward, lib=_lib)
+
+
+def _pair_flops(x_shape: Sequence[int], sigma_shape: Sequence[int]) -> int:
+    return 2 * math.prod(x_shape) * math.prod(sigma_shape[2:])
+
+
+@register_flop_formula(torch.ops.cpool_vision.context_pool2d_tiled)
+def _tiled_flops(
+        x_shape: Sequence[int], logits_shape: Sequence[int], sigma_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """The dense definition's product, an upper bound: what is skipped depends on the supports, not on shapes."""
+    return _pair_flops(x_shape, sigma_shape)
+
+
+@register_flop_formula(torch.ops.cpool_vision.context_pool2d_tiled_backward)
+def _tiled_backward_flops(
+        grad_shape: Sequence[int], x_shape: Sequence[int], logits_shape: Sequence[int], sigma_shape: Sequence[int],
+        *_: Any, **__: Any) -> int:
+    return 2 * _pair_flops(x_shape, sigma_shape)

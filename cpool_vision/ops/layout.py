@@ -1,0 +1,33 @@
+"""Maps in the memory layout of their input, and matrix products that write to either layout."""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor, groups: int) -> bool:
+    """Whether `(B, C, H, W)` maps keep the channels of a pixel together and stay whole under `groups`."""
+    return groups == 1 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def empty_maps(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised `(B, C, H, W)` maps on the device of `like`."""
+    b, c, h, w = shape
+    if channels_last:
+        return like.new_empty((b, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    return like.new_empty((b, c, h, w), dtype=dtype)
+
+
+def matmul(a: Tensor, b: Tensor, channels_last: bool) -> Tensor:
+    """`a @ b` for `a (B, C, K)`, laid out with the channels fastest where the maps are."""
+    if channels_last:
+        return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(a, b)
+
+
+def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, channels_last: bool, beta: int = 1) -> None:
+    """`out = beta * out + a @ b` in place; beta 0 ignores what `out` held."""
+    if channels_last:
+        out.transpose(1, 2).baddbmm_(b.transpose(1, 2), a.transpose(1, 2), beta=beta)
+    else:
+        out.baddbmm_(a, b, beta=beta)

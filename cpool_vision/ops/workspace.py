@@ -1,0 +1,28 @@
+"""Temporaries that live from call to call, one set per thread: fresh pages can cost more than the arithmetic on them."""
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+
+class _Workspace(threading.local):
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+_workspace = _Workspace()
+
+
+def take(slot: str, like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised memory for one temporary, valid until the slot is taken again in the same thread.
+
+    Callers bound the size by a chunk of the work, never by the batch.
+    """
+    key = (slot, like.dtype, like.device)
+    size = math.prod(shape)
+    held = _workspace.slots.get(key)
+    if held is None or held.numel() < size:
+        held = _workspace.slots[key] = like.new_empty(size)
+    return held[:size].view(shape)
