@@ -148,7 +148,10 @@ def test_channels_last_equals_contiguous():
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(), dict(init='identity'), dict(stride=2, groups=2), dict(stride=2, init='identity', base=nn.MaxPool2d(3, 2, 1)),
+    dict(),
+    dict(init='identity'),
+    dict(stride=2, groups=2),
+    dict(stride=2, init='identity', base=nn.MaxPool2d(3, 2, 1)),
 ])
 @pytest.mark.filterwarnings('ignore')
 def test_torchscript_and_fx_equal_eager(kwargs):

@@ -1,0 +1,85 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cpool_vision.inspect import context_maps
+from cpool_vision.layers import ContextPool2d
+from cpool_vision.models._builder import context_pools
+
+GRIDS = {
+    'convnext_micro_cpool_32': [(32, 48), (16, 24), (8, 12), (4, 6)],
+    'resnet_micro_cpool_32': [(32, 48), (16, 24), (8, 12), (4, 6)],
+    'vit_micro_cpool_patch4_32': [(8, 12)] * 5,
+}
+
+
+def snapshot(model):
+    return [
+        (name, m.training, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m._buffers))
+        for name, m in model.named_modules()
+    ]
+
+
+def make(name, **kwargs):
+    torch.manual_seed(0)
+    if name.startswith('vit'):
+        kwargs.update(img_size=(32, 48), class_token=True, global_pool='token')
+    return timm.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('name', sorted(GRIDS))
+def test_maps_of_every_pool_on_its_grid(name, groups):
+    model = make(name, cpool_groups=groups, drop_path_rate=.2, cpool_init='identity').train()
+    model.get_submodule(next(iter(model.named_children()))[0]).eval()
+    before = snapshot(model)
+    maps = context_maps(model, torch.randn(2, 3, 32, 48))
+    assert snapshot(model) == before
+    assert list(maps) == [n for n, _ in context_pools(model)]
+    assert [m.grid for m in maps.values()] == GRIDS[name]
+    for m in maps.values():
+        assert m.weight_logits.shape == m.sigma.shape == (2, groups, *m.grid)
+        assert m.stride == 1 and not m.sigma.requires_grad and not m.weight_logits.requires_grad
+        assert 0.1 < m.sigma.min() and m.sigma.max() < 0.1 + 0.1 * (m.grid[0] * m.grid[1]) ** .5
+
+
+def test_maps_are_those_the_forward_pooled_with():
+    model = make('resnet_micro_cpool_32').eval()
+    name, pool = next(context_pools(model))
+    seen = []
+    handle = pool.register_forward_hook(lambda m, args, y: seen.append(args[0]))
+    maps = context_maps(model, torch.randn(1, 3, 32, 32))
+    handle.remove()
+    weight_logits, sigma = pool.maps(seen[0])
+    assert torch.equal(maps[name].weight_logits, weight_logits) and torch.equal(maps[name].sigma, sigma)
+
+
+def test_strided_pools_and_named_grids():
+    model = timm.create_model('resnet18_cpool', cpool_positions='stem')
+    maps = context_maps(model, torch.randn(1, 3, 66, 64))['maxpool']
+    assert maps.grid == (33, 32) and maps.stride == 2 and maps.sigma.shape == (1, 1, 17, 16)
+    vit = timm.create_model('vit_micro_cpool_patch4_32', dynamic_img_size=True, cpool_positions=['pre_attn'])
+    assert {m.grid for m in context_maps(vit, torch.randn(1, 3, 20, 44)).values()} == {(5, 11)}
+
+
+def test_a_failing_model_is_restored():
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool = ContextPool2d(16)
+            self.drop = nn.Dropout(.5).eval()
+
+        def forward(self, x):
+            raise RuntimeError(f'no output for {tuple(self.pool(x).shape)}')
+
+    model = Failing()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r'no output for \(1, 16, 3, 3\)'):
+        context_maps(model, torch.randn(1, 16, 3, 3))
+    assert snapshot(model) == before
+
+
+def test_a_model_without_pools_is_refused():
+    with pytest.raises(ValueError, match='ContextPoolResNet holds no context pool: build a cpool variant'):
+        context_maps(timm.create_model('resnet_micro_cpool_32', cpool_positions='none'), torch.randn(1, 3, 32, 32))

@@ -1,0 +1,126 @@
+import itertools
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cpool_vision.layers import ContextPool2d
+from cpool_vision.models._builder import POSITIONS, context_pools
+
+MODELS = [
+    ('convnext_micro_cpool_32', 'convnext', 16),
+    ('resnet_micro_cpool_32', 'resnet', 16),
+    ('resnet18_cpool', 'resnet', 64),
+    ('resnet50_cpool', 'resnet', 32),
+    ('vit_micro_cpool_patch4_32', 'vision_transformer', 32),
+]
+CASES = [
+    (name, positions, size)
+    for name, family, size in MODELS
+    for positions in [*((p,) for p in POSITIONS[family]), POSITIONS[family]]
+    if not (name == 'resnet_micro_cpool_32' and 'stem' in positions)
+]
+PLACES = {
+    ('convnext_micro_cpool_32', 'stage'): [f'stages.{i}.blocks.cpool' for i in range(4)],
+    ('convnext_micro_cpool_32', 'downsample'): [f'stages.{i}.downsample.cpool' for i in (1, 2, 3)],
+    ('resnet18_cpool', 'stage'): [f'layer{i}.1.se' for i in (1, 2, 3, 4)],
+    ('resnet18_cpool', 'stem'): ['maxpool'],
+    ('resnet18_cpool', 'stride'): [f'layer{i}.0.aa' for i in (2, 3, 4)],
+    ('resnet18_cpool', 'shortcut'): [f'layer{i}.0.downsample.cpool' for i in (2, 3, 4)],
+    ('vit_micro_cpool_patch4_32', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
+    ('vit_micro_cpool_patch4_32', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
+}
+
+
+def randomise(model):
+    """Moves every parameter and statistic off its initial value, so that a missing branch shows."""
+    for p in model.parameters():
+        nn.init.normal_(p, 1. if p.ndim == 1 else 0., .2 if p.ndim == 1 else 1.5 / p[0].numel() ** .5)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean, std=.2)
+    return model
+
+
+@pytest.mark.parametrize('name,positions,size', CASES)
+def test_identity_starts_as_the_base_and_paper_does_not(name, positions, size):
+    torch.manual_seed(0)
+    plain = randomise(timm.create_model(name, cpool_positions='none', num_classes=7)).double().eval()
+    model = timm.create_model(name, cpool_positions=positions, cpool_init='identity', num_classes=7).double().eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and not unexpected
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = plain(x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        for _, pool in context_pools(model):
+            nn.init.ones_(pool.gamma)
+        paper = timm.create_model(name, cpool_positions=positions, cpool_init='paper', num_classes=7).double().eval()
+        paper.load_state_dict({k: v for k, v in model.state_dict().items() if k in paper.state_dict()})
+        pooled = paper(x)
+        assert (pooled - expected).abs().max() > 1e-2
+        torch.testing.assert_close(model(x), pooled, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('name,position', sorted(PLACES))
+def test_pools_stand_where_they_should(name, position):
+    model = timm.create_model(name, cpool_positions=position, device='meta')
+    assert [n for n, _ in context_pools(model)] == PLACES[name, position]
+    listed = timm.create_model(name, cpool_positions=[position], device='meta')
+    assert str(listed) == str(model)
+
+
+@pytest.mark.parametrize('name,prefixes', [
+    ('convnext_micro_cpool_32', ['stages.1', 'stages.3']), ('resnet18_cpool', ['layer2', 'layer4'])])
+def test_stages_are_selectable(name, prefixes):
+    model = timm.create_model(name, cpool_stages=[1, 3], device='meta')
+    assert [n.rpartition('.')[0].rpartition('.')[0] for n, _ in context_pools(model)] == prefixes
+    one = timm.create_model(name, cpool_stages=3, device='meta')
+    assert [n.split('.')[0] for n, _ in context_pools(one)] == [prefixes[1].split('.')[0]]
+
+
+def test_settings_reach_every_pool():
+    for name, _, _ in MODELS:
+        model = timm.create_model(
+            name, cpool_ratio=.3, cpool_floor=.2, cpool_groups=4, cpool_init='identity', device='meta')
+        pools = [pool for _, pool in context_pools(model)]
+        assert pools and {(p.ratio, p.floor, p.groups, p.gamma is None) for p in pools} == {(.3, .2, 4, False)}
+
+
+def test_strided_positions_halve_the_map():
+    model = timm.create_model('resnet50_cpool', cpool_positions=['stem', 'stride', 'shortcut'])
+    assert {p.stride for _, p in context_pools(model)} == {2}
+    features = model.eval().forward_intermediates(torch.randn(1, 3, 70, 70), intermediates_only=True)
+    assert [f.shape[-1] for f in features] == [35, 18, 9, 5, 3]
+
+
+def test_positions_without_a_slot_are_refused():
+    with pytest.raises(ValueError, match=r"position 'stem' replaces the stem's max-pool, but this model has Identity"):
+        timm.create_model('resnet_micro_cpool_32', cpool_positions='stem', device='meta')
+    with pytest.raises(ValueError, match=r"position 'stage' needs the attention slot .* holds SEModule"):
+        timm.create_model('resnet18_cpool', block_args=dict(attn_layer='se'), device='meta')
+    with pytest.raises(ValueError, match=r"position 'stride' needs the anti-aliasing slot .* holds AvgPool2d"):
+        timm.create_model('resnet18_cpool', aa_layer=nn.AvgPool2d, cpool_positions='stride', device='meta')
+    with pytest.raises(ValueError, match=r"position 'shortcut' needs a strided 1x1 convolution"):
+        timm.create_model('resnet18_cpool', avg_down=True, cpool_positions='shortcut', device='meta')
+    for name, position in itertools.product(['resnet18_cpool'], ['stride', 'shortcut']):
+        with pytest.raises(ValueError, match=r"stages \(0,\) place no context pool"):
+            timm.create_model(name, cpool_positions=position, cpool_stages=0, device='meta')
+    with pytest.raises(ValueError, match='patch_drop_rate must be 0 with context pooling, got 0.5'):
+        timm.create_model('vit_micro_cpool_patch4_32', patch_drop_rate=.5, device='meta')
+    with pytest.raises(ValueError, match='block_fn must be left out'):
+        timm.create_model('vit_micro_cpool_patch4_32', block_fn=nn.Identity, device='meta')
+
+
+def test_prefix_tokens_pass_every_pool_untouched():
+    model = timm.create_model(
+        'vit_micro_cpool_patch4_32', class_token=True, reg_tokens=3, global_pool='token',
+        cpool_positions=['post_block', 'pre_attn']).eval()
+    seen = []
+    for _, pool in context_pools(model):
+        assert isinstance(pool, ContextPool2d) and pool.num_prefix_tokens == 4
+        pool.register_forward_hook(lambda m, args, y: seen.append(torch.equal(args[0][:, :4], y[:, :4])
+                                                                  and not torch.equal(args[0], y)))
+    model(torch.randn(1, 3, 32, 32))
+    assert seen == [True] * 11

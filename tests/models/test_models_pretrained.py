@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from cpool_vision.models._builder import POSITIONS, context_pools
+
+PAIRS = [
+    ('convnext_atto_cpool', 'convnext_atto', 64),
+    ('resnet18_cpool', 'resnet18', 64),
+    ('vit_tiny_cpool_patch16_224', 'vit_tiny_patch16_224', 224),
+]
+EVERYWHERE = {
+    'convnext_atto': POSITIONS['convnext'],
+    'resnet18': POSITIONS['resnet'],
+    'vit_tiny_patch16_224': POSITIONS['vision_transformer'],
+}
+MICRO = ['convnext_micro_cpool_32', 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32']
+
+
+def randomise(model):
+    for p in model.parameters():
+        if p.ndim == 1:
+            nn.init.normal_(p, .5, .1)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean, std=.2)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """A base model and its checkpoint per pair, made once."""
+    made = {}
+
+    def get(base):
+        if base not in made:
+            torch.manual_seed(0)
+            model = randomise(timm.create_model(base))
+            path = tmp_path_factory.mktemp('weights') / f'{base}.safetensors'
+            save_file(model.state_dict(), path)
+            made[base] = model, dict(file=str(path))
+        return made[base]
+    return get
+
+
+@pytest.mark.parametrize('name,base,size', PAIRS)
+def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
+    model, overlay = weights(base)
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        expected = model(x)
+        variant = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        assert all(pool.gamma is not None for _, pool in context_pools(variant))
+        torch.testing.assert_close(variant(x), expected, rtol=0, atol=1e-5)
+        everywhere = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_positions=EVERYWHERE[base]).eval()
+        torch.testing.assert_close(everywhere(x), expected, rtol=1e-5, atol=1e-5)
+        paper = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_init='paper').eval()
+        assert all(pool.gamma is None for _, pool in context_pools(paper))
+        assert (paper(x) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('name,base,size', PAIRS)
+def test_pretrained_with_another_head_and_stem(weights, name, base, size):
+    model, overlay = weights(base)
+    x = torch.randn(1, 1, size, size)
+    variant = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=1).eval()
+    assert variant(x).shape == (1, 5)
+    headless = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, in_chans=1).eval()
+    grey = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, in_chans=1).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(headless(x), grey(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('name,base,size', PAIRS)
+def test_pretrained_features(weights, name, base, size):
+    _, overlay = weights(base)
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        ours, theirs = (
+            timm.create_model(n, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True).eval()(x)
+            for n in (name, base))
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_pretrained_vit_at_another_size(weights):
+    _, overlay = weights('vit_tiny_patch16_224')
+    x = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        ours, theirs = (
+            timm.create_model(n, pretrained=True, pretrained_cfg_overlay=overlay, img_size=(96, 160)).eval()(x)
+            for n in ('vit_tiny_cpool_patch16_224', 'vit_tiny_patch16_224'))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_incomplete_base_weights_are_refused(weights, tmp_path):
+    _, overlay = weights('resnet18')
+    state = load_file(overlay['file'])
+    del state['layer3.0.conv1.weight']
+    save_file(state, tmp_path / 'cut.safetensors')
+    with pytest.raises(RuntimeError, match=r'layer3\.0\.conv1\.weight'):
+        timm.create_model(
+            'resnet18_cpool', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'cut.safetensors')))
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(cpool_init='paper', cpool_positions='stride')])
+def test_weights_of_other_pools_are_refused(tmp_path, kwargs):
+    trained = timm.create_model('resnet_micro_cpool_32', cpool_init='paper')
+    path = tmp_path / 'trained.safetensors'
+    save_file(trained.state_dict(), path)
+    overlay = dict(file=str(path))
+    for num_classes in (10, 3):
+        with pytest.raises(ValueError, match='holds other context pools than the model.*pass the cpool_init'):
+            timm.create_model(
+                'resnet_micro_cpool_32', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes,
+                **kwargs)
+    same = timm.create_model(
+        'resnet_micro_cpool_32', pretrained=True, pretrained_cfg_overlay=overlay, cpool_init='paper')
+    assert all(torch.equal(v, trained.state_dict()[k]) for k, v in same.state_dict().items())
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(cpool_init='identity', cpool_ratio=.2, cpool_groups=4, cpool_floor=.3), dict(cpool_positions=[])])
+@pytest.mark.parametrize('name', MICRO)
+def test_saved_models_come_back_with_their_settings(tmp_path, name, kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, in_chans=1, **kwargs)
+    for _, pool in context_pools(model):
+        nn.init.normal_(pool.predict.weight)
+        if pool.gamma is not None:
+            nn.init.normal_(pool.gamma)
+    randomise(model)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    args = json.loads((tmp_path / 'config.json').read_text())['model_args']
+    assert args['cpool_init'] == kwargs.get('cpool_init', 'paper') and 'cpool_positions' in args
+    back = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(back(x), model(x))
+    assert str(back) == str(model)

@@ -1,0 +1,115 @@
+import dataclasses
+
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+
+import cpool_vision
+from cpool_vision.models._builder import POSITIONS, context_pools, pool_keys
+
+BASES = {
+    'convnext_atto_cpool': 'convnext_atto',
+    'convnext_base_cpool': 'convnext_base',
+    'convnext_nano_cpool': 'convnext_nano',
+    'convnext_small_cpool': 'convnext_small',
+    'convnext_tiny_cpool': 'convnext_tiny',
+    'resnet101_cpool': 'resnet101',
+    'resnet18_cpool': 'resnet18',
+    'resnet34_cpool': 'resnet34',
+    'resnet50_cpool': 'resnet50',
+    'vit_base_cpool_patch16_224': 'vit_base_patch16_224',
+    'vit_small_cpool_patch16_224': 'vit_small_patch16_224',
+    'vit_tiny_cpool_patch16_224': 'vit_tiny_patch16_224',
+}
+MICRO = {
+    'convnext_micro_cpool_32': 'convnext',
+    'resnet_micro_cpool_32': 'resnet',
+    'vit_micro_cpool_patch4_32': 'vision_transformer',
+}
+FAMILY = dict(MICRO, **{
+    name: next(f for f in POSITIONS if f.split('_')[0][:3] == name[:3].replace('vit', 'vis')) for name in BASES})
+
+
+def meta_model(name, **kwargs):
+    return timm.create_model(name, device='meta', **kwargs)
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_zoo_is_listed():
+    assert sorted(timm.list_models('*cpool*')) == sorted([*BASES, *MICRO])
+    assert cpool_vision.list_models() == timm.list_models('*cpool*')
+    assert cpool_vision.list_models('vit_*cpool*') == timm.list_models('vit_*cpool*')
+
+
+@pytest.mark.parametrize('name', sorted(BASES))
+def test_the_variant_adds_keys_to_its_base_and_changes_none(name):
+    base = timm.create_model(BASES[name], device='meta').state_dict()
+    model = meta_model(name, cpool_init='identity')
+    own = model.state_dict()
+    assert set(own) - set(base) == pool_keys(model) != set()
+    assert not set(base) - set(own)
+    assert {k: v.shape for k, v in base.items()} == {k: own[k].shape for k in base}
+    plain = meta_model(name, cpool_positions='none')
+    assert list(plain.state_dict()) == list(base)
+    assert not list(context_pools(plain))
+
+
+@pytest.mark.parametrize('name', sorted(FAMILY))
+def test_pools_cost_at_most_five_percent_of_the_parameters(name):
+    plain = size(meta_model(name, cpool_positions=[]))
+    everywhere = [p for p in POSITIONS[FAMILY[name]] if (name, p) != ('resnet_micro_cpool_32', 'stem')]
+    for positions in (None, everywhere):
+        assert size(meta_model(name, cpool_positions=positions, cpool_init='identity')) <= 1.05 * plain
+
+
+@pytest.mark.parametrize('name', sorted(MICRO))
+def test_small_variants_fit_in_five_megabytes(name):
+    model = meta_model(name)
+    assert model.num_classes == 10
+    assert sum(t.numel() * t.element_size() for t in model.state_dict().values()) < 5e6 - 20e3
+
+
+@pytest.mark.parametrize('name', sorted(BASES))
+def test_pretrained_cfgs_are_those_of_the_base(name):
+    base_tags = [n.partition('.')[2] for n in timm.list_models(BASES[name], include_tags=True)]
+    tags = [n.partition('.')[2] for n in timm.list_models(name, include_tags=True)]
+    assert sorted(tags) == sorted(base_tags) and tags
+    for tag in ['', *tags]:
+        ours = dataclasses.asdict(get_pretrained_cfg(f'{name}.{tag}' if tag else name))
+        theirs = dataclasses.asdict(get_pretrained_cfg(f'{BASES[name]}.{tag}' if tag else BASES[name]))
+        assert (ours.pop('architecture'), theirs.pop('architecture')) == (name, BASES[name])
+        assert ours == theirs
+        assert ours['tag'] in tags
+
+
+@pytest.mark.parametrize('name', sorted(MICRO))
+def test_small_variants_have_no_weights_of_a_base(name):
+    assert not get_pretrained_cfg(name).has_weights
+    with pytest.raises(RuntimeError, match='No pretrained weights exist'):
+        timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize('name', sorted(FAMILY))
+def test_factory_dtype_and_device_reach_every_parameter(name):
+    model = meta_model(name, dtype=torch.bfloat16, cpool_init='identity')
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', sorted(MICRO))
+@pytest.mark.parametrize('kwargs,error,message', [
+    (dict(cpool_positions='head'), ValueError, r"unknown position 'head' for \w+: choose from .*, or 'none'"),
+    (dict(cpool_positions=['none', 'stage']), ValueError, r"unknown position 'none'"),
+    (dict(cpool_stages=[4]), ValueError, r'cpool_stages must be among \(0, 1, 2, 3\), got 4'),
+    (dict(cpool_init='zero'), ValueError, r"init must be one of .* got 'zero'"),
+    (dict(cpool_groups=5), ValueError, r'groups must divide dim, got groups=5'),
+    (dict(cpool_ratio=-1), ValueError, r'ratio must be > 0 .* got -1'),
+    (dict(cpool_floor=0), ValueError, r'floor must be > 0 .* got 0'),
+    (dict(cpool_position='stage'), TypeError, r"unknown keyword 'cpool_position' for \w+: choose from cpool_positions"),
+])
+def test_bad_keywords_are_named(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        meta_model(name, **kwargs)
