@@ -1,0 +1,36 @@
+"""What both commands share: logging, errors as one line, exit codes."""
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cpool_vision.engine.errors import UserError
+from cpool_vision.engine.progress import setup_logging
+
+
+def run(command: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
+    """Runs a command and turns errors that a user can act on into one line on stderr.
+
+    With CPOOL_DEBUG=1 in the environment the traceback is shown instead.
+
+    Args:
+        command: does the work.
+        argv: arguments, those of the process if None.
+
+    Returns:
+        Exit code: 0, that of the error (2 for bad input), or 130 after an interrupt.
+    """
+    setup_logging()
+    try:
+        command(argv)
+    except UserError as error:
+        if os.environ.get('CPOOL_DEBUG', '0') not in ('', '0'):
+            raise
+        rank = os.environ.get('RANK', '0')
+        where = f' [process {rank}]' if rank != '0' else ''
+        print(f'error{where}: {" ".join(str(error).split())}', file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    return 0

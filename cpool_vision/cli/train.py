@@ -1,0 +1,25 @@
+"""Command line of training: `python train.py`, `cpool-train`, or `torchrun train.py`."""
+import json
+import sys
+from collections.abc import Sequence
+
+from . import common
+
+
+def _train(argv: Sequence[str] | None) -> None:
+    from cpool_vision.engine.args_train import build_parser
+    from cpool_vision.engine.config import parse_args
+    from cpool_vision.engine.train_run import train
+
+    result = train(parse_args(build_parser, argv))
+    if result:
+        print(f'--result\n{json.dumps(result, indent=4)}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains a model; see `--help`. Returns the exit code."""
+    return common.run(_train, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

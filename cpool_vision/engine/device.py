@@ -1,0 +1,113 @@
+"""Device, processes, arithmetic and seeds of one run."""
+import argparse
+import importlib
+import logging
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from timm import utils
+from timm.layers import set_fast_norm
+
+from .errors import ConfigError
+
+_logger = logging.getLogger(__name__)
+_DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Arithmetic of a run.
+
+    Attributes:
+        model_dtype: dtype of the weights, None for float32.
+        amp_dtype: autocast dtype, None without mixed precision.
+        device_type: 'cpu', 'cuda', ...
+    """
+
+    model_dtype: torch.dtype | None
+    amp_dtype: torch.dtype | None
+    device_type: str
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Factory of the context that forward passes run in."""
+        if self.amp_dtype is None:
+            return nullcontext
+        return partial(torch.autocast, device_type=self.device_type, dtype=self.amp_dtype)
+
+    def loss_scaler(self) -> torch.amp.GradScaler:
+        """Loss scaler; acts for float16 autocast, whose gradients would underflow without, and is inert otherwise."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.amp_dtype is torch.float16)
+
+
+def resolve_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    """Reads `--amp`, `--amp-dtype` and `--model-dtype`.
+
+    Raises:
+        ConfigError: unknown dtype, or autocast over weights that are not float32.
+    """
+    for flag, value in (('--amp-dtype', args.amp_dtype), ('--model-dtype', args.model_dtype)):
+        if value and value not in _DTYPES:
+            raise ConfigError(f'{flag} {value!r} is unknown: choose {", ".join(_DTYPES)}')
+    model_dtype = _DTYPES[args.model_dtype] if args.model_dtype else None
+    if not args.amp:
+        return Precision(model_dtype, None, device.type)
+    if model_dtype not in (None, torch.float32):
+        raise ConfigError(f'--amp needs float32 weights, got --model-dtype {args.model_dtype}: drop one of the two')
+    amp_dtype = _DTYPES[args.amp_dtype]
+    if amp_dtype is torch.float32:
+        raise ConfigError("--amp-dtype 'float32' is no mixed precision: choose float16 or bfloat16, or drop --amp")
+    return Precision(model_dtype, amp_dtype, device.type)
+
+
+def setup_device(args: argparse.Namespace, distributed: bool = True) -> torch.device:
+    """Imports `--device-modules`, joins the process group of torchrun or SLURM, and picks this process's device.
+
+    Sets `args.distributed`, `args.world_size`, `args.rank` and `args.local_rank`.
+
+    Raises:
+        ConfigError: the module or the device does not exist.
+    """
+    for module in getattr(args, 'device_modules', None) or []:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f'--device-modules {module!r} cannot be imported ({error})') from error
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError as error:
+        raise ConfigError(f'--device {args.device!r} is unknown: use cpu, cuda or cuda:INDEX') from error
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError(f'--device {args.device!r}: no CUDA device is available; use --device cpu')
+    if distributed:
+        device = utils.init_distributed_device(args)
+        if args.distributed:
+            _logger.info('Process %d of %d on %s.', args.rank, args.world_size, device)
+    else:
+        device = torch.device(args.device)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if args.fuser:
+        utils.set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+    return device
+
+
+def seed_everything(*keys: int) -> None:
+    """Seeds `random`, numpy and torch from non-negative integers, such as (seed, rank, epoch).
+
+    Nearby keys give unrelated streams. Training calls it at the start of every epoch, so that the randomness of an
+    epoch depends on these keys alone and a resumed run repeats it.
+    """
+    seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)  # noqa: NPY002 - timm's Mixup and transforms draw from numpy's global generator
+    torch.manual_seed(seed)

@@ -1,0 +1,191 @@
+"""Creation of the model, with errors that say what to do."""
+import argparse
+import difflib
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.models import create_model, is_model, list_models
+from timm.models import load_checkpoint as load_numpy_checkpoint
+
+from .checkpoint import load_weights, read_weights
+from .device import Precision
+from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnknownModelError
+
+_logger = logging.getLogger(__name__)
+
+
+def check_model_name(name: str) -> None:
+    """Raises `UnknownModelError`, with close matches, unless a model of this name can be looked up."""
+    source, _, rest = name.partition(':')
+    if rest and source in ('hf-hub', 'hf_hub'):
+        return
+    if rest and source == 'local-dir':
+        if not os.path.isfile(os.path.join(rest, 'config.json')):
+            raise UnknownModelError(f'--model {name!r}: {rest!r} is not a model folder; it needs a config.json')
+        return
+    arch = name.split('.', 1)[0]
+    if is_model(arch):
+        return
+    # last resort for names that share words but not letters in a row: the zoo's own variants
+    close = difflib.get_close_matches(arch, list_models(), n=4, cutoff=0.6) or list_models('*cpool*')[:4]
+    hint = f'close matches: {", ".join(close)}' if close else 'timm.list_models() lists the names'
+    raise UnknownModelError(f'unknown model {name!r}: {hint}')
+
+
+def _build(args: argparse.Namespace, **kwargs: Any) -> Any:
+    check_model_name(args.model)
+    in_chans = 3
+    if args.in_chans is not None:
+        in_chans = args.in_chans
+    elif args.input_size is not None:
+        in_chans = args.input_size[0]
+    kwargs.update(
+        pretrained=args.pretrained,
+        in_chans=in_chans,
+        num_classes=args.num_classes,
+        global_pool=args.gp,
+        scriptable=args.torchscript,
+    )
+    clash = sorted(set(args.model_kwargs) & {key for key, value in kwargs.items() if value is not None})
+    if clash:
+        raise ConfigError(f'--model-kwargs {clash[0]!r} has a flag of its own: use that')
+    try:
+        return create_model(args.model, **{**kwargs, **args.model_kwargs})
+    except TypeError as error:
+        if 'argument' not in str(error):
+            raise
+        raise UnknownModelError(f'model {args.model!r} cannot be built as requested ({error}): '
+                                'check --model-kwargs and the drop flags') from error
+    except (OSError, RuntimeError) as error:
+        if not args.pretrained and ':' not in args.model:
+            raise
+        reason = ' '.join(str(error).split())[:300]
+        raise UnknownModelError(
+            f'pretrained weights of {args.model!r} cannot be loaded ({reason}): drop --pretrained, or name a '
+            'local-dir: folder or a checkpoint') from error
+
+
+def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_ema: bool) -> None:
+    """Loads a checkpoint into a model and insists on an exact fit.
+
+    Args:
+        model: the model.
+        path: `.pth`, `.pth.tar`, `.safetensors`, or the `.npz` of a model that reads such files itself.
+        flag: flag that named the file, for messages.
+        name: name of the model, for messages.
+        use_ema: take averaged weights where the file has them.
+
+    Raises:
+        CheckpointNotFoundError: no such file.
+        CheckpointError: unreadable, unsafe, or of another architecture or class count.
+    """
+    if os.path.splitext(path)[1].lower() in ('.npz', '.npy'):
+        if not os.path.isfile(path):
+            raise CheckpointNotFoundError(f'{flag} {path!r} does not exist: check the path')
+        try:
+            load_numpy_checkpoint(model, path)
+        except (NotImplementedError, ValueError, KeyError) as error:
+            raise CheckpointError(f'{flag} {path!r} cannot be loaded into {name!r} ({error})') from error
+        return
+    load_weights(model, read_weights(path, flag, use_ema=use_ema), path, flag, name)
+
+
+def create_train_model(args: argparse.Namespace) -> nn.Module:
+    """Model to train, on the CPU; `args.num_classes` is set from the model when it was left out.
+
+    Raises:
+        UnknownModelError, CheckpointError, CheckpointNotFoundError, ConfigError: see their docstrings.
+    """
+    overlay: dict[str, Any] = {}
+    if args.pretrained_path:
+        if not os.path.isfile(args.pretrained_path):
+            raise CheckpointNotFoundError(f'--pretrained-path {args.pretrained_path!r} does not exist: check the path')
+        # num_classes -1 never equals the model's, so that the head is left at its own initialisation
+        overlay = {'pretrained_cfg_overlay': {'file': args.pretrained_path, 'num_classes': -1}}
+    if args.drop_connect is not None and args.drop_path is None:
+        _logger.warning('--drop-connect is the former name of --drop-path: using it as such.')
+        args.drop_path = args.drop_connect
+    model: Any = _build(
+        args,
+        drop_rate=args.drop or None,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        **overlay,
+    )
+    if args.initial_checkpoint:
+        load_model_weights(model, args.initial_checkpoint, '--initial-checkpoint', args.model, use_ema=True)
+    if args.num_classes is None:
+        args.num_classes = model.num_classes
+    _init_head(model, args.head_init_scale, args.head_init_bias)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except (AssertionError, AttributeError) as error:
+            raise ConfigError(f'model {args.model!r} has no gradient checkpointing: drop --grad-checkpointing') \
+                from error
+    return model
+
+
+def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
+    if scale is None and bias is None:
+        return
+    head = model.get_classifier()
+    if not isinstance(head, (nn.Linear, nn.Conv2d)) or head.bias is None:
+        raise ConfigError('--head-init-scale and --head-init-bias need a classifier with weight and bias, '
+                          f'this model has {type(head).__name__}: leave them out')
+    with torch.no_grad():
+        if scale is not None:
+            head.weight.mul_(scale)
+            head.bias.mul_(scale)
+        if bias is not None:
+            head.bias.fill_(bias)
+
+
+def place_model(
+        model: nn.Module,
+        args: argparse.Namespace,
+        device: torch.device,
+        precision: Precision,
+) -> nn.Module:
+    """Moves a model to be trained to its device, dtype and layout, and converts its batch norms.
+
+    Raises:
+        ConfigError: flags that exclude each other.
+    """
+    if args.split_bn:
+        if args.aug_splits < 2 and not args.resplit:
+            raise ConfigError('--split-bn needs --aug-splits 2 or more, or --resplit: add one of them')
+        if args.sync_bn:
+            raise ConfigError('--split-bn and --sync-bn exclude each other: drop one of them')
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model = model.to(device=device, dtype=precision.model_dtype)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if args.distributed and args.sync_bn:
+        if args.torchscript:
+            raise ConfigError('--sync-bn does not work with --torchscript: drop one of them')
+        args.dist_bn = ''  # synchronised statistics are equal on all processes already
+        model = convert_sync_batchnorm(model)
+    if args.torchscript:
+        model = torch.jit.script(model)
+    return model
+
+
+def create_eval_model(args: argparse.Namespace) -> nn.Module:
+    """Model to validate, on the CPU, with `--checkpoint` loaded; `args.num_classes` is set if left out.
+
+    Raises:
+        UnknownModelError, CheckpointError, CheckpointNotFoundError, ConfigError: see their docstrings.
+    """
+    model = _build(args)
+    if args.num_classes is None:
+        args.num_classes = model.num_classes
+    if args.checkpoint:
+        load_model_weights(model, args.checkpoint, '--checkpoint', args.model, use_ema=args.use_ema)
+    return model

@@ -1,0 +1,140 @@
+"""The folder of one training run: its name, args.yaml and summary.csv."""
+import argparse
+import csv
+import glob
+import io
+import os
+import shutil
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import yaml
+from timm.models import safe_model_name
+
+from .checkpoint import to_plain, write_atomic
+from .errors import ConfigError, OutputError
+from .saver import EXTENSION
+
+_MARKS = ('args.yaml', 'summary.csv', 'last' + EXTENSION)
+
+
+def run_path(args: argparse.Namespace, image_size: int | None = None) -> str:
+    """Folder of the run: `--output` (output/train) / `--experiment` (time-model-size)."""
+    name = args.experiment
+    if not name:
+        parts = [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)]
+        name = '-'.join(parts)
+    return os.path.join(args.output or os.path.join('output', 'train'), name)
+
+
+def resolve_resume(args: argparse.Namespace) -> str:
+    """Path to resume from, '' for a new run; `--resume auto` looks into the folder of `--experiment`.
+
+    Raises:
+        ConfigError: `auto` without `--experiment`.
+    """
+    if args.resume != 'auto':
+        return args.resume
+    if not args.experiment:
+        raise ConfigError("--resume auto needs --experiment NAME, so that the run's folder is known: add it")
+    path = os.path.join(run_path(args), 'last' + EXTENSION)
+    return path if os.path.isfile(path) else ''
+
+
+def check_free(folder: str, resume: str) -> bool:
+    """Whether the run continues the one in `folder`.
+
+    Raises:
+        OutputError: the folder holds a run that is not the one being resumed.
+    """
+    inside = bool(resume) and os.path.realpath(os.path.dirname(resume) or '.') == os.path.realpath(folder)
+    if inside:
+        return True
+    if any(os.path.exists(os.path.join(folder, mark)) for mark in _MARKS):
+        raise OutputError(f'{folder!r} already holds a run: resume it with --resume auto, or choose another '
+                          '--experiment or --output')
+    return False
+
+
+def _backup(path: str) -> str:
+    stem, extension = os.path.splitext(path)
+    number = 1
+    while os.path.exists(f'{stem}.{number}{extension}'):
+        number += 1
+    backup = f'{stem}.{number}{extension}'
+    shutil.copy2(path, backup)
+    return backup
+
+
+def settings_text(args: argparse.Namespace) -> str:
+    """The settings as YAML that `--config` accepts."""
+    return yaml.safe_dump(to_plain(vars(args)), default_flow_style=False)
+
+
+class RunFolder:
+    """An open run folder; created if need be, and proved writable.
+
+    Args:
+        path: the folder.
+        settings: content of args.yaml; a different former one is kept as args.N.yaml.
+        resume_epoch: first epoch to come when a run in this folder is continued, None for a new run.
+
+    Raises:
+        OutputError: the folder cannot be created or written.
+    """
+
+    def __init__(self, path: str, settings: str, resume_epoch: int | None = None) -> None:
+        self.path = path
+        self.summary = os.path.join(path, 'summary.csv')
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f'output folder {path!r} cannot be created ({error.strerror}): choose another '
+                              '--output') from error
+        for leftover in glob.glob(os.path.join(glob.escape(path), f'.*{EXTENSION}.*tmp')):
+            os.remove(leftover)
+        target = os.path.join(path, 'args.yaml')
+        if os.path.exists(target):
+            with open(target, encoding='utf-8') as file:
+                if file.read() != settings:
+                    _backup(target)
+        write_atomic(target, lambda file: file.write(settings.encode()))
+        if resume_epoch is not None:
+            self._trim(resume_epoch)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not os.path.exists(self.summary):
+            return []
+        with open(self.summary, newline='', encoding='utf-8') as file:
+            return [row for row in csv.DictReader(file) if row.get('epoch')]
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=columns, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.summary, lambda file: file.write(text.getvalue().encode()))
+
+    def _trim(self, first_epoch: int) -> None:
+        rows = self._read()
+        kept = [row for row in rows if int(float(row['epoch'])) < first_epoch]
+        if len(kept) < len(rows):
+            _backup(self.summary)
+            self._write(kept) if kept else os.remove(self.summary)
+
+    def add_epoch(self, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Adds a row to summary.csv, in place of an earlier row of the same epoch.
+
+        Args:
+            epoch: the epoch.
+            metrics: the other columns.
+
+        Returns:
+            The row.
+        """
+        row = {'epoch': int(epoch), **{key: to_plain(value) for key, value in metrics.items()}}
+        rows: list[dict[str, Any]] = [old for old in self._read() if int(float(old['epoch'])) != epoch]
+        self._write([*rows, row])
+        return row

@@ -1,0 +1,208 @@
+"""Saving and resuming of a training run at epoch granularity."""
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+
+from .checkpoint import describe_misfit, link_atomic, pick_weights, read_checkpoint, to_plain, write_atomic
+from .errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
+EXTENSION = '.pth.tar'
+SCALER_KEY = 'amp_scaler'
+
+
+@dataclass
+class TrainState:
+    """Everything of a run that a checkpoint carries.
+
+    Attributes:
+        task: the model and its average.
+        optimizer: its optimizer.
+        loss_scaler: scaler of float16 training, inert otherwise.
+        scheduler: timm scheduler, or None. Its position follows from the epoch; only `plateau` has a memory.
+        args: the settings, stored as a plain dictionary.
+    """
+
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    loss_scaler: torch.amp.GradScaler
+    scheduler: Any = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def to_checkpoint(self, epoch: int) -> dict[str, Any]:
+        """Content of the checkpoint after `epoch`, in timm's format (version 2: `epoch` is the last finished one)."""
+        content: dict[str, Any] = {
+            'epoch': int(epoch),
+            'arch': str(self.args.get('model', '')),
+            'version': 2,
+            'args': to_plain(self.args),
+            'optimizer': self.optimizer.state_dict(),
+        }
+        content.update(self.task.get_checkpoint_state())
+        content.update(self.task.get_checkpoint_state(ema=True))
+        if self.loss_scaler.is_enabled():
+            content[SCALER_KEY] = self.loss_scaler.state_dict()
+        plateau = getattr(self.scheduler, 'lr_scheduler', None)
+        if plateau is not None:
+            content['lr_scheduler'] = {key: to_plain(value) for key, value in plateau.state_dict().items()}
+        return content
+
+    def load_checkpoint(self, content: dict[str, Any], path: str, weights_only: bool = False) -> int:
+        """Restores the run; nothing is changed if the weights do not fit.
+
+        Args:
+            content: a checkpoint's dictionary.
+            path: its file, for messages.
+            weights_only: leave optimizer, scaler and schedule state out (`--no-resume-opt`).
+
+        Returns:
+            The epoch to go on with.
+
+        Raises:
+            CheckpointError: another architecture, class count or optimizer.
+        """
+        weights, _ = pick_weights(content, use_ema=False)
+        self._load_weights(weights, content.get('task_state'), path, ema=False)
+        if not weights_only:
+            self._load_optimizer(content, path)
+        epoch = content.get('epoch')
+        if epoch is None:
+            return 0
+        return int(epoch) + (1 if content.get('version', 1) > 1 else 0)
+
+    def load_ema(self, content: dict[str, Any], path: str) -> None:
+        """Restores the average, from the plain weights if the checkpoint has no average."""
+        weights, is_ema = pick_weights(content, use_ema=True)
+        if not is_ema:
+            _logger.warning('%s has no averaged weights: the average starts from its plain weights.', path)
+        self._load_weights(weights, content.get('task_state_ema' if is_ema else 'task_state'), path, ema=True)
+
+    def _load_weights(self, weights: dict[str, torch.Tensor], task_state: Any, path: str, ema: bool) -> None:
+        model = unwrap_model(self.task.get_eval_model(ema=ema))
+        misfit = describe_misfit(model.state_dict(), weights)
+        if misfit:
+            raise CheckpointError(
+                f'--resume {path!r} does not fit model {self.args.get("model", "")!r}: {misfit}; use the --model, '
+                '--model-kwargs and --num-classes of the run that wrote it')
+        self.task.load_checkpoint_state(weights, task_state, ema=ema)
+
+    def _load_optimizer(self, content: dict[str, Any], path: str) -> None:
+        if 'optimizer' in content:
+            try:
+                self.optimizer.load_state_dict(content['optimizer'])
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f'--resume {path!r} comes from another optimizer ({error}): use its --opt, or '
+                                      '--no-resume-opt') from error
+        else:
+            _logger.warning('%s has no optimizer state: the optimizer starts anew.', path)
+        if self.loss_scaler.is_enabled() and SCALER_KEY in content:
+            self.loss_scaler.load_state_dict(content[SCALER_KEY])
+        plateau = getattr(self.scheduler, 'lr_scheduler', None)
+        if plateau is not None and 'lr_scheduler' in content:
+            plateau.load_state_dict(content['lr_scheduler'])
+
+
+class CheckpointSaver:
+    """Writes `last`, `checkpoint-EPOCH` for the best epochs, and `model_best`, all atomically.
+
+    File names, keys and the order of the history are timm's; unlike timm's saver it never unlinks a file before its
+    replacement stands on disk.
+
+    Args:
+        folder: run folder.
+        max_history: numbered checkpoints to keep, best first.
+        decreasing: a lower metric is better.
+    """
+
+    def __init__(self, folder: str, max_history: int = 10, decreasing: bool = False) -> None:
+        if max_history < 1:
+            raise ValueError(f'max_history must be >= 1, got {max_history}')
+        self.folder = folder
+        self.max_history = max_history
+        self.decreasing = decreasing
+        self.files: list[tuple[str, float]] = []  # (file name, metric), best first
+        self.best_metric: float | None = None
+        self.best_epoch: int | None = None
+
+    def path(self, stem: str) -> str:
+        """Path of `last`, `model_best` or `checkpoint-EPOCH`."""
+        return os.path.join(self.folder, stem + EXTENSION)
+
+    def is_better(self, metric: float, than: float | None) -> bool:
+        """Whether a metric beats another; anything beats None, and NaN beats nothing."""
+        if than is None:
+            return metric == metric
+        return metric < than if self.decreasing else metric > than
+
+    def save(self, state: TrainState, epoch: int, metric: float) -> tuple[float | None, int | None]:
+        """Saves the state after an epoch and prunes the history.
+
+        Args:
+            state: the run.
+            epoch: the epoch just finished.
+            metric: what checkpoints are ranked by.
+
+        Returns:
+            Best metric and its epoch.
+
+        Raises:
+            OutputError: a file cannot be written; the former checkpoints are intact.
+        """
+        metric = float(metric)
+        name = f'checkpoint-{epoch}{EXTENSION}'
+        improved = self.is_better(metric, self.best_metric)
+        if improved:
+            self.best_metric, self.best_epoch = metric, int(epoch)
+        files = [entry for entry in self.files if entry[0] != name] + [(name, metric)]
+        files.sort(key=lambda entry: (entry[1] != entry[1], entry[1] if self.decreasing else -entry[1]))
+        kept, dropped = files[:self.max_history], files[self.max_history:]
+
+        content = state.to_checkpoint(epoch)
+        content['metric'] = metric
+        content['saver'] = {
+            'checkpoint_files': [list(entry) for entry in kept],
+            'best_metric': self.best_metric,
+            'best_epoch': self.best_epoch,
+        }
+        write_atomic(self.path('last'), lambda file: torch.save(content, file))
+        if (name, metric) in kept:
+            link_atomic(self.path('last'), os.path.join(self.folder, name))
+        if improved:
+            link_atomic(self.path('last'), self.path('model_best'))
+        self.files = kept
+        for old, _ in dropped:
+            if old != name:
+                self._remove(old)
+        return self.best_metric, self.best_epoch
+
+    def _remove(self, name: str) -> None:
+        try:
+            os.remove(os.path.join(self.folder, name))
+        except OSError as error:
+            _logger.warning('Old checkpoint %s cannot be removed (%s).', name, error.strerror)
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Takes over history and best metric from a checkpoint of this folder; lost files are forgotten."""
+        saved = content.get('saver')
+        if not isinstance(saved, dict):
+            return
+        self.files = [
+            (os.path.basename(str(name)), float(metric)) for name, metric in saved.get('checkpoint_files', [])
+            if metric is not None and os.path.isfile(os.path.join(self.folder, os.path.basename(str(name))))
+        ]
+        self.best_metric = saved.get('best_metric')
+        self.best_epoch = saved.get('best_epoch')
+
+
+def read_resume(path: str) -> dict[str, Any]:
+    """Content of the checkpoint that `--resume` names.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: see `read_checkpoint`.
+    """
+    return read_checkpoint(path, '--resume')

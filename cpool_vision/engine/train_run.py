@@ -1,0 +1,205 @@
+"""A whole training run, from settings to the best checkpoint."""
+import argparse
+import logging
+from typing import Any
+
+import torch
+import torch.distributed
+from timm import utils
+from timm.data import resolve_data_config
+from timm.models import safe_model_name
+
+import cpool_vision  # noqa: F401 - registers the variants
+
+from . import data, objective
+from .device import Precision, resolve_precision, seed_everything, setup_device
+from .errors import ConfigError
+from .evaluate import Evaluation, evaluate
+from .model import create_train_model, place_model
+from .progress import silence_logging
+from .run_folder import RunFolder, check_free, resolve_resume, run_path, settings_text
+from .saver import CheckpointSaver, TrainState, read_resume
+from .tracking import start_wandb
+from .train_loop import Run, current_lr, train_one_epoch
+
+_logger = logging.getLogger(__name__)
+_METRICS = ('top1', 'top5', 'loss')
+
+
+def _check(args: argparse.Namespace) -> None:
+    for flag, value, least in (('--grad-accum-steps', args.grad_accum_steps, 1), ('--epochs', args.epochs, 1),
+                               ('--val-interval', args.val_interval, 1), ('--log-interval', args.log_interval, 1),
+                               ('--checkpoint-hist', args.checkpoint_hist, 1), ('--seed', args.seed, 0),
+                               ('--workers', args.workers, 0)):
+        if value < least:
+            raise ConfigError(f'{flag} must be >= {least}, got {value}')
+    if args.eval_metric not in _METRICS:
+        raise ConfigError(f'--eval-metric {args.eval_metric!r} is unknown: choose {", ".join(_METRICS)}')
+    if args.clip_mode not in ('norm', 'value', 'agc'):
+        raise ConfigError(f'--clip-mode {args.clip_mode!r} is unknown: choose norm, value or agc')
+    if args.dist_bn not in ('', 'reduce', 'broadcast'):
+        raise ConfigError(f"--dist-bn {args.dist_bn!r} is unknown: choose reduce, broadcast or ''")
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains as the settings say.
+
+    Under torchrun every process calls this function; the first one writes the run folder.
+
+    Args:
+        args: settings as `config.parse_args(args_train.build_parser)` gives them; changed in place.
+
+    Returns:
+        `folder`, `best_metric`, `best_epoch`, and `epochs`: the rows of summary.csv that this call added. Empty on
+        other processes than the first.
+
+    Raises:
+        UserError: bad input; see `engine.errors`.
+    """
+    settings = settings_text(args)
+    _check(args)
+    device = setup_device(args)
+    if args.rank != 0:
+        silence_logging()
+    try:
+        return _train(args, settings, device)
+    finally:
+        if args.distributed and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dict[str, Any]:
+    primary = args.rank == 0
+    precision = resolve_precision(args, device)
+    if args.data and not args.data_dir:
+        args.data_dir = args.data
+    resume = resolve_resume(args)
+    content = read_resume(resume) if resume else None
+
+    seed_everything(args.seed)  # the same on every process: they start from the same weights
+    model = create_train_model(args)
+    _logger.info('Model %s: %d parameters.', safe_model_name(args.model), sum(p.numel() for p in model.parameters()))
+    data_config = resolve_data_config(vars(args), model=model, verbose=False)
+    folder = run_path(args, data_config['input_size'][-1])
+    continuing = check_free(folder, resume) if primary else False
+    model = place_model(model, args, device, precision)
+
+    loader, mixup_fn = data.build_train_loader(args, data_config, device, precision)
+    eval_loader = None
+    if args.val_split:
+        eval_loader = data.build_eval_loader(
+            args, data_config, device, precision, args.val_split, args.validation_batch_size or args.batch_size,
+            args.val_num_samples, distributed=args.distributed)
+    mean_batch = float(getattr(loader.batch_sampler, 'average_batch_size', args.batch_size))
+    task: Any = objective.build_task(args, model, objective.build_loss(args), device, precision, primary)
+    args.lr = objective.resolve_lr(args, mean_batch)
+    optimizer = objective.build_optimizer(args, task.get_trainable_module())
+    run = Run(args, device, precision, task, optimizer, precision.loss_scaler(), None, loader, mixup_fn, mean_batch)
+    metric_name = args.eval_metric if eval_loader is not None else 'loss'
+    run.scheduler, num_epochs = objective.build_scheduler(
+        args, optimizer, run.updates_per_epoch, decreasing=metric_name == 'loss')
+    state = TrainState(task, optimizer, run.loss_scaler, run.scheduler, vars(args).copy())
+
+    start_epoch = 0
+    if content is not None:
+        start_epoch = state.load_checkpoint(content, resume, weights_only=args.no_resume_opt)
+        _logger.info('Resumed from %s: epoch %d comes next.', resume, start_epoch)
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None)
+        if content is not None:
+            state.load_ema(content, resume)
+    eval_model = _compile_and_distribute(args, task, device)
+    if args.start_epoch is not None:
+        start_epoch = args.start_epoch
+    if start_epoch >= num_epochs:
+        _logger.warning('Nothing to train: epoch %d of %d comes next; raise --epochs.', start_epoch, num_epochs)
+    if run.scheduler is not None and start_epoch > 0:
+        if args.sched_on_updates:
+            run.scheduler.step_update(start_epoch * run.updates_per_epoch)
+        else:
+            run.scheduler.step(start_epoch)
+
+    opened, saver = None, None
+    if primary:
+        opened = RunFolder(folder, settings, start_epoch if continuing else None)
+        run.folder = folder
+        saver = CheckpointSaver(folder, args.checkpoint_hist, decreasing=metric_name == 'loss')
+        if continuing and content is not None:
+            saver.restore(content)
+    log_row = start_wandb(args, folder) if primary else None
+    _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', folder, start_epoch, num_epochs - 1,
+                 run.updates_per_epoch, _describe(precision))
+
+    rows: list[dict[str, Any]] = []
+    for epoch in range(start_epoch, num_epochs):
+        seed_everything(args.seed, args.rank, epoch)
+        data.set_epoch(loader, epoch)
+        metrics = train_one_epoch(run, epoch, num_epochs)
+        if args.distributed and args.dist_bn:
+            utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+        columns = {'train_loss': metrics['loss']}
+        due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs
+        if due and eval_loader is not None:
+            evaluation = _evaluate_all(args, run, eval_model, eval_loader)
+            columns.update({f'eval_{key}': evaluation.metrics[key] for key in ('loss', 'top1', 'top5')})
+        columns['lr'] = current_lr(optimizer)
+        columns['train_images_per_sec'] = metrics['images_per_sec']
+        latest = columns.get(f'eval_{metric_name}', columns['train_loss']) if due else None
+        if run.scheduler is not None:
+            run.scheduler.step(epoch + 1, latest)
+        if opened is not None and saver is not None:
+            rows.append(opened.add_epoch(epoch, columns))
+            if log_row is not None:
+                log_row(rows[-1])
+            if due:
+                saver.save(state, epoch, float(latest))  # type: ignore[arg-type]
+            _logger.info('Epoch %d: %s', epoch, '  '.join(f'{key} {value:.5g}' for key, value in columns.items()))
+    if saver is None:
+        return {}
+    if saver.best_metric is not None:
+        _logger.info('Best %s %.5g at epoch %s: %s', metric_name, saver.best_metric, saver.best_epoch,
+                     saver.path('model_best'))
+    return {'folder': folder, 'metric': metric_name, 'best_metric': saver.best_metric, 'best_epoch': saver.best_epoch,
+            'epochs': rows}
+
+
+def _describe(precision: Precision) -> str:
+    if precision.amp_dtype is not None:
+        return f'mixed precision in {str(precision.amp_dtype).split(".")[-1]}'
+    return str(precision.model_dtype or torch.float32).split('.')[-1]
+
+
+def _compile_and_distribute(args: argparse.Namespace, task: Any, device: torch.device) -> Any:
+    """Compiles if asked to, wraps in DDP under several processes, and returns the model to validate, without DDP."""
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if task.has_ema():
+            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    eval_model = task.get_eval_model()
+    if args.distributed:
+        device_ids = None if device.type == 'cpu' else [device]
+        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+    return eval_model
+
+
+def _evaluate_all(args: argparse.Namespace, run: Run, eval_model: Any, loader: Any) -> Evaluation:
+    """Validates the model and, if there is one, its average, whose metrics then count."""
+    common: dict[str, Any] = dict(
+        loader=loader, device=run.device, precision=run.precision, prefetched=not args.no_prefetcher,
+        channels_last=args.channels_last, distributed=args.distributed, primary=args.rank == 0,
+        log_interval=args.log_interval)
+    task: Any = run.task
+    result = evaluate(eval_model, **common)
+    if task.has_ema() and not args.model_ema_force_cpu:
+        _logger.info('Without averaging: loss %.4f  top1 %.3f', result.metrics['loss'], result.metrics['top1'])
+        average = task.get_trainable_module(ema=True)
+        if args.distributed and args.dist_bn:
+            utils.distribute_bn(average, args.world_size, args.dist_bn == 'reduce')
+        result = evaluate(task.get_eval_model(ema=True), title='Validate average', **common)
+    if result.metrics['unreadable']:
+        _logger.warning('%d validation images could not be read and are left out of the metrics.',
+                        result.metrics['unreadable'])
+    return result
