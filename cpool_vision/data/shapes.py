@@ -46,7 +46,7 @@ class ShapesDataset(torch.utils.data.Dataset):
         ValueError: unknown split, or `num_samples`, `image_size` or `data_seed` out of range.
     """
 
-    class_names: tuple[str, ...] = tuple(f'{texture}_{outline}' for outline in OUTLINES for texture in TEXTURES)
+    classes: tuple[str, ...] = tuple(f'{texture}_{outline}' for outline in OUTLINES for texture in TEXTURES)
 
     def __init__(
             self,
@@ -78,12 +78,12 @@ class ShapesDataset(torch.utils.data.Dataset):
     @property
     def class_to_idx(self) -> dict[str, int]:
         """Class index by class name."""
-        return {name: index for index, name in enumerate(self.class_names)}
+        return {name: index for index, name in enumerate(self.classes)}
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self.class_names)
+        return len(self.classes)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -133,7 +133,7 @@ class ShapesDataset(torch.utils.data.Dataset):
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """Name of a sample in the manner of timm's readers; there is no such file."""
         name = f'{index:06d}.png'
-        return name if basename else f'{self.split}/{self.class_names[index % self.num_classes]}/{name}'
+        return name if basename else f'{self.split}/{self.classes[index % self.num_classes]}/{name}'
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
         """Names of all samples, see `filename`."""
