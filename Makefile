@@ -1,0 +1,60 @@
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_DIR ?= output/demo
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+RUN := $(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help demo test lint test-slow table
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo       train a small model on the built-in images, validate it, draw its supports (minutes, CPU)'
+	@echo 'make test       ruff, mypy and pytest'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make test-slow  the long tests'
+	@echo 'make table      bring the table of variants in README.md up to date'
+	@echo 'Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), PYTEST_ARGS'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# the stamps let a second call skip pip while the metadata stands
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed-plot
+
+$(VENV)/.installed-plot: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[plot]'
+	@touch $@
+
+test: lint
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+table: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.model_table --write
+
+DEMO_CONFIG := configs/quickstart.yaml
+DEMO_MODEL = $(shell sed -n 's/^model: *\([^ ]*\).*/\1/p' $(DEMO_CONFIG))
+DEMO_RUN := $(DEMO_DIR)/$(RUN)
+DEMO_BEST := $(DEMO_RUN)/model_best.pth.tar
+
+demo: $(VENV)/.installed-plot
+	$(BIN)/python train.py --config $(DEMO_CONFIG) --output $(DEMO_DIR) --experiment $(RUN)
+	$(BIN)/python validate.py --model $(DEMO_MODEL) --checkpoint $(DEMO_BEST) --dataset cpool/shapes --num-classes 10 \
+		--workers 0 --results-file $(DEMO_RUN)/validation.csv
+	$(BIN)/python -m cpool_vision.cli.draw $(DEMO_MODEL) --checkpoint $(DEMO_BEST) --num-classes 10 \
+		--output $(DEMO_RUN)/supports.png
+	@echo
+	@echo 'checkpoint  $(DEMO_BEST)'
+	@echo 'epochs      $(DEMO_RUN)/summary.csv'
+	@echo 'validation  $(DEMO_RUN)/validation.csv'
+	@echo 'supports    $(DEMO_RUN)/supports.png'
