@@ -97,7 +97,7 @@ def convert_value(action: argparse.Action, value: Any, where: str) -> Any:
         return value
     if action.nargs in ('+', '*') or isinstance(action.nargs, int):
         values = list(value) if isinstance(value, (list, tuple)) else [value]
-        if isinstance(action.nargs, int) and len(values) != action.nargs or not values and action.nargs == '+':
+        if isinstance(action.nargs, int) and len(values) != action.nargs or not values and action.default != []:
             raise ConfigError(f'{where}: {value!r} has {len(values)} values, the flag takes {action.nargs}')
         result: Any = [_convert_scalar(action, item, where) for item in values]
     else:

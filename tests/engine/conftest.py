@@ -1,0 +1,78 @@
+"""A tiny image folder, and runs of train and validate in this process."""
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cpool_vision.engine import args_train, args_validate
+from cpool_vision.engine.config import parse_args
+from cpool_vision.engine.train_run import train
+
+CLASSES = ('cat', 'dog', 'owl')
+
+
+@pytest.fixture(scope='session')
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder with train/ (8 images of each of 3 classes) and validation/ (7 images in all), 16 x 16 pixels."""
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, counts in (('train', (8, 8, 8)), ('validation', (3, 3, 1))):
+        for label, (name, count) in enumerate(zip(CLASSES, counts, strict=True)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3))
+                pixels[..., label] = 255 - pixels[..., label] // 4
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{index}.png')
+    return str(root)
+
+
+@pytest.fixture
+def base_flags(image_root: str, tmp_path: Any) -> list[str]:
+    """Flags of a run of a second or so, with random crops, flips and dropout."""
+    return ['--data-dir', image_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-b', '8',
+            '-j', '0', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3', '--drop', '0.2',
+            '--device', 'cpu', '--output', str(tmp_path / 'runs')]
+
+
+@pytest.fixture
+def train_args() -> Callable[..., argparse.Namespace]:
+    """Parses flags of train.py."""
+    return lambda *flags: parse_args(args_train.build_parser, list(flags))
+
+
+@pytest.fixture
+def validate_args() -> Callable[..., argparse.Namespace]:
+    """Parses flags of validate.py."""
+    return lambda *flags: parse_args(args_validate.build_parser, list(flags))
+
+
+@pytest.fixture
+def run_train(base_flags: list[str]) -> Callable[..., dict[str, Any]]:
+    """Trains in this process with `base_flags` and further ones; returns the result."""
+    return lambda *flags: train(parse_args(args_train.build_parser, [*base_flags, *flags]))
+
+
+@pytest.fixture
+def load() -> Callable[..., dict[str, Any]]:
+    """Loads a checkpoint as the strictest reader would: tensors and plain values only."""
+    return lambda *parts: torch.load(os.path.join(*parts), map_location='cpu', weights_only=True)
+
+
+@pytest.fixture
+def evil_checkpoint(tmp_path: Any) -> tuple[str, str]:
+    """Path of a checkpoint that creates a file when it is unpickled carelessly, and the path of that file."""
+    flag = str(tmp_path / 'executed')
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (flag,)
+
+    path = str(tmp_path / 'evil.pth.tar')
+    torch.save({'epoch': 0, 'state_dict': {'weight': torch.ones(1)}, 'payload': Evil()}, path)
+    return path, flag

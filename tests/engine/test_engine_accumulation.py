@@ -1,0 +1,128 @@
+"""Gradient accumulation, non-finite losses, and losses counted once."""
+import argparse
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from timm.task import ClassificationTask
+
+from cpool_vision.engine.device import Precision
+from cpool_vision.engine.errors import NonFiniteLossError
+from cpool_vision.engine.train_loop import LossMeter, Run, count_updates, group_size, train_one_epoch
+
+
+class CountingTask(ClassificationTask):
+    """Counts the micro-steps whose gradients are not exchanged."""
+
+    silent = 0
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self.silent += 1
+        yield
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradient of each step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[torch.Tensor] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.seen.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group['params']]))
+        super().step(closure)
+
+
+def make_run(batches: list[Any], accum: int, lr: float = 0.1, **flags: Any) -> Run:
+    args = argparse.Namespace(
+        grad_accum_steps=accum, mixup_off_epoch=0, distributed=False, world_size=1, rank=1, log_interval=1000,
+        no_prefetcher=False, channels_last=False, variable_batch_loss_scale='none', synchronize_step=False,
+        save_images=False, clip_grad=None, clip_mode='norm')
+    vars(args).update(flags)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    task = CountingTask(model, criterion=nn.CrossEntropyLoss(), verbose=False)
+    precision = Precision(None, None, 'cpu')
+    return Run(args, torch.device('cpu'), precision, task, Recorder(model.parameters(), lr=lr),
+               precision.loss_scaler(), None, batches)
+
+
+def make_batches(count: int, size: int = 4) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(size, 3, 2, 2, generator=generator), torch.randint(0, 3, (size,), generator=generator))
+            for _ in range(count)]
+
+
+@pytest.mark.parametrize('batches, accum', [(13, 8), (15, 8), (9, 5), (8, 4), (3, 8), (5, 1)])
+def test_updates_are_the_ceiling_and_equal_one_big_batch_each(batches: int, accum: int) -> None:
+    data = make_batches(batches)
+    run = make_run(data, accum)
+    train_one_epoch(run, 0, 1)
+    updates = -(-batches // accum)
+    assert run.updates_per_epoch == count_updates(batches, accum) == updates
+    assert len(run.optimizer.seen) == updates
+    assert run.task.silent == batches - updates
+
+    big = [tuple(torch.cat(parts) for parts in zip(*data[start:start + accum], strict=True))
+           for start in range(0, batches, accum)]
+    reference = make_run(big, 1)
+    train_one_epoch(reference, 0, 1)
+    for mine, theirs in zip(run.optimizer.seen, reference.optimizer.seen, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_last_group_is_not_divided_by_the_full_size() -> None:
+    """Control of the test above: the wrong divisor would show."""
+    data = make_batches(5)
+    run = make_run(data, 3)
+    train_one_epoch(run, 0, 1)
+    reference = make_run([tuple(torch.cat(parts) for parts in zip(*data[3:], strict=True))], 1, lr=0.)
+    reference.task.get_trainable_module().load_state_dict(make_run([], 1).task.get_trainable_module().state_dict())
+    train_one_epoch(reference, 0, 1)
+    ratio = run.optimizer.seen[1].norm() / reference.optimizer.seen[0].norm()
+    assert ratio == pytest.approx(1, abs=0.25)  # 2/3 under the full divisor
+    assert [group_size(step, 5, 3) for step in range(5)] == [3, 3, 3, 2, 2]
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_non_finite_loss_stops_before_the_update(bad: float) -> None:
+    data = make_batches(6)
+    data[3][0][0] = bad
+    run = make_run(data, 2)
+    clean = make_run(make_batches(6)[:2], 2)
+    train_one_epoch(clean, 0, 1)
+    with pytest.raises(NonFiniteLossError, match=r'epoch 0, update 1 of 3 \(batch 3.*--clip-grad') as caught:
+        train_one_epoch(run, 0, 1)
+    assert isinstance(caught.value, FloatingPointError)
+    assert len(run.optimizer.seen) == 1
+    for mine, theirs in zip(run.task.parameters(), clean.task.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_clipping_bounds_the_update() -> None:
+    free, clipped = make_run(make_batches(1), 1), make_run(make_batches(1), 1, clip_grad=0.01)
+    train_one_epoch(free, 0, 1)
+    train_one_epoch(clipped, 0, 1)
+    assert free.optimizer.seen[0].norm() > 0.1
+    assert clipped.optimizer.seen[0].norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_reported_loss_is_the_mean_over_images() -> None:
+    data = [*make_batches(2, 4), *make_batches(1, 7)]
+    run = make_run(data, 1, lr=0.)
+    loss = train_one_epoch(run, 0, 1)['loss']
+    everything = tuple(torch.cat(parts) for parts in zip(*data, strict=True))
+    expected = nn.functional.cross_entropy(run.task.get_trainable_module()(everything[0]), everything[1])
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_meter_separates_the_epoch_from_the_last_report() -> None:
+    meter = LossMeter(torch.device('cpu'))
+    meter.add(torch.tensor(1.), 3)
+    assert meter.read(False) == (1., 1.)
+    meter.add(torch.tensor(5.), 1)
+    assert meter.read(False) == (2., 5.)
