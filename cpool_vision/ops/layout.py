@@ -14,8 +14,16 @@ def empty_maps(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: t
     """Uninitialised `(B, C, H, W)` maps on the device of `like`."""
     b, c, h, w = shape
     if channels_last:
-        return like.new_empty((b, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+        # Not a permuted view: callers may change the maps in place, which autograd refuses for views made here.
+        return like.new_empty_strided((b, c, h, w), (h * w * c, 1, w * c, c), dtype=dtype)
     return like.new_empty((b, c, h, w), dtype=dtype)
+
+
+def join_groups(y: Tensor, batch: int, channels: int) -> Tensor:
+    """Maps `(B G, C / G, H, W)` as `(B, C, H, W)`, not tracked as a view (see `empty_maps`)."""
+    if y.shape[0] == batch:
+        return y
+    return torch.ops.aten._unsafe_view(y, (batch, channels, *y.shape[2:]))
 
 
 def matmul(a: Tensor, b: Tensor, channels_last: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import workspace
-from .layout import accumulate_matmul, empty_maps, is_channels_last
+from .layout import accumulate_matmul, empty_maps, is_channels_last, join_groups
 from .plan import CHUNK_ELEMENTS, exponent_scale
 from .reference import squared_offsets
 
@@ -63,7 +63,7 @@ def softmax_forward(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int
         out = y[bs].flatten(2)[:, :, rs.start * wo:rs.stop * wo]
         accumulate_matmul(
             out, blocks.x[bs].to(blocks.dtype), weights.transpose(1, 2), blocks.channels_last, beta=0)
-    return y.view(x.shape[0], x.shape[1], ho, wo).to(x.dtype)
+    return join_groups(y, x.shape[0], x.shape[1]).to(x.dtype)
 
 
 def softmax_backward(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import workspace
-from .layout import accumulate_matmul, empty_maps, is_channels_last, matmul
+from .layout import accumulate_matmul, empty_maps, is_channels_last, join_groups, matmul
 from .plan import (
     CHUNK_ELEMENTS,
     TOLERANCE,
@@ -140,7 +140,7 @@ def tiled_forward(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) 
             out = out.unflatten(2, (strip.r1 - strip.r0, band.c1 - band.c0))
             total[bs, rs, cs] = out[:, cg]
             torch.mul(out[:, :cg], out[:, cg:].reciprocal(), out=y[bs, :, rs, cs])
-    return y.view(x.shape[0], x.shape[1], ho, wo), total, margins
+    return join_groups(y, x.shape[0], x.shape[1]), total, margins
 
 
 def tiled_backward(
