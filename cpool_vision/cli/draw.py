@@ -24,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('--pretrained', action='store_true', help="load the model's pretrained weights")
     add('--num-classes', type=int, default=None, metavar='N', help='number of classes (model default if left out)')
     add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
+    add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='channel means used in training')
+    add('--std', type=float, nargs='+', default=None, metavar='STD', help='channel standard deviations of training')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
         help='further arguments of the model')
     add('--dataset', default=None, metavar='NAME', help='data set to draw from (default: cpool/shapes)')

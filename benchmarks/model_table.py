@@ -1,0 +1,112 @@
+"""Table of every registered variant: input size, parameters and MACs beside those of its plain base.
+
+    python -m benchmarks.model_table            # print
+    python -m benchmarks.model_table --write    # between the markers in README.md
+    python -m benchmarks.model_table --check    # exit status 1 if README.md holds another table
+
+The base is the same architecture built with `cpool_positions=[]`. MACs are half the FLOPs that
+`torch.utils.flop_counter.FlopCounterMode` counts at batch 1, with attention computed by plain products; the context
+pool counts by the formula registered for its operator. Models are built on the meta device: nothing is computed.
+"""
+import argparse
+import difflib
+import pathlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.layers import set_fused_attn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cpool_vision
+
+BEGIN, END = '<!-- model-table -->', '<!-- /model-table -->'
+README = pathlib.Path(__file__).resolve().parent.parent / 'README.md'
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one variant; parameters and MACs are plain counts."""
+    name: str
+    size: int
+    base_params: int
+    params: int
+    base_macs: int
+    macs: int
+
+
+def count(name: str, **kwargs: Any) -> tuple[int, int, int]:
+    """Input side in pixels, parameters and MACs (batch 1) of a model."""
+    set_fused_attn(False)
+    with torch.device('meta'):
+        model = timm.create_model(name, **kwargs).eval()
+        channels, height, width = model.pretrained_cfg['input_size']
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(torch.empty(1, channels, height, width))
+    return height, sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+
+
+def measure(name: str) -> Row:
+    """Figures of a variant and of its base."""
+    size, params, macs = count(name)
+    _, base_params, base_macs = count(name, cpool_positions=[])
+    return Row(name, size, base_params, params, base_macs, macs)
+
+
+def format_table(rows: list[Row]) -> str:
+    """Markdown table of the rows."""
+    def change(new: int, old: int) -> str:
+        return f'{100 * (new - old) / old:+.1f} %'
+
+    lines = [
+        '| model | input | parameters (M) | base (M) | difference | MACs (G) | base (G) | difference |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    lines += [
+        f'| `{row.name}` | {row.size} | {row.params / 1e6:.2f} | {row.base_params / 1e6:.2f} | '
+        f'{change(row.params, row.base_params)} | {row.macs / 1e9:.3f} | {row.base_macs / 1e9:.3f} | '
+        f'{change(row.macs, row.base_macs)} |'
+        for row in rows
+    ]
+    return '\n'.join(lines)
+
+
+def replace_table(text: str, table: str) -> str:
+    """`text` with `table` between the markers.
+
+    Raises:
+        ValueError: the markers are missing or there is more than one pair.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f'the file must hold {BEGIN} and {END} once each, in this order')
+    head, rest = text.split(BEGIN)
+    return f'{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}'
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints, writes or checks the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument('--write', action='store_true', help='write the table into the file')
+    mode.add_argument('--check', action='store_true', help='compare the table with that in the file')
+    parser.add_argument('--file', type=pathlib.Path, default=README, help='file with the markers (default: README.md)')
+    args = parser.parse_args(argv)
+    table = format_table([measure(name) for name in cpool_vision.list_models()])
+    if not (args.write or args.check):
+        print(table)
+        return 0
+    text = args.file.read_text(encoding='utf-8')
+    wanted = replace_table(text, table)
+    if args.write:
+        args.file.write_text(wanted, encoding='utf-8')
+        return 0
+    sys.stdout.writelines(difflib.unified_diff(
+        text.splitlines(keepends=True), wanted.splitlines(keepends=True), str(args.file), 'wanted', n=0))
+    return int(text != wanted)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
