@@ -24,8 +24,8 @@ def context_pool2d(
     `sigma -> inf` the weighted global mean; a constant added to the logits changes nothing.
 
     Distances come from integer pixel indices and sums are kept in fp32 (fp64 for fp64 input), under autocast too. The
-    tiled backend may leave out a share of each query's weight of at most 2^-19 (fp32), 2^-46 (fp64), 2^-17 (fp16) or
-    2^-14 (bf16).
+    tiled backend may leave out a share of each query's weight, at most `cpool_vision.ops.TOLERANCE[x.dtype]`: 2^-20,
+    or 2^-46 in fp64.
 
     Args:
         x: features `(B, C, H, W)`, floating point, of any strides; channels-last input gives channels-last output.

@@ -19,20 +19,6 @@ def empty_maps(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: t
     return like.new_empty((b, c, h, w), dtype=dtype)
 
 
-def join_groups(y: Tensor, batch: int, channels: int) -> Tensor:
-    """Maps `(B G, C / G, H, W)` as `(B, C, H, W)`, not tracked as a view (see `empty_maps`)."""
-    if y.shape[0] == batch:
-        return y
-    return torch.ops.aten._unsafe_view(y, (batch, channels, *y.shape[2:]))
-
-
-def matmul(a: Tensor, b: Tensor, channels_last: bool) -> Tensor:
-    """`a @ b` for `a (B, C, K)`, laid out with the channels fastest where the maps are."""
-    if channels_last:
-        return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(a, b)
-
-
 def accumulate_matmul(out: Tensor, a: Tensor, b: Tensor, channels_last: bool, beta: int = 1) -> None:
     """`out = beta * out + a @ b` in place; beta 0 ignores what `out` held."""
     if channels_last:

@@ -6,7 +6,7 @@ multiplication per query and pixel, `1 / C` of the pooling itself. Windows there
 pooling weights that were learned, and the share left out is computed, not estimated.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,12 +18,14 @@ from .reference import squared_offsets
 # Largest share of a query's total weight that may be left out, by the dtype of the features.
 TOLERANCE = {
     torch.float64: 2.0 ** -46,
-    torch.float32: 2.0 ** -19,
-    torch.float16: 2.0 ** -17,
-    torch.bfloat16: 2.0 ** -14,
+    torch.float32: 2.0 ** -20,
+    torch.float16: 2.0 ** -20,
+    torch.bfloat16: 2.0 ** -20,
 }
 # exp() of less is subnormal, hence slow, and too small for any tolerance.
 MIN_EXPONENT = -80.0
+# Stands in place of margins where queries are weighed by softmax over the whole map.
+BY_SOFTMAX = -1
 # Columns of a band and rows of a strip that are considered; 0 stands for the whole width.
 SHAPES = ((14, 7), (14, 14), (28, 7), (0, 4), (0, 7))
 # Cost of touching one element, and of launching the operators of a strip, in multiply-adds of a matrix product.
@@ -58,8 +60,9 @@ class Geometry(NamedTuple):
     cols: Tensor
 
     @classmethod
-    def make(cls, out_size: tuple[int, int], in_size: tuple[int, int], stride: int, like: Tensor) -> 'Geometry':
-        tables = [squared_offsets(o, i, stride, like.dtype, like.device) for o, i in zip(out_size, in_size, strict=True)]
+    def make(cls, out_size: Sequence[int], in_size: Sequence[int], stride: int, like: Tensor) -> 'Geometry':
+        sizes = zip(out_size, in_size, strict=True)
+        tables = [squared_offsets(out, size, stride, like.dtype, like.device) for out, size in sizes]
         return cls(*(t - t.amin(1, keepdim=True) for t in tables))
 
 
@@ -137,6 +140,15 @@ def _choose_shape(margins: Tensor, height: int, width: int, channels: int) -> tu
         cost += float(read_cols.sum()) * height * channels * 7 * ELEMENT_COST + strips * STRIP_COST
         best = min(best, (cost, cols, rows, float(area.mean())))
     return best[1:]
+
+
+def whole_map_bands(maps: int, height: int, width: int, out_height: int, out_width: int) -> Iterator[Band]:
+    """Bands in which every query reads the whole map."""
+    rows = max(1, min(out_height, CHUNK_ELEMENTS // (out_width * height * width)))
+    step = _maps_per_chunk(maps, rows * out_width * height * width)
+    for b0 in range(0, maps, step):
+        strips = (Strip(r0, min(r0 + rows, out_height), 0, height) for r0 in range(0, out_height, rows))
+        yield Band(b0, min(b0 + step, maps), 0, out_width, 0, width, tuple(strips))
 
 
 def iter_bands(margins: Tensor, height: int, width: int, channels: int) -> Iterator[Band]:

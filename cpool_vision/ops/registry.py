@@ -3,8 +3,9 @@
 `context_pool2d` chooses a backend and decomposes; models call it in this form, which TorchScript, `torch.fx`,
 `torch.compile` and `torch.export` all take as one operator.
 """
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ _lib = torch.library.Library('cpool_vision', 'DEF')
 _lib.define('context_pool2d(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1, str? backend=None) -> Tensor')
 _lib.define('context_pool2d_reference(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1) -> Tensor')
 _lib.define('support_size(Tensor raw, int height, int width, float ratio, float floor) -> Tensor')
-_lib.define('context_pool2d_tiled(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> (Tensor, Tensor, Tensor)')
 _lib.define(
-    'context_pool2d_tiled_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor y, Tensor total, '
-    'Tensor margins, int stride) -> (Tensor, Tensor, Tensor)')
+    'context_pool2d_tiled(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> (Tensor, Tensor)')
+_lib.define(
+    'context_pool2d_tiled_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor margins, '
+    'int stride) -> (Tensor, Tensor, Tensor)')
 
 
 def _context_pool2d(
         x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, backend: str | None = None) -> Tensor:
     if choose_backend(x, weight_logits, sigma, stride, backend) == 'reference':
-        return context_pool2d_reference(x, weight_logits, sigma, stride)
+        return torch.ops.cpool_vision.context_pool2d_reference(x, weight_logits, sigma, stride)
     return torch.ops.cpool_vision.context_pool2d_tiled.default(x, weight_logits, sigma, stride)[0]
 
 
@@ -40,22 +42,30 @@ def _support_size(raw: Tensor, height: int, width: int, ratio: float, floor: flo
     return floor + ratio * math.sqrt(height * width) * raw.sigmoid()
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would run the products inside an operator in half precision."""
+    @functools.wraps(function)
+    def wrapper(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+    return wrapper
+
+
 for _name, _function in (
         ('context_pool2d', _context_pool2d),
-        ('context_pool2d_reference', context_pool2d_reference),
+        ('context_pool2d_reference', _without_autocast(context_pool2d_reference)),
         ('support_size', _support_size),
 ):
     _lib.impl(_name, _function, 'CompositeImplicitAutograd')
-_lib.impl('context_pool2d_tiled', tiled_forward, 'CompositeExplicitAutograd')
-_lib.impl('context_pool2d_tiled_backward', tiled_backward, 'CompositeExplicitAutograd')
+_lib.impl('context_pool2d_tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd')
+_lib.impl('context_pool2d_tiled_backward', _without_autocast(tiled_backward), 'CompositeExplicitAutograd')
 
 
-def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     g, ho, wo = sigma.shape[1:]
     maps = x.shape[0] * g
     return (
         empty_maps(x, (x.shape[0], x.shape[1], ho, wo), is_channels_last(x, g)),
-        x.new_empty(maps, ho, wo, dtype=torch.promote_types(x.dtype, torch.float32)),
         x.new_empty(4, maps, ho, wo, dtype=torch.int16),
     )
 
@@ -73,9 +83,9 @@ torch.library.register_fake('cpool_vision::context_pool2d_tiled', _tiled_fake, l
 torch.library.register_fake('cpool_vision::context_pool2d_tiled_backward', _tiled_backward_fake, lib=_lib)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.mark_non_differentiable(*output[1:])
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.stride = inputs[3]
 
 

@@ -1,4 +1,4 @@
-"""Temporaries that live from call to call, one set per thread: fresh pages can cost more than the arithmetic on them."""
+"""Temporaries that live from call to call, one set per thread: touching fresh pages can cost more than arithmetic."""
 import math
 import threading
 

@@ -1,0 +1,68 @@
+"""Inputs, oracle and error bounds shared by the operator tests."""
+
+import torch
+from torch import Tensor
+
+from cpool_vision.ops import context_pool2d, context_pool2d_reference
+
+Case = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def make_case(
+        b: int, c: int, h: int, w: int, groups: int = 1, stride: int = 1, sigma: tuple[float, float] = (0.1, 2.0),
+        logit_scale: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0,
+) -> Case:
+    """Features, logits, supports and an incoming gradient; logits and supports are at least fp32."""
+    gen = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    ho, wo = -(-h // stride), -(-w // stride)
+    x = torch.randn(b, c, h, w, generator=gen).to(dtype)
+    logits = (torch.randn(b, groups, h, w, generator=gen) * logit_scale).to(wide)
+    low, high = sigma
+    support = (low + (high - low) * torch.rand(b, groups, ho, wo, generator=gen)).to(wide)
+    grad = torch.randn(b, c, ho, wo, generator=gen).to(dtype)
+    return x, logits, support, grad
+
+
+def run(function, case: Case, stride: int = 1, dtype: torch.dtype = None) -> dict[str, Tensor]:
+    """Output and every gradient of `function(x, logits, sigma)`, computed on inputs of `dtype`."""
+    x, logits, sigma = (t.detach().clone() if dtype is None else t.detach().to(dtype) for t in case[:3])
+    for t in (x, logits, sigma):
+        t.requires_grad_()
+    y = function(x, logits, sigma)
+    y.backward(case[3].to(y.dtype))
+    return {'y': y.detach(), 'dx': x.grad, 'dlogits': logits.grad, 'dsigma': sigma.grad}
+
+
+def pool(backend: str, stride: int = 1):
+    return lambda x, logits, sigma: context_pool2d(x, logits, sigma, stride=stride, backend=backend)
+
+
+def dense(stride: int = 1):
+    return lambda x, logits, sigma: context_pool2d_reference(x, logits, sigma, stride)
+
+
+def assert_as_good_as_eager(case: Case, backend: str, stride: int = 1) -> None:
+    """Against the fp64 definition, mean and max errors stay below twice dense eager's plus the dtype's rounding.
+
+    The gradients of logits and supports are differences of `dy . x`, so rounding is relative to those products.
+    """
+    peaks = [t.double().abs().amax((2, 3)) for t in (case[3], case[0])]
+    products = float((peaks[0] * peaks[1]).sum(1).amax())
+    got = run(pool(backend, stride), case)
+    eager = run(dense(stride), case)
+    oracle = run(dense(stride), case, dtype=torch.float64)
+    for name, exact in oracle.items():
+        assert got[name].dtype == eager[name].dtype, name
+        assert got[name].shape == exact.shape, name
+        assert torch.isfinite(got[name]).all(), f'{name} is not finite'
+        scale = float(exact.abs().max())
+        if name in ('dlogits', 'dsigma'):
+            scale = max(scale, products)
+        floor = torch.finfo(eager[name].dtype).eps * scale
+        error = (got[name].double() - exact).abs()
+        eager_error = (eager[name].double() - exact).abs()
+        assert float(error.max()) <= 2 * (float(eager_error.max()) + floor), (
+            f'{name}: max error {float(error.max()):.2e}, eager {float(eager_error.max()):.2e}, {floor=:.1e}')
+        assert float(error.mean()) <= 2 * (float(eager_error.mean()) + floor / 4), (
+            f'{name}: mean error {float(error.mean()):.2e}, eager {float(eager_error.mean()):.2e}, {floor=:.1e}')
