@@ -8,14 +8,11 @@ from .checkpoint import to_plain
 from .errors import ConfigError
 
 
-def start_wandb(args: argparse.Namespace, folder: str) -> Callable[[dict[str, Any]], None] | None:
-    """Starts a run of Weights & Biases for `--log-wandb`.
-
-    Returns:
-        Function that logs a row of the summary; None if not asked for.
+def import_wandb(args: argparse.Namespace) -> Any:
+    """The module of Weights & Biases for `--log-wandb`, None if not asked for.
 
     Raises:
-        ConfigError: wandb is not installed, or a run to continue is named without `--resume`.
+        ConfigError: it is not installed, or a run to continue is named without `--resume`.
     """
     if not args.log_wandb:
         return None
@@ -25,6 +22,11 @@ def start_wandb(args: argparse.Namespace, folder: str) -> Callable[[dict[str, An
         import wandb
     except ImportError as error:
         raise ConfigError('--log-wandb needs the package wandb: pip install wandb, or drop the flag') from error
+    return wandb
+
+
+def start_wandb(wandb: Any, args: argparse.Namespace, folder: str) -> Callable[[dict[str, Any]], None]:
+    """Starts a run named after the run folder, and returns the function that logs a row of the summary."""
     wandb.init(
         project=args.wandb_project,
         name=os.path.basename(folder),

@@ -19,7 +19,7 @@ from .model import create_train_model, place_model
 from .progress import silence_logging
 from .run_folder import RunFolder, check_free, resolve_resume, run_path, settings_text
 from .saver import CheckpointSaver, TrainState, read_resume
-from .tracking import start_wandb
+from .tracking import import_wandb, start_wandb
 from .train_loop import Run, current_lr, train_one_epoch
 
 _logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     precision = resolve_precision(args, device)
     if args.data and not args.data_dir:
         args.data_dir = args.data
+    wandb = import_wandb(args) if primary else None
     resume = resolve_resume(args)
     content = read_resume(resume) if resume else None
 
@@ -129,7 +130,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
         saver = CheckpointSaver(folder, args.checkpoint_hist, decreasing=metric_name == 'loss')
         if continuing and content is not None:
             saver.restore(content)
-    log_row = start_wandb(args, folder) if primary else None
+    log_row = start_wandb(wandb, args, folder) if wandb is not None else None
     _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', folder, start_epoch, num_epochs - 1,
                  run.updates_per_epoch, _describe(precision))
 

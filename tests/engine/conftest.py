@@ -1,7 +1,7 @@
 """A tiny image folder, and runs of train and validate in this process."""
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,15 @@ from cpool_vision.engine.config import parse_args
 from cpool_vision.engine.train_run import train
 
 CLASSES = ('cat', 'dog', 'owl')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only lose time to a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='session')
