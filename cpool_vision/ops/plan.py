@@ -32,7 +32,7 @@ SHAPES = ((14, 7), (14, 14), (28, 7), (0, 4), (0, 7))
 ELEMENT_COST = 8.0
 STRIP_COST = 2e7
 # Weights of one window: few enough to stay in the last-level cache.
-CHUNK_ELEMENTS = 1_000_000
+CHUNK_ELEMENTS = 600_000
 
 
 class Strip(NamedTuple):

@@ -26,3 +26,8 @@ def take(slot: str, like: Tensor, *shape: int) -> Tensor:
     if held is None or held.numel() < size:
         held = _workspace.slots[key] = like.new_empty(size)
     return held[:size].view(shape)
+
+
+def clear() -> None:
+    """Gives this thread's memory back."""
+    _workspace.slots.clear()

@@ -20,8 +20,8 @@ def _poisoned(function):
 def poisoned_memory(monkeypatch):
     """Uninitialised memory reads as NaN, so that an element nobody wrote cannot pass for a result."""
     from cpool_vision.ops import workspace
-    workspace._workspace.slots.clear()
+    workspace.clear()
     for owner, name in ((torch, 'empty'), (torch, 'empty_like'), (torch.Tensor, 'new_empty')):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield
-    workspace._workspace.slots.clear()
+    workspace.clear()

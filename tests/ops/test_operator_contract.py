@@ -128,7 +128,7 @@ def test_only_needed_gradients_are_returned():
 def _extra_memory(size: int) -> float:
     """Peak memory of forward and backward beyond the inputs, in bytes of `x`, counted by the allocator."""
     from cpool_vision.ops import workspace
-    workspace._workspace.slots.clear()
+    workspace.clear()
     case = make_case(2, 48, size, size, sigma=(0.5, size / 12))
     x, logits, sigma = (t.requires_grad_() for t in case[:3])
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
