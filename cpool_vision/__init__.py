@@ -3,17 +3,13 @@
 Importing the package registers every variant. Without timm, the operator and the layers remain.
 """
 from .layers import ContextPool2d, TokenContextPool
+from .ops import context_pool2d
 from .version import __version__
-
-try:
-    from .ops import context_pool2d
-except ImportError:
-    pass
 
 try:
     from . import models
 except ModuleNotFoundError as e:
-    if (e.name or '').partition('.')[0] != 'timm':
+    if e.name != 'timm':
         raise
 
 __all__ = ['ContextPool2d', 'TokenContextPool', '__version__', 'context_pool2d', 'list_models', 'models']

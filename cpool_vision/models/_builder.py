@@ -11,7 +11,6 @@ from ._compat import (
     build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
-    update_model_args,
 )
 
 # Positions of each family, its default first.
@@ -170,7 +169,7 @@ def build_variant(
     if pretrained:
         pool_args.setdefault('init', PRETRAINED_INIT)
     cpool = PoolConfig(family, **pool_args)
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -178,7 +177,7 @@ def build_variant(
         cpool=cpool,
         **kwargs,
     )
-    update_model_args(model, **cpool.model_args())
+    model._model_args = dict(getattr(model, '_model_args', {}), **cpool.model_args())
     return model
 
 

@@ -1,7 +1,6 @@
 """The private names of timm that this package uses, in one place."""
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_args
 from timm.models._manipulate import checkpoint
 from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
@@ -17,6 +16,5 @@ __all__ = [
     'generate_default_cfgs',
     'get_arch_pretrained_cfgs',
     'register_model',
-    'update_model_args',
     'vit_filter_fn',
 ]

@@ -9,13 +9,23 @@ from typing import Any
 import torch
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import ContextPool2d, Subsample2d
 from ._builder import PoolConfig, build_variant, check_placed, context_pools, init_context_pools, variant_cfgs
 from ._compat import register_model
 
 __all__ = ['ContextPoolResNet']
+
+
+class BranchContextPool2d(ContextPool2d):
+    """`ContextPool2d` for a slot whose output is added to in place, while the pool keeps it for its backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool_map(x)
+        if self.gamma is None:
+            y = y.clone()
+        return y
 
 
 class ContextPoolResNet(ResNet):
@@ -85,8 +95,8 @@ def _pool_branch(block: Any, pool_args: dict[str, Any]) -> None:
         raise ValueError(
             f"position 'stage' needs the attention slot of the block, which holds {type(block.se).__name__}: "
             f'leave attn_layer or the position out')
-    norm = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-    block.se = ContextPool2d(norm.num_features, **pool_args)
+    norm: Any = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+    block.se = BranchContextPool2d(norm.num_features, **pool_args)
 
 
 def _pool_stride(block: Any, pool_args: dict[str, Any]) -> None:
@@ -96,7 +106,8 @@ def _pool_stride(block: Any, pool_args: dict[str, Any]) -> None:
             f'leave aa_layer or the position out')
     conv: Any = block.conv2 if isinstance(block, Bottleneck) else block.conv1
     conv.stride = (1, 1)
-    block.aa = ContextPool2d(conv.out_channels, stride=2, base=Subsample2d(2), **pool_args)
+    dim: Any = conv.out_channels
+    block.aa = ContextPool2d(dim, stride=2, base=Subsample2d(2), **pool_args)
 
 
 def _pool_shortcut(shortcut: nn.Sequential, pool_args: dict[str, Any]) -> nn.Sequential:

@@ -174,6 +174,17 @@ def test_torchscript_and_fx_equal_eager(kwargs):
         assert compiled(torch.randn(1, 32, 3, 9)).shape[-1] == -(-9 // pool.stride)
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('size', [4, 24])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_the_output_is_no_view_of_something_inside(memory_format, size, groups):
+    pool = make(groups=groups)
+    x = torch.randn(2, 32, size, size).to(memory_format=memory_format)
+    y = pool(x)
+    assert y.is_contiguous(memory_format=memory_format) or groups > 1
+    assert not y._is_view()
+
+
 def test_maps_stores_nothing():
     pool = make(groups=2)
     before = set(pool.__dict__), set(pool.state_dict()), set(dict(pool.named_buffers()))
