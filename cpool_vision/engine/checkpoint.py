@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -120,8 +121,8 @@ def to_plain(value: Any) -> Any:
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
-    if hasattr(value, 'item') and getattr(value, 'size', 1) == 1:
-        return to_plain(value.item())
+    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
+        return to_plain(value.tolist())
     return str(value)
 
 

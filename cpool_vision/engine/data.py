@@ -24,6 +24,8 @@ from .errors import ConfigError, DatasetError, DatasetNotFoundError
 
 _logger = logging.getLogger(__name__)
 UNREADABLE = -100  # label of an image that could not be decoded: the ignore_index of cross-entropy
+_FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')
+_PREFIXES = ('cpool', 'torch', 'hfds', 'hfids', 'tfds', 'wds')
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
@@ -53,6 +55,14 @@ class CountingImageDataset(ImageDataset):
         elif self.target_transform is not None and target != UNREADABLE:
             target = self.target_transform(target)
         return image, target
+
+
+def _check_name(name: str) -> None:
+    prefix, slash, rest = name.partition('/')
+    if name in _FOLDER_NAMES or slash and rest and prefix.lower() in _PREFIXES:
+        return
+    raise DatasetError(f'unknown data set {name!r}: leave --dataset empty for a folder or tar, or use one of '
+                       f'{", ".join(each + "/NAME" for each in _PREFIXES)}')
 
 
 def _check_folder(root: str | None, split: str) -> None:
@@ -85,7 +95,8 @@ def build_dataset(
         DatasetNotFoundError: its folder does not exist.
     """
     name, root = args.dataset, args.data_dir
-    if not name or name.lower() in ('torch/image_folder', 'torch/folder'):
+    _check_name(name)
+    if name in _FOLDER_NAMES or name.lower() in ('torch/image_folder', 'torch/folder'):
         _check_folder(root, split)
     if args.class_map and not os.path.isfile(args.class_map):
         raise DatasetNotFoundError(f'--class-map {args.class_map!r} does not exist: check the path')

@@ -59,7 +59,7 @@ def _build(args: argparse.Namespace, **kwargs: Any) -> Any:
         if 'argument' not in str(error):
             raise
         raise UnknownModelError(f'model {args.model!r} cannot be built as requested ({error}): '
-                                'leave that argument out; check --model-kwargs, the --bn- and the --drop- flags') from error
+                                'check --model-kwargs, the --bn- and the --drop- flags') from error
     except (OSError, RuntimeError) as error:
         if not args.pretrained and ':' not in args.model:
             raise

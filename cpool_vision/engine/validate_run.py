@@ -73,14 +73,22 @@ def read_valid_labels(path: str, num_classes: int) -> list[int]:
     return labels
 
 
-def _real_labels(dataset: Any, path: str) -> RealLabelsImagenet:
+def _real_labels(dataset: Any, path: str, num_classes: int) -> RealLabelsImagenet:
     if not os.path.isfile(path):
         raise ConfigError(f'--real-labels {path!r} does not exist: check the path')
+    if num_classes != 1000:
+        raise ConfigError(f'--real-labels are for models of the 1000 ImageNet classes, this one has {num_classes}: '
+                          'leave them out')
+    reason: Exception | None = None
     try:
-        return RealLabelsImagenet(dataset.filenames(basename=True), real_json=path)
+        names = dataset.filenames(basename=True)
+        labels = RealLabelsImagenet(names, real_json=path)
     except (AssertionError, AttributeError, KeyError, ValueError) as error:
+        names, labels, reason = [''], None, error
+    if labels is None or any(name not in labels.real_labels for name in names):
         raise ConfigError('--real-labels needs the 50,000 ImageNet validation images under their own names '
-                          f'(ILSVRC2012_val_00000001.JPEG ...): check --data-dir ({error})') from error
+                          '(ILSVRC2012_val_00000001.JPEG ...), and a JSON list of as many: check both') from reason
+    return labels
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -167,7 +175,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         crop_border_pixels=args.crop_border_pixels,
         tf_preprocessing=args.tf_preprocessing)
     valid_labels = read_valid_labels(args.valid_labels, args.num_classes) if args.valid_labels else None
-    real = _real_labels(loader.dataset, args.real_labels) if args.real_labels else None
+    real = _real_labels(loader.dataset, args.real_labels, args.num_classes) if args.real_labels else None
     averaged = None
     if args.metrics_avg:
         averaged = AveragedMetrics(len(valid_labels or range(args.num_classes)), args.metrics_avg, device)

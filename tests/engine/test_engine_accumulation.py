@@ -1,7 +1,7 @@
 """Gradient accumulation, non-finite losses, and losses counted once."""
 import argparse
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest

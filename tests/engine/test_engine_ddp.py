@@ -1,0 +1,68 @@
+"""Two processes under torchrun on the CPU."""
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cpool_vision.engine.bulk import run_validation
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..'))
+
+
+def torchrun(flags: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+         os.path.join(ROOT, 'train.py'), *flags],
+        capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def test_two_processes_train_validate_exactly_and_resume(
+        base_flags: list[str], image_root: str, validate_args: Callable[..., Any], load: Callable[..., Any]) -> None:
+    flags = [*base_flags, '-b', '4', '--grad-accum-steps', '2', '--model-ema', '--model-ema-decay', '0.5',
+             '--dist-bn', 'broadcast']
+    done = torchrun([*flags, '--experiment', 'whole'])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.split('--result\n')[1])
+    assert done.stdout.count('--result') == 1
+    # 24 images: 3 batches of 4 for each process, 2 updates
+    assert 'Train: 0 [   2/2]' in done.stderr and done.stderr.count('Epoch 0: ') == 1
+    folder = result['folder']
+    with open(os.path.join(folder, 'summary.csv'), newline='', encoding='utf-8') as file:
+        table = list(csv.DictReader(file))
+    assert [row['epoch'] for row in table] == ['0', '1']
+
+    # 7 validation images do not divide by 2: the padding must not count
+    row = run_validation(validate_args(
+        '--data-dir', image_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-j', '0',
+        '--device', 'cpu', '--use-ema', '--checkpoint', os.path.join(folder, 'last.pth.tar')))
+    assert row['top1'] == pytest.approx(float(table[-1]['eval_top1']), abs=1e-4)
+    assert row['loss'] == pytest.approx(float(table[-1]['eval_loss']), abs=1e-4)
+
+    done = torchrun([*flags, '--experiment', 'rest', '--resume', os.path.join(folder, 'checkpoint-0.pth.tar')])
+    assert done.returncode == 0, done.stderr
+    rest = json.loads(done.stdout.split('--result\n')[1])['folder']
+    one, two = load(folder, 'last.pth.tar'), load(rest, 'last.pth.tar')
+    for key in ('state_dict', 'state_dict_ema'):
+        for name, value in one[key].items():
+            assert torch.equal(value, two[key][name]), name
+
+
+@pytest.mark.slow
+def test_bad_input_stops_both_processes(base_flags: list[str]) -> None:
+    done = torchrun([*base_flags, '--output', '/dev/null/runs'])
+    assert done.returncode != 0
+    assert 'error: output folder' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_non_finite_loss_on_one_process_stops_both(base_flags: list[str], load: Callable[..., Any]) -> None:
+    done = torchrun([*base_flags, '--experiment', 'x', '--opt', 'sgd', '--lr', '1e30', '-b', '4'])
+    assert done.returncode != 0
+    assert 'error: the loss is not finite' in done.stderr
+    assert 'error [process 1]: the loss is not finite' in done.stderr
