@@ -24,7 +24,9 @@ def take(slot: str, like: Tensor, *shape: int) -> Tensor:
     size = math.prod(shape)
     held = _workspace.slots.get(key)
     if held is None or held.numel() < size:
-        held = _workspace.slots[key] = like.new_empty(size)
+        # What inference mode creates could not be written to outside it.
+        with torch.inference_mode(False):
+            held = _workspace.slots[key] = torch.empty(size, dtype=like.dtype, device=like.device)
     return held[:size].view(shape)
 
 

@@ -109,6 +109,16 @@ def test_autocast_changes_nothing(backend, dtype):
         assert torch.equal(got[name], value)
 
 
+@pytest.mark.parametrize('size', [(14, 14), (40, 33)])
+def test_training_goes_on_after_inference_mode(size):
+    from cpool_vision.ops import workspace
+    workspace.clear()
+    case = make_case(2, 4, *size)
+    with torch.inference_mode():
+        expected = context_pool2d(*case[:3], backend='tiled')
+    torch.testing.assert_close(run(pool('tiled'), case)['y'], expected)
+
+
 def test_second_derivatives_are_refused_by_tiled_and_given_by_reference():
     x, logits, sigma, _ = make_case(1, 2, 6, 5, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (x, logits, sigma)]
