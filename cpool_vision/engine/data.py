@@ -21,6 +21,7 @@ from cpool_vision.data import create_dataset
 
 from .device import Precision
 from .errors import ConfigError, DatasetError, DatasetNotFoundError
+from .posterize import allow_zero_bits
 
 _logger = logging.getLogger(__name__)
 UNREADABLE = -100  # label of an image that could not be decoded: the ignore_index of cross-entropy
@@ -187,6 +188,7 @@ def build_train_loader(
         ConfigError: flags that exclude each other.
     """
     _check_train_flags(args)
+    allow_zero_bits()
     dataset = build_dataset(args, args.train_split, True, image_mode(args, data_config), args.train_num_samples)
     smallest = min(args.train_batch_sizes or [args.batch_size])
     if hasattr(dataset, '__len__') and not isinstance(dataset, IterableImageDataset):
