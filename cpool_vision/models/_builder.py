@@ -20,7 +20,8 @@ POSITIONS = {
     'convnext': ('stage', 'downsample'),
 }
 DEFAULT_POSITIONS = {family: positions[:1] for family, positions in POSITIONS.items()}
-DEFAULT_STAGES = (0, 1, 2, 3)
+STAGES = (0, 1, 2, 3)
+DEFAULT_STAGES = STAGES
 DEFAULT_RATIO = 0.1
 DEFAULT_FLOOR = 0.1
 DEFAULT_GROUPS = 1
@@ -67,8 +68,8 @@ class PoolConfig:
                     f"unknown position {position!r} for {self.family}: choose from {', '.join(known)}, or 'none'")
         stages = DEFAULT_STAGES if self.stages is None else _as_tuple(self.stages)
         for stage in stages:
-            if stage not in DEFAULT_STAGES:
-                raise ValueError(f'cpool_stages must be among {DEFAULT_STAGES}, got {stage!r}')
+            if stage not in STAGES:
+                raise ValueError(f'cpool_stages must be among {STAGES}, got {stage!r}')
         object.__setattr__(self, 'positions', positions)
         object.__setattr__(self, 'stages', stages)
 

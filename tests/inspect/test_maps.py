@@ -25,6 +25,8 @@ def make(name, **kwargs):
     torch.manual_seed(0)
     if name.startswith('vit'):
         kwargs.update(img_size=(32, 48), class_token=True, global_pool='token')
+    else:
+        kwargs.update(cpool_stages=[0, 1, 2, 3])
     return timm.create_model(name, **kwargs)
 
 
