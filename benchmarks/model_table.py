@@ -17,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import set_fused_attn
+from timm.layers import set_fused_attn, use_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cpool_vision
@@ -39,9 +39,14 @@ class Row:
 
 def count(name: str, **kwargs: Any) -> tuple[int, int, int]:
     """Input side in pixels, parameters and MACs (batch 1) of a model."""
+    fused = use_fused_attn()
     set_fused_attn(False)
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(name, **kwargs).eval()
+    finally:
+        set_fused_attn(bool(fused))
     with torch.device('meta'):
-        model = timm.create_model(name, **kwargs).eval()
         channels, height, width = model.pretrained_cfg['input_size']
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
@@ -74,16 +79,16 @@ def format_table(rows: list[Row]) -> str:
     return '\n'.join(lines)
 
 
-def replace_table(text: str, table: str) -> str:
+def replace_between(text: str, begin: str, end: str, table: str) -> str:
     """`text` with `table` between the markers.
 
     Raises:
         ValueError: the markers are missing or there is more than one pair.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f'the file must hold {BEGIN} and {END} once each, in this order')
-    head, rest = text.split(BEGIN)
-    return f'{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}'
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f'the file must hold {begin} and {end} once each, in this order')
+    head, rest = text.split(begin)
+    return f'{head}{begin}\n{table}\n{end}{rest.split(end)[1]}'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         print(table)
         return 0
     text = args.file.read_text(encoding='utf-8')
-    wanted = replace_table(text, table)
+    wanted = replace_between(text, BEGIN, END, table)
     if args.write:
         args.file.write_text(wanted, encoding='utf-8')
         return 0

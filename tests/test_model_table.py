@@ -4,7 +4,7 @@ import pytest
 
 import cpool_vision
 from benchmarks import model_table
-from benchmarks.model_table import BEGIN, END, README, Row, format_table, measure, replace_table
+from benchmarks.model_table import BEGIN, END, README, Row, format_table, measure, replace_between
 
 
 def test_base_counts_are_those_of_the_plain_architecture() -> None:
@@ -25,12 +25,12 @@ def test_attention_products_are_counted() -> None:
 def test_table_goes_between_the_markers(tmp_path: pathlib.Path) -> None:
     table = format_table([Row('name', 32, 1_000_000, 1_010_000, 10 ** 9, 15 * 10 ** 8)])
     assert '| `name` | 32 | 1.01 | 1.00 | +1.0 % | 1.500 | 1.000 | +50.0 % |' in table
-    text = replace_table(f'before\n{BEGIN}\nold\n{END}\nafter\n', table)
+    text = replace_between(f'before\n{BEGIN}\nold\n{END}\nafter\n', BEGIN, END, table)
     assert text == f'before\n{BEGIN}\n{table}\n{END}\nafter\n'
-    assert replace_table(text, table) == text
+    assert replace_between(text, BEGIN, END, table) == text
     for bad in ('', BEGIN, f'{END}{BEGIN}', f'{BEGIN}{BEGIN}{END}'):
         with pytest.raises(ValueError, match='must hold'):
-            replace_table(bad, table)
+            replace_between(bad, BEGIN, END, table)
 
 
 def test_check_sees_a_stale_table(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ from numpy.typing import NDArray
 
 from .counter import CounterDraws
 
-OUTLINES = ('disk', 'square', 'triangle', 'cross', 'ring')
-TEXTURES = ('striped', 'checked')
+OUTLINES = ('disk', 'triangle')
+TEXTURES = ('striped', 'checked', 'dotted', 'zigzag', 'ringed')
 # lengths are in units of 1/32 of the picture's side
 RADIUS = (4.0, 16.5)
 PERIOD = (4.0, 6.5)
@@ -36,31 +36,25 @@ def _turn(x: F32, y: F32, direction: NDArray[np.int64]) -> tuple[F32, F32]:
 
 def _outline_distance(x: F32, y: F32, outline: NDArray[np.int64]) -> F32:
     """Distance to the outline in radii, negative inside; `x`, `y` are the object's own coordinates in radii."""
-    ax, ay = np.abs(x), np.abs(y)
-    rho = np.sqrt(x * x + y * y)
-    lean = np.float32(0.8660254) * ax - np.float32(0.5) * y
-    bar = np.float32(0.36)
-    shapes = (
-        rho - np.float32(0.95),
-        np.maximum(ax, ay) - np.float32(0.86),
-        np.maximum(y, lean) - np.float32(0.6),
-        np.minimum(np.maximum(ax - 1, ay - bar), np.maximum(ax - bar, ay - 1)),
-        np.maximum(rho - 1, np.float32(0.5) - rho),
-    )
+    lean = np.float32(0.8660254) * np.abs(x) - np.float32(0.5) * y
+    shapes = np.sqrt(x * x + y * y) - np.float32(0.95), np.maximum(y, lean) - np.float32(0.65)
     return np.choose(_column(outline), shapes)
 
 
-def _wave(t: F32) -> F32:
-    """Triangle wave of period 1, steepened and clipped to [-1, 1]."""
-    tri = 4 * np.abs(t - np.floor(t) - np.float32(0.5)) - 1
-    return np.clip(2 * tri, -1, 1)
+def _triangle_wave(t: F32) -> F32:
+    """Triangle wave of period 1 between -1 and 1."""
+    return 4 * np.abs(t - np.floor(t) - np.float32(0.5)) - 1
 
 
 def _texture(x: F32, y: F32, texture: NDArray[np.int64], period: F32, phase: F32) -> F32:
-    """Pattern in [-1, 1]: stripes, or checks of the same period."""
-    first = _wave(x / _column(period) + _column(phase[:, 0]))
-    second = _wave(y / _column(period) + _column(phase[:, 1]))
-    return np.where(_column(texture) == 0, first, first * second)
+    """Pattern in [-1, 1]; all textures share the period and the flanks. `x`, `y` are 0 at the centre of the object."""
+    u = x / _column(period) + _column(phase[:, 0])
+    v = y / _column(period) + _column(phase[:, 1])
+    first = np.clip(2 * _triangle_wave(u), -1, 1)
+    second = np.clip(2 * _triangle_wave(v), -1, 1)
+    bent = np.clip(2 * _triangle_wave(u + np.float32(0.45) * _triangle_wave(v / 2)), -1, 1)
+    rings = np.clip(2 * _triangle_wave(np.sqrt(x * x + y * y) / _column(period) + _column(phase[:, 0])), -1, 1)
+    return np.choose(_column(texture), (first, first * second, np.minimum(first, second), bent, rings))
 
 
 def _value_noise(draws: CounterDraws, n: int, cells: int, size: int) -> F32:
@@ -151,7 +145,8 @@ def render_scenes(
     px, py = x - _column(at[:, 0]), y - _column(at[:, 1])
     fade = np.clip(1 - (px * px + py * py) / _column(reach * reach), 0, 1)
     px, py = _turn(px, py, draws.integers(1, 256)[:, 0])
-    pattern = _texture(px, py, draws.integers(1, 2)[:, 0], draws.uniform(1, *PERIOD)[:, 0], draws.uniform(2))
+    kind, period = draws.integers(1, len(TEXTURES))[:, 0], draws.uniform(1, *PERIOD)[:, 0]
+    pattern = _texture(px, py, kind, period, draws.uniform(2))
     _paint(image, fade * fade * np.float32(0.7), mean, pattern, difference)
 
     for _ in range(2):

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.data import resolve_input_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import create_model, is_model, list_models
+from timm.models import create_model, is_model, list_models, resolve_model_input_args
 from timm.models import load_checkpoint as load_numpy_checkpoint
 
 from .checkpoint import load_weights, read_weights
@@ -38,23 +39,23 @@ def check_model_name(name: str) -> None:
 
 def _build(args: argparse.Namespace, **kwargs: Any) -> Any:
     check_model_name(args.model)
-    in_chans = 3
-    if args.in_chans is not None:
-        in_chans = args.in_chans
-    elif args.input_size is not None:
-        in_chans = args.input_size[0]
     kwargs.update(
         pretrained=args.pretrained,
-        in_chans=in_chans,
+        in_chans=args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans,
         num_classes=args.num_classes,
         global_pool=args.gp,
         scriptable=args.torchscript,
     )
-    clash = sorted(set(args.model_kwargs) & {key for key, value in kwargs.items() if value is not None})
+    clash = sorted(set(args.model_kwargs) & set(kwargs))
     if clash:
         raise ConfigError(f'--model-kwargs {clash[0]!r} has a flag of its own: use that')
     try:
-        return create_model(args.model, **{**kwargs, **args.model_kwargs})
+        # models of a fixed input size must be built for the size that they will be fed with
+        size = resolve_model_input_args(args.model, vars(args), **args.model_kwargs).get('img_size')
+        return create_model(args.model, **{**kwargs, **args.model_kwargs, 'img_size': size})
+    except ValueError as error:
+        raise UnknownModelError(f'model {args.model!r} cannot be built as requested ({error}): '
+                                'check --img-size, --input-size, --in-chans and --model-kwargs') from error
     except TypeError as error:
         if 'argument' not in str(error):
             raise
@@ -67,6 +68,19 @@ def _build(args: argparse.Namespace, **kwargs: Any) -> Any:
         raise UnknownModelError(
             f'pretrained weights of {args.model!r} cannot be loaded ({reason}): drop --pretrained, or name a '
             'local-dir: folder or a checkpoint') from error
+
+
+def resolve_input(model: nn.Module, args: argparse.Namespace, use_test_size: bool = False) -> dict[str, Any]:
+    """Input size, normalisation, interpolation and crop: from the flags, else from the model.
+
+    Raises:
+        ConfigError: the flags contradict each other or the model.
+    """
+    try:
+        return resolve_input_data_config(model, vars(args), use_test_size=use_test_size)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f'the input of {args.model!r} is not clear ({error}): check --img-size, --input-size, '
+                          '--in-chans, --mean and --std') from error
 
 
 def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_ema: bool) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed
 from timm import utils
-from timm.data import resolve_data_config
 from timm.models import safe_model_name
 
 import cpool_vision  # noqa: F401 - registers the variants
@@ -15,7 +14,7 @@ from . import data, objective
 from .device import Precision, resolve_precision, seed_everything, setup_device
 from .errors import ConfigError
 from .evaluate import Evaluation, evaluate
-from .model import create_train_model, place_model
+from .model import create_train_model, place_model, resolve_input
 from .progress import silence_logging
 from .run_folder import RunFolder, check_free, resolve_resume, run_path, settings_text
 from .saver import CheckpointSaver, TrainState, read_resume
@@ -80,7 +79,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     seed_everything(args.seed)  # the same on every process: they start from the same weights
     model = create_train_model(args)
     _logger.info('Model %s: %d parameters.', safe_model_name(args.model), sum(p.numel() for p in model.parameters()))
-    data_config = resolve_data_config(vars(args), model=model, verbose=False)
+    data_config = resolve_input(model, args)
     folder = run_path(args, data_config['input_size'][-1])
     continuing = check_free(folder, resume) if primary else False
     model = place_model(model, args, device, precision)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.data import RealLabelsImagenet, resolve_data_config
+from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 from timm.utils import reparameterize_model
 from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
@@ -19,7 +19,7 @@ from .data import UNREADABLE, build_eval_loader
 from .device import Precision, resolve_precision, seed_everything, setup_device
 from .errors import ConfigError, DatasetError
 from .evaluate import evaluate
-from .model import create_eval_model
+from .model import create_eval_model, resolve_input
 
 _logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         model = reparameterize_model(model)
     params = sum(parameter.numel() for parameter in model.parameters())
     _logger.info('Model %s: %d parameters.', args.model, params)
-    data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size, verbose=False)
+    data_config = resolve_input(model, args, use_test_size=not args.use_train_size)
     pooled = False
     if args.test_pool:
         model, pooled = apply_test_time_pool(model, data_config)

@@ -49,8 +49,7 @@ class ContextPool2d(nn.Module):
     `dim * (H * W) * (Ho * Wo)`, less where supports are small.
 
     Weight logits and supports are handed to the operator in the parameters' dtype or better (fp32 under autocast; the
-    supports never below fp32), the output has the dtype of the input. The operator keeps its output for the backward
-    pass: add to it out of place.
+    supports never below fp32), the output has the dtype of the input.
 
     Args:
         dim: Channels C of the input `(B, C, H, W)`.

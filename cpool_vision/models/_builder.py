@@ -21,7 +21,8 @@ POSITIONS = {
 }
 DEFAULT_POSITIONS = {family: positions[:1] for family, positions in POSITIONS.items()}
 STAGES = (0, 1, 2, 3)
-DEFAULT_STAGES = STAGES
+# The first stage of a 224-pixel model holds 56 x 56 maps, where a pool can cost more than the rest of its stage.
+DEFAULT_STAGES = STAGES[1:]
 DEFAULT_RATIO = 0.1
 DEFAULT_FLOOR = 0.1
 DEFAULT_GROUPS = 1

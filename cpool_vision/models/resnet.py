@@ -9,23 +9,13 @@ from typing import Any
 import torch
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import ContextPool2d, Subsample2d
 from ._builder import PoolConfig, build_variant, check_placed, context_pools, init_context_pools, variant_cfgs
 from ._compat import register_model
 
 __all__ = ['ContextPoolResNet']
-
-
-class BranchContextPool2d(ContextPool2d):
-    """`ContextPool2d` for a slot whose output is added to in place, while the pool keeps it for its backward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.pool_map(x)
-        if self.gamma is None:
-            y = y.clone()
-        return y
 
 
 class ContextPoolResNet(ResNet):
@@ -96,7 +86,7 @@ def _pool_branch(block: Any, pool_args: dict[str, Any]) -> None:
             f"position 'stage' needs the attention slot of the block, which holds {type(block.se).__name__}: "
             f'leave attn_layer or the position out')
     norm: Any = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-    block.se = BranchContextPool2d(norm.num_features, **pool_args)
+    block.se = ContextPool2d(norm.num_features, **pool_args)
 
 
 def _pool_stride(block: Any, pool_args: dict[str, Any]) -> None:

@@ -17,10 +17,10 @@ def digest(pixels: np.ndarray) -> str:
 
 
 @pytest.mark.parametrize('split, size, expected', [
-    ('train', 32, '73a732571a3bb1386d78eda6ef9878a7eb219b27d70e1931f9b3a18813f38fa8'),
-    ('validation', 32, '0f212e79afc753fddb39f61295b68c399f6096f6661c50df324a9b44f27f70f7'),
-    ('test', 32, 'cea117807fc2247046e6e886ae2a4f5fcdd25cdd8e6f74693290434f51f64aaf'),
-    ('train', 48, '63da43398614cd14f490e81e55b73532cbb7db0e1877f4fe652a7c734e319ab2'),
+    ('train', 32, '99e3cc63b21dc5a44c6ec85f1fd87a4fe397b696debeb30dd53d36aebd961622'),
+    ('validation', 32, '801105f1b2498191c50dc62959ad1713471f2a4cfc3beef9ade6be9567bc6e47'),
+    ('test', 32, '50c3d432262f35c64a57534faa75652a1bc6cc4c5c3c1f65dcaa705251f10a78'),
+    ('train', 48, '6fe5d3a94bb9619691154d4b99fcf327baf1f274888a3a7fa67536ecac4bd829'),
 ])
 def test_pictures_are_the_published_ones(split: str, size: int, expected: str) -> None:
     pixels = ShapesDataset(split, num_samples=40, image_size=size).pixels()
@@ -57,11 +57,11 @@ def test_items_are_labelled_images() -> None:
     image, target = dataset[13]
     assert isinstance(image, Image.Image) and image.mode == 'RGB' and image.size == (32, 32)
     assert target == 3 and type(target) is int
-    assert dataset.class_to_idx['checked_square'] == 3
+    assert dataset.class_to_idx['zigzag_disk'] == 3
     assert dataset[-1][1] == 4
     assert dataset.targets().tolist() == [target for _, target in dataset]
     assert ShapesDataset('val', 3, input_img_mode='L')[0][0].mode == 'L'
-    assert dataset.filename(13) == 'validation/checked_square/000013.png'
+    assert dataset.filename(13) == 'validation/zigzag_disk/000013.png'
     assert dataset.filenames(basename=True)[1] == '000001.png'
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers import set_fast_norm
 
 from cpool_vision.engine import args_train, args_validate
 from cpool_vision.engine.config import parse_args
@@ -23,6 +24,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def plain_norms() -> Iterator[None]:
+    """A run with --fast-norm sets a global of timm that other tests would see."""
+    yield
+    set_fast_norm(False)
 
 
 @pytest.fixture(scope='session')

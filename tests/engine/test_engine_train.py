@@ -321,3 +321,21 @@ def test_log_wandb_logs_the_rows(run_train: Train, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, 'wandb', None)
     with pytest.raises(ConfigError, match='pip install wandb'):
         run_train('--log-wandb')
+
+
+TINY_VIT = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2']
+
+
+def test_models_of_a_fixed_size_are_built_for_the_size_asked_for(run_train: Train, load: Load, base_flags: list[str],
+                                                                 ) -> None:
+    result = run_train(*TINY_VIT, '--epochs', '1', '--img-size', '48')
+    assert load(result['folder'], 'last.pth.tar')['state_dict']['pos_embed'].shape[1] == 9 + 1
+    index = base_flags.index('--img-size')
+    del base_flags[index:index + 2]
+    result = run_train(*TINY_VIT, '--epochs', '1', '--input-size', '3', '32', '64', '--experiment', 'wide')
+    assert load(result['folder'], 'last.pth.tar')['state_dict']['pos_embed'].shape[1] == 8 + 1
+
+
+def test_contradicting_sizes_are_errors(run_train: Train) -> None:
+    with pytest.raises(UnknownModelError, match='--img-size, --input-size'):
+        run_train(*TINY_VIT, '--input-size', '3', '48', '48')

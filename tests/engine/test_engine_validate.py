@@ -355,3 +355,14 @@ def test_grey_images_for_one_channel(validate_args: Callable[..., Any], image_ro
         '--data-dir', image_root, '--model', 'test_resnet', '--num-classes', '3', '--input-size', '1', '32', '32',
         '--mean', '0.5', '--std', '0.25', '-j', '0', '--device', 'cpu', '--checkpoint', path))
     assert np.isfinite(row['loss'])
+
+
+def test_local_dir_keeps_its_channels_and_size(validate_args: Callable[..., Any], image_root: str, tmp_path: Path,
+                                               ) -> None:
+    from timm.models import save_for_hf
+    kwargs = {'in_chans': 1, 'img_size': 48, 'depth': 1, 'embed_dim': 32, 'num_heads': 2}
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=3, **kwargs)
+    save_for_hf(model, str(tmp_path / 'zoo'), model_args=kwargs, safe_serialization=True)
+    row = run_validation(validate_args('--data-dir', image_root, '--model', f'local-dir:{tmp_path}/zoo', '-j', '0',
+                                       '--mean', '0.5', '--std', '0.5', '--device', 'cpu'))
+    assert row['img_size'] == 48

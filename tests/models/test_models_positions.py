@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cpool_vision.layers import ContextPool2d
-from cpool_vision.models._builder import DEFAULT_STAGES, POSITIONS, context_pools
+from cpool_vision.models._builder import POSITIONS, context_pools
 
 MODELS = [
     ('convnext_micro_cpool_32', 'convnext', 16),
@@ -22,12 +22,12 @@ CASES = [
     if not (name == 'resnet_micro_cpool_32' and 'stem' in positions)
 ]
 PLACES = {
-    ('convnext_micro_cpool_32', 'stage'): [f'stages.{i}.blocks.cpool' for i in DEFAULT_STAGES],
-    ('convnext_micro_cpool_32', 'downsample'): [f'stages.{i}.downsample.cpool' for i in DEFAULT_STAGES if i],
-    ('resnet18_cpool', 'stage'): [f'layer{i + 1}.1.se' for i in DEFAULT_STAGES],
+    ('convnext_micro_cpool_32', 'stage'): [f'stages.{i}.blocks.cpool' for i in (1, 2, 3)],
+    ('convnext_micro_cpool_32', 'downsample'): [f'stages.{i}.downsample.cpool' for i in (1, 2, 3)],
+    ('resnet18_cpool', 'stage'): ['layer2.1.se', 'layer3.1.se', 'layer4.1.se'],
     ('resnet18_cpool', 'stem'): ['maxpool'],
-    ('resnet18_cpool', 'stride'): [f'layer{i + 1}.0.aa' for i in DEFAULT_STAGES if i],
-    ('resnet18_cpool', 'shortcut'): [f'layer{i + 1}.0.downsample.cpool' for i in DEFAULT_STAGES if i],
+    ('resnet18_cpool', 'stride'): ['layer2.0.aa', 'layer3.0.aa', 'layer4.0.aa'],
+    ('resnet18_cpool', 'shortcut'): [f'layer{i}.0.downsample.cpool' for i in (2, 3, 4)],
     ('vit_micro_cpool_patch4_32', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
     ('vit_micro_cpool_patch4_32', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
 }

@@ -1,0 +1,87 @@
+"""Validates finished training runs and tabulates them: `python -m benchmarks.results RUN... --data-dir DIR`.
+
+Every run folder of train.py is measured by validate.py's own function, at its last checkpoint: choosing the best epoch
+by the validation images would flatter. Pairs of a variant and its plain base are told apart by `cpool_positions`.
+With `--write FILE` the table goes between the markers of that file.
+"""
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+import cpool_vision  # noqa: F401  registers the variants
+from cpool_vision.engine import args_validate
+from cpool_vision.engine.config import parse_args
+from cpool_vision.engine.validate_run import validate
+
+from .model_table import count, replace_between
+
+BEGIN, END = '<!-- results -->', '<!-- /results -->'
+
+
+def measure(run: Path, data_dir: Path) -> dict[str, Any]:
+    """What the run was, and what its last checkpoint scores on all validation images."""
+    settings = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
+    kwargs = settings['model_kwargs'] or {}
+    argv = ['--model', settings['model'], '--checkpoint', str(run / 'last.pth.tar'), '--data-dir', str(data_dir),
+            '--num-classes', str(settings['num_classes']), '--workers', '0', '--log-freq', '1000']
+    for flag in ('mean', 'std', 'input_size'):
+        if settings[flag]:
+            argv += [f'--{flag.replace("_", "-")}', *map(str, settings[flag])]
+    if settings['crop_pct']:
+        argv += ['--crop-pct', str(settings['crop_pct'])]
+    if kwargs:
+        argv += ['--model-kwargs', *(f'{key}={value}' for key, value in kwargs.items())]
+    row = validate(parse_args(args_validate.build_parser, argv))
+    _, params, macs = count(settings['model'], num_classes=settings['num_classes'], **kwargs)
+    epochs = (run / 'summary.csv').read_text(encoding='utf-8').strip().splitlines()
+    train_images = sum(1 for _ in timm.data.create_reader('', str(Path(settings['data_dir']) / 'train')))
+    return {
+        'model': settings['model'],
+        'arm': 'plain base' if kwargs.get('cpool_positions') == [] else 'context pool',
+        'train_images': train_images,
+        'epochs': len(epochs) - 1,
+        'params': params,
+        'macs': macs,
+        'top1': row['top1'],
+        'top5': row['top5'],
+        'loss': row['loss'],
+        'images': row['images'],
+    }
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        '| model | arm | training images | epochs | parameters (M) | MACs (M) | top-1 (%) | top-5 (%) | loss |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
+    lines += [
+        f'| `{r["model"]}` | {r["arm"]} | {r["train_images"]:,} | {r["epochs"]} | {r["params"] / 1e6:.3f} '
+        f'| {r["macs"] / 1e6:.1f} | {r["top1"]:.2f} | {r["top5"]:.2f} | {r["loss"]:.3f} |'
+        for r in rows
+    ]
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='+', type=Path)
+    parser.add_argument('--data-dir', type=Path, required=True)
+    parser.add_argument('--write', type=Path, help='Markdown file with the markers')
+    parser.add_argument('-o', '--output', type=Path, help='JSON file for the figures')
+    args = parser.parse_args()
+    rows = [measure(run, args.data_dir) for run in args.runs]
+    table = format_table(rows)
+    print(table)
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
+    if args.write:
+        text = args.write.read_text(encoding='utf-8')
+        args.write.write_text(replace_between(text, BEGIN, END, table), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()
