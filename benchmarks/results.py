@@ -22,10 +22,16 @@ from .model_table import count, replace_between
 BEGIN, END = '<!-- results -->', '<!-- /results -->'
 
 
+def read_settings(run: Path) -> dict[str, Any]:
+    """Settings of a run, by the names of train.py's flags."""
+    settings = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
+    return dict(settings, model_kwargs=settings['model_kwargs'] or {})
+
+
 def measure(run: Path, data_dir: Path) -> dict[str, Any]:
     """What the run was, and what its last checkpoint scores on all validation images."""
-    settings = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
-    kwargs = settings['model_kwargs'] or {}
+    settings = read_settings(run)
+    kwargs = settings['model_kwargs']
     argv = ['--model', settings['model'], '--checkpoint', str(run / 'last.pth.tar'), '--data-dir', str(data_dir),
             '--num-classes', str(settings['num_classes']), '--workers', '0', '--log-freq', '1000']
     for flag in ('mean', 'std', 'input_size'):

@@ -1,0 +1,35 @@
+"""What a finished run becomes: a row of the results and an entry of the zoo."""
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.release import release
+from benchmarks.results import format_table, measure
+from cpool_vision.engine import args_validate
+from cpool_vision.engine.config import parse_args
+from cpool_vision.engine.validate_run import validate
+
+MODEL = ['--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]']
+INPUT = ['--mean', '0.4', '0.5', '0.6', '--std', '0.3', '0.3', '0.3', '--crop-pct', '1.0']
+
+
+def test_a_run_becomes_a_row_and_an_entry_with_the_same_figures(
+        run_train: Callable[..., Any], image_root: str, tmp_path: Path) -> None:
+    run = Path(run_train(*MODEL, *INPUT, '--val-interval', '2')['folder'])
+    row = measure(run, Path(image_root))
+    assert row['train_images'] == 24 and row['images'] == 7 and row['epochs'] == 2 and row['arm'] == 'context pool'
+    assert '| `resnet_micro_cpool_32` | context pool | 24 | 2 |' in format_table([row])
+
+    entry = tmp_path / 'zoo' / 'tiny'
+    release(run, entry, Path(image_root), 'random images', 'Good for nothing.')
+    again = validate(parse_args(args_validate.build_parser, [
+        '--model', f'local-dir:{entry}', '--data-dir', image_root, '-j', '0', '--device', 'cpu']))
+    assert again['loss'] == pytest.approx(row['loss'], abs=1e-3) and again['top1'] == row['top1']
+    card = (entry / 'README.md').read_text()
+    assert 'trained from scratch on\nrandom images' in card and 'drop: 0.2' in card and 'Good for nothing.' in card
+    assert 'mean [0.4, 0.5, 0.6]' in card and 'cat, dog, owl' in card
+    assert {path.name for path in entry.iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
+    with pytest.raises(FileExistsError, match='choose another name'):
+        release(run, entry, Path(image_root), '', '')
