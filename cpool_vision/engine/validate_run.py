@@ -114,11 +114,22 @@ def _generate_code(model: nn.Module, args: argparse.Namespace) -> Any:
     return model
 
 
-def _warn_without_ema(args: argparse.Namespace) -> None:
-    if args.use_ema and args.checkpoint:
-        content = read_checkpoint(args.checkpoint, '--checkpoint')
-        if not any(content.get(key) is not None for key in ('state_dict_ema', 'model_ema')):
-            _logger.warning('--use-ema: %s has no averaged weights; its plain weights are measured.', args.checkpoint)
+def _warn_of_mismatch(args: argparse.Namespace, data_config: dict[str, Any]) -> None:
+    """Says where the measurement departs silently from what the checkpoint holds or was trained with."""
+    if not args.checkpoint or args.checkpoint.endswith(('.npz', '.npy')):
+        return
+    content = read_checkpoint(args.checkpoint, '--checkpoint')
+    if args.use_ema and not any(content.get(key) is not None for key in ('state_dict_ema', 'model_ema')):
+        _logger.warning('--use-ema: %s has no averaged weights; its plain weights are measured.', args.checkpoint)
+    trained = content.get('args') or {}
+    if isinstance(trained, argparse.Namespace):  # timm's own checkpoints
+        trained = vars(trained)
+    for key in ('mean', 'std'):
+        values = trained.get(key)
+        if values and list(values) != list(data_config[key]):
+            _logger.warning(
+                '%s was trained with --%s %s and is measured with %s: pass the former to agree with the training run.',
+                args.checkpoint, key, ' '.join(map(str, values)), ' '.join(map(str, data_config[key])))
 
 
 @torch.inference_mode()
@@ -157,12 +168,12 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     seed_everything(args.seed)
 
     model = create_eval_model(args)
-    _warn_without_ema(args)
     if args.reparam:
         model = reparameterize_model(model)
     params = sum(parameter.numel() for parameter in model.parameters())
     _logger.info('Model %s: %d parameters.', args.model, params)
     data_config = resolve_input(model, args, use_test_size=not args.use_train_size)
+    _warn_of_mismatch(args, data_config)
     pooled = False
     if args.test_pool:
         model, pooled = apply_test_time_pool(model, data_config)

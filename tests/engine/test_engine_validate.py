@@ -357,6 +357,19 @@ def test_grey_images_for_one_channel(validate_args: Callable[..., Any], image_ro
     assert np.isfinite(row['loss'])
 
 
+def test_another_normalisation_than_in_training_is_reported(
+        run_train: Callable[..., Any], validate_args: Callable[..., Any], image_root: str,
+        caplog: pytest.LogCaptureFixture) -> None:
+    path = str(Path(run_train('--epochs', '1', '--std', '0.3', '0.3', '0.3')['folder']) / 'last.pth.tar')
+    flags = ['--data-dir', image_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-j', '0',
+             '--device', 'cpu', '--checkpoint', path]
+    run_validation(validate_args(*flags, '--std', '0.3', '0.3', '0.3'))
+    assert 'was trained with' not in caplog.text
+    run_validation(validate_args(*flags))
+    assert 'was trained with --std 0.3 0.3 0.3 and is measured with' in caplog.text
+    assert 'trained with --mean' not in caplog.text
+
+
 def test_local_dir_keeps_its_channels_and_size(validate_args: Callable[..., Any], image_root: str, tmp_path: Path,
                                                ) -> None:
     from timm.models import save_for_hf
