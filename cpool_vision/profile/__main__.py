@@ -1,0 +1,134 @@
+"""Command line of the profiler: `cpool-profile --shape 4 96 56 56 --sigma 0.2 2 --backward`."""
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cpool_vision.cli import common
+
+SWEEPS = ('size', 'support')
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A fresh parser with every flag of `cpool-profile`."""
+    parser = argparse.ArgumentParser(
+        prog='cpool-profile',
+        description='Time and memory of context pooling on this machine: every backend, the dense definition, '
+                    'attention and a depthwise convolution on the same inputs, and a lower bound of the time.')
+    add = parser.add_argument
+    add('--shape', type=int, nargs=4, default=[4, 96, 56, 56], metavar=('B', 'C', 'H', 'W'),
+        help='shape of the features (default: 4 96 56 56)')
+    add('--sigma', type=float, nargs=2, default=[0.2, 2.0], metavar=('MIN', 'MAX'),
+        help='supports are uniform in this range, in input pixels (default: 0.2 2)')
+    add('--smooth', action='store_true', help='supports and weights vary smoothly over the map, as predicted ones do')
+    add('--groups', type=int, default=1, metavar='G', help='groups of channels (default: 1)')
+    add('--stride', type=int, default=1, metavar='S', help='pixels between output cells (default: 1)')
+    add('--dtype', default='float32', metavar='NAME',
+        help='of the features: float32, bfloat16, float16 or float64 (default: float32)')
+    add('--device', default='cpu', metavar='NAME', help='cpu, cuda or cuda:N (default: cpu)')
+    add('--channels-last', action='store_true', help='features are channels-last')
+    add('--backward', action='store_true', help='forward and backward instead of forward alone')
+    add('--backend', nargs='+', default=['all'], metavar='NAME',
+        help='backends to measure beside the dense definition and the baselines, or all (default: all)')
+    add('--repeats', type=int, default=7, metavar='N', help='counted runs of each implementation (default: 7)')
+    add('--dry-run', action='store_true', help='say which implementations can run and why not; measure nothing')
+    add('--sweep', nargs='+', default=[], choices=SWEEPS, help='measure a series of map sides or of mean supports too')
+    add('--sides', type=int, nargs='+', default=[7, 14, 28, 56, 112, 224], metavar='N',
+        help='map sides of the series (default: 7 14 28 56 112 224)')
+    add('--supports', type=float, nargs='+', default=[0.3, 0.5, 1, 2, 4, 8], metavar='PX',
+        help='mean supports of the series, in input pixels (default: 0.3 0.5 1 2 4 8)')
+    add('--json', default='', metavar='FILE', help='write everything measured')
+    add('--plot', default='', metavar='FILE',
+        help='measure both series and draw them, relative to a depthwise 7x7 convolution (.png, .pdf or .svg)')
+    return parser
+
+
+def _case(args: argparse.Namespace) -> Any:
+    from .cases import Case
+
+    b, c, h, w = args.shape
+    return Case(
+        (b, c, h, w), (args.sigma[0], args.sigma[1]), args.groups, args.stride, args.dtype, args.device,
+        args.channels_last, args.smooth, args.backward)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What would fail after minutes of measuring fails before."""
+    from cpool_vision.engine.errors import ConfigError, OutputError
+    from cpool_vision.inspect.draw import PlotDependencyError
+
+    from .plot import check_plot
+
+    if args.repeats < 1:
+        raise ConfigError(f'--repeats must be >= 1, got {args.repeats}')
+    if min(args.sides) < 1:
+        raise ConfigError(f'--sides must be >= 1, got {min(args.sides)}')
+    if not min(args.supports) > 0:
+        raise ConfigError(f'--supports must be > 0, got {min(args.supports):g}')
+    for flag, path in (('--json', args.json), ('--plot', args.plot)):
+        if not path:
+            continue
+        folder = os.path.dirname(os.path.abspath(path))
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f'{flag} {path!r} cannot be written ({error.strerror}): name another file') from error
+        if os.path.isdir(path) or not os.access(folder, os.W_OK):
+            raise OutputError(f'{flag} {path!r} cannot be written: name a file in a folder that can be')
+    if args.plot:
+        try:
+            check_plot(args.plot)
+        except (PlotDependencyError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+
+def _profile(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    from cpool_vision.inspect.draw import save_figure
+
+    from . import report
+    from .measure import device_info, machine
+    from .plot import cost_figure
+
+    _check(args)
+    case = _case(args)
+    names = report.chosen_names(args.backend)
+    known = {**machine(), **device_info(case.device)}
+    where = known.get('gpu') or f'{known["cpu"]}, {known["threads"]} threads'
+    result: dict[str, Any] = {'machine': known}
+    print(report.heading(case))
+    print(', '.join([where, f'cpool_vision {known["cpool_vision"]}', *(
+        f'{name} {known[name]}' for name in ('torch', 'cuda', 'triton', 'commit') if known.get(name))]) + '\n')
+    if args.dry_run:
+        result['available'] = report.availability(case, names)
+        print(report.availability_table(result['available']))
+    else:
+        required = [name for name in args.backend if name != 'all']
+        result.update(report.profile(case, names, args.repeats, required))
+        print(report.profile_table(result))
+        result['sweeps'] = {}
+        for kind in SWEEPS:
+            if kind in args.sweep or args.plot:
+                values = args.sides if kind == 'size' else args.supports
+                points = report.sweep(case, kind, sorted(values), names, args.repeats)
+                result['sweeps'][kind] = points
+                print(f'\ntime over that of the depthwise 7x7 convolution\n\n{report.sweep_table(kind, points)}')
+    if args.json:
+        with open(args.json, 'w', encoding='utf-8') as file:
+            json.dump(result, file, indent=1)
+        print(f'\nfigures in {args.json}')
+    if args.plot and not args.dry_run:
+        title = f'{"forward + backward" if case.backward else "forward"}, {case.dtype}, {where}'
+        save_figure(cost_figure(result['sweeps'], title), args.plot)
+        print(f'plot in {args.plot}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Profiles the operator; see `--help`. Returns the exit code."""
+    return common.run(_profile, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
