@@ -86,6 +86,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _profile(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
+    from cpool_vision.engine.errors import OutputError
     from cpool_vision.inspect.draw import save_figure
 
     from . import report
@@ -96,7 +97,8 @@ def _profile(argv: Sequence[str] | None) -> None:
     case = _case(args)
     names = report.chosen_names(args.backend)
     known = {**machine(), **device_info(case.device)}
-    where = known.get('gpu') or f'{known["cpu"]}, {known["threads"]} threads'
+    threads = known['threads']
+    where = known.get('gpu') or f'{known["cpu"]}, {threads} thread{"s" if threads > 1 else ""}'
     result: dict[str, Any] = {'machine': known}
     print(report.heading(case))
     print(', '.join([where, f'cpool_vision {known["cpool_vision"]}', *(
@@ -115,14 +117,17 @@ def _profile(argv: Sequence[str] | None) -> None:
                 points = report.sweep(case, kind, sorted(values), names, args.repeats)
                 result['sweeps'][kind] = points
                 print(f'\ntime over that of the depthwise 7x7 convolution\n\n{report.sweep_table(kind, points)}')
-    if args.json:
-        with open(args.json, 'w', encoding='utf-8') as file:
-            json.dump(result, file, indent=1)
-        print(f'\nfigures in {args.json}')
-    if args.plot and not args.dry_run:
-        title = f'{"forward + backward" if case.backward else "forward"}, {case.dtype}, {where}'
-        save_figure(cost_figure(result['sweeps'], title), args.plot)
-        print(f'plot in {args.plot}')
+    try:
+        if args.json:
+            with open(args.json, 'w', encoding='utf-8') as file:
+                json.dump(result, file, indent=1)
+            print(f'\nfigures in {args.json}')
+        if args.plot and not args.dry_run:
+            title = f'{"forward + backward" if case.backward else "forward"}, {case.dtype}, {where}'
+            save_figure(cost_figure(result['sweeps'], title), args.plot)
+            print(f'plot in {args.plot}')
+    except OSError as error:
+        raise OutputError(f'figures cannot be written ({error}): name another file') from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

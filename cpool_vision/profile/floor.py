@@ -19,10 +19,11 @@ from .measure import timer_for
 _SAMPLED_PAIRS = 8_000_000
 _CHUNK_PAIRS = 1_000_000
 _RATE_SECONDS = 0.3
-_MIN_RATE_RUNS, _MAX_RATE_RUNS = 10, 50
+_MIN_RATE_RUNS, _MAX_RATE_RUNS = 10, 100
 # Smallest copies: on a GPU shorter ones would measure the launch.
 _MIN_COPY = {'cpu': 2 ** 20, 'cuda': 2 ** 27}
-_GEMM_SIDE = {'cpu': 1024, 'cuda': 8192}
+# Large enough for full speed, and on a processor short enough to fall between interruptions.
+_GEMM_SIDE = {'cpu': 512, 'cuda': 8192}
 
 
 def needed_pairs(case: Case, inputs: Inputs, seed: int = 0) -> float:
