@@ -127,8 +127,8 @@ def profile_table(result: dict[str, Any]) -> str:
             _number(row['peak_memory_per_x'], 1), _number(row['ratio_to_dense'], 2), _number(row['times_floor'], 1)))
     bound = result['floor']
     lines.append(
-        f'\nfloor {bound["ms"]:.3f} ms, set by {bound["bound"]}: {bound["bytes"] / 1e6:.2f} MB at '
-        f'{bound["copy_bytes_per_s"] / 1e9:.1f} GB/s of copying; {bound["flops"] / 1e9:.3f} GFLOP '
+        f'\nfloor {bound["ms"]:.3g} ms, set by {bound["bound"]}: {bound["bytes"] / 1e6:.3g} MB at '
+        f'{bound["copy_bytes_per_s"] / 1e9:.1f} GB/s of copying; {bound["flops"] / 1e9:.3g} GFLOP '
         f'({bound["pairs_per_cell"]:.1f} pairs per output cell) at {bound["gemm_flops_per_s"] / 1e9:.1f} GFLOP/s of '
         'matrix products')
     lines += [f'not run: {name}: {reason}' for name, reason in result['refused'].items()]

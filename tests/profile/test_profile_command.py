@@ -56,7 +56,7 @@ def test_table_and_json_agree(backward: bool, tmp_path: pathlib.Path, capsys: py
             assert row['times_floor'] is None and cells[5] == '-'
         else:
             assert row['times_floor'] == pytest.approx(row['median_ms'] / found['floor']['ms'])
-    assert f'floor {found["floor"]["ms"]:.3f} ms, set by {found["floor"]["bound"]}' in printed
+    assert f'floor {found["floor"]["ms"]:.3g} ms, set by {found["floor"]["bound"]}' in printed
     assert torch.__version__ in printed and found['machine']['torch'] == torch.__version__
     assert found['machine']['cpu'] in printed and found['machine']['device'] == 'cpu'
     assert found['refused'].keys() == set(BACKENDS) - able() and found['sweeps'] == {}
