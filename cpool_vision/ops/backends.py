@@ -1,4 +1,7 @@
 """Which implementations can take a call, and why not: one predicate each, used to choose and to explain."""
+import functools
+import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -7,6 +10,36 @@ from torch import Tensor
 from .plan import TOLERANCE
 
 Predicate = Callable[[Tensor, Tensor, Tensor, int], str | None]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec('triton') is not None
+    except ImportError:
+        return False
+
+
+@functools.cache
+def _interprets() -> bool:
+    # Triton reads the variable when its functions are defined: setting it later is too late.
+    from triton.language import standard
+    return not hasattr(standard.sum, 'cache_key')
+
+
+def _can_run_triton(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> str | None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'x.dtype={x.dtype} is not one of torch.float32, torch.float16, torch.bfloat16'
+    if torch._C._functorch.maybe_current_level() is not None:
+        return 'it cannot be transformed by torch.func'
+    if not _has_triton():
+        return 'triton is not installed'
+    if not x.is_cuda:
+        if os.environ.get('TRITON_INTERPRET') != '1':
+            return f'x is on {x.device} and not on a CUDA device (to debug on a CPU, start with TRITON_INTERPRET=1)'
+        if not _interprets():
+            return 'triton was imported before TRITON_INTERPRET=1 was set'
+    return None
 
 
 def _can_run_tiled(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> str | None:
@@ -25,6 +58,7 @@ def _can_run_reference(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: 
 
 # In order of preference.
 _PREDICATES: dict[str, Predicate] = {
+    'triton': _can_run_triton,
     'tiled': _can_run_tiled,
     'reference': _can_run_reference,
 }
@@ -50,7 +84,8 @@ def choose_backend(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int,
     """
     if backend is None:
         for name, predicate in _PREDICATES.items():
-            if predicate(x, weight_logits, sigma, stride) is None:
+            # The interpreter of Triton's kernels is for tests, far slower than any other backend.
+            if not (name == 'triton' and not x.is_cuda) and predicate(x, weight_logits, sigma, stride) is None:
                 return name
     if backend not in _PREDICATES:
         raise ValueError(f'unknown {backend=}; choose one of {", ".join(BACKENDS)}, or None for the best that can run')

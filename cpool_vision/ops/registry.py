@@ -17,6 +17,9 @@ from .layout import empty_maps, is_channels_last
 from .reference import context_pool2d_reference
 from .tiled import tiled_backward, tiled_forward
 
+# Output cells of a query tile of the Triton kernels, stated here because they are imported on first use only.
+QUERY_TILE = (8, 8)
+
 _lib = torch.library.Library('cpool_vision', 'DEF')
 
 _lib.define('context_pool2d(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1, str? backend=None) -> Tensor')
@@ -27,12 +30,20 @@ _lib.define(
 _lib.define(
     'context_pool2d_tiled_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor margins, '
     'int stride) -> (Tensor, Tensor, Tensor)')
+_lib.define(
+    'context_pool2d_triton(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> (Tensor, Tensor, Tensor)')
+_lib.define(
+    'context_pool2d_triton_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor norm, '
+    'Tensor reach, int stride) -> (Tensor, Tensor, Tensor)')
 
 
 def _context_pool2d(
         x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, backend: str | None = None) -> Tensor:
-    if choose_backend(x, weight_logits, sigma, stride, backend) == 'reference':
+    chosen = choose_backend(x, weight_logits, sigma, stride, backend)
+    if chosen == 'reference':
         return torch.ops.cpool_vision.context_pool2d_reference(x, weight_logits, sigma, stride)
+    if chosen == 'triton':
+        return torch.ops.cpool_vision.context_pool2d_triton.default(x, weight_logits, sigma, stride)[0]
     return torch.ops.cpool_vision.context_pool2d_tiled.default(x, weight_logits, sigma, stride)[0]
 
 
@@ -40,6 +51,16 @@ def _support_size(raw: Tensor, height: int, width: int, ratio: float, floor: flo
     """`floor + ratio sqrt(height width) sigmoid(raw)` in input pixels, at least in fp32."""
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     return floor + ratio * math.sqrt(height * width) * raw.sigmoid()
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
+    from .triton import triton_forward
+    return triton_forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
+    from .triton import triton_backward
+    return triton_backward(*args)
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,6 +80,8 @@ for _name, _function in (
     _lib.impl(_name, _function, 'CompositeImplicitAutograd')
 _lib.impl('context_pool2d_tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd')
 _lib.impl('context_pool2d_tiled_backward', _without_autocast(tiled_backward), 'CompositeExplicitAutograd')
+_lib.impl('context_pool2d_triton', _triton_forward, 'CompositeExplicitAutograd')
+_lib.impl('context_pool2d_triton_backward', _triton_backward, 'CompositeExplicitAutograd')
 
 
 def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +93,17 @@ def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) ->
     )
 
 
-def _tiled_backward_fake(
+def _triton_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    b, g, ho, wo = sigma.shape
+    tiles = -(-ho // QUERY_TILE[0]) * -(-wo // QUERY_TILE[1])
+    return (
+        empty_maps(x, (b, x.shape[1], ho, wo), is_channels_last(x, g)),
+        x.new_empty(b, g, ho, wo, 2, dtype=torch.float32),
+        x.new_empty(b * g, tiles, 4, dtype=torch.int32),
+    )
+
+
+def _backward_fake(
         grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         empty_maps(x, x.shape, is_channels_last(x, sigma.shape[1])),
@@ -79,44 +112,49 @@ def _tiled_backward_fake(
     )
 
 
-torch.library.register_fake('cpool_vision::context_pool2d_tiled', _tiled_fake, lib=_lib)
-torch.library.register_fake('cpool_vision::context_pool2d_tiled_backward', _tiled_backward_fake, lib=_lib)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], output[1])
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.stride = inputs[3]
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.cpool_vision.context_pool2d_tiled_backward.default(grad, *ctx.saved_tensors, ctx.stride)
-    return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None)
+def _register_autograd(backend: str, fake: Callable[..., Any]) -> None:
+    name = f'cpool_vision::context_pool2d_{backend}'
+    run_backward = getattr(torch.ops.cpool_vision, f'context_pool2d_{backend}_backward').default
+
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = run_backward(grad, *ctx.saved_tensors, ctx.stride)
+        return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None)
+
+    def no_double_backward(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            f"backend='{backend}' has no second derivative; "
+            "use backend='reference' where gradients of gradients are needed")
+
+    torch.library.register_fake(name, fake, lib=_lib)
+    torch.library.register_fake(f'{name}_backward', _backward_fake, lib=_lib)
+    torch.library.register_autograd(name, backward, setup_context=_setup_context, lib=_lib)
+    torch.library.register_autograd(f'{name}_backward', no_double_backward, lib=_lib)
 
 
-def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "backend='tiled' has no second derivative; use backend='reference' where gradients of gradients are needed")
-
-
-torch.library.register_autograd(
-    'cpool_vision::context_pool2d_tiled', _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd('cpool_vision::context_pool2d_tiled_backward', _no_double_backward, lib=_lib)
+_register_autograd('tiled', _tiled_fake)
+_register_autograd('triton', _triton_fake)
 
 
 def _pair_flops(x_shape: Sequence[int], sigma_shape: Sequence[int]) -> int:
     return 2 * math.prod(x_shape) * math.prod(sigma_shape[2:])
 
 
-@register_flop_formula(torch.ops.cpool_vision.context_pool2d_tiled)
-def _tiled_flops(
+@register_flop_formula([torch.ops.cpool_vision.context_pool2d_tiled, torch.ops.cpool_vision.context_pool2d_triton])
+def _forward_flops(
         x_shape: Sequence[int], logits_shape: Sequence[int], sigma_shape: Sequence[int], *_: Any, **__: Any) -> int:
     """The dense definition's product, an upper bound: what is skipped depends on the supports, not on shapes."""
     return _pair_flops(x_shape, sigma_shape)
 
 
-@register_flop_formula(torch.ops.cpool_vision.context_pool2d_tiled_backward)
-def _tiled_backward_flops(
+@register_flop_formula([
+    torch.ops.cpool_vision.context_pool2d_tiled_backward, torch.ops.cpool_vision.context_pool2d_triton_backward])
+def _backward_flops(
         grad_shape: Sequence[int], x_shape: Sequence[int], logits_shape: Sequence[int], sigma_shape: Sequence[int],
         *_: Any, **__: Any) -> int:
     return 2 * _pair_flops(x_shape, sigma_shape)

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from cpool_vision.ops import context_pool2d, context_pool2d_reference
+from cpool_vision.ops import BACKENDS, context_pool2d, context_pool2d_reference
+
+# Those that run on the tensors of a CPU without more ado; test_triton_*.py are about the other.
+HOST_BACKENDS = tuple(name for name in BACKENDS if name != 'triton')
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from ops_testing import dense, make_case, pool, run
+from ops_testing import HOST_BACKENDS, dense, make_case, pool, run
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpool_vision.ops import BACKENDS, available_backends, context_pool2d, plan
+from cpool_vision.ops import available_backends, context_pool2d, plan
 
 TILED = torch.ops.cpool_vision.context_pool2d_tiled.default
 
@@ -56,7 +56,7 @@ def test_opcheck_of_the_entry_and_of_the_reference():
     torch.library.opcheck(torch.ops.cpool_vision.context_pool2d_reference.default, tuple(inputs))
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', HOST_BACKENDS)
 def test_compile_without_graph_breaks(backend):
     torch.compiler.reset()
     compiled = torch.compile(pool(backend), fullgraph=True, dynamic=False, backend='aot_eager')
@@ -86,7 +86,7 @@ def test_first_call_may_be_compiled():
     assert '(1, 4, 8, 8)' in out.stdout
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', HOST_BACKENDS)
 def test_flops_are_those_of_the_definition(backend):
     case = make_case(2, 4, 30, 31, groups=2)
     with FlopCounterMode(display=False) as counter:
@@ -94,7 +94,7 @@ def test_flops_are_those_of_the_definition(backend):
     assert counter.get_total_flops() == 3 * 2 * 2 * 4 * 930 ** 2
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', HOST_BACKENDS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(backend, dtype):
     case = make_case(2, 4, 30, 31, dtype=dtype)
@@ -160,7 +160,9 @@ def test_memory_is_linear_in_pixels():
 
 def test_backends_say_why_not():
     x, logits, sigma, _ = make_case(1, 4, 6, 5)
-    assert available_backends(x, logits, sigma) == {'tiled': None, 'reference': None}
+    reasons = available_backends(x, logits, sigma)
+    assert list(reasons) == ['triton', 'tiled', 'reference']
+    assert reasons['tiled'] is None and reasons['reference'] is None
     x8 = x.to(torch.float8_e4m3fn)
     reasons = available_backends(x8, logits, sigma)
     assert 'float8' in reasons['tiled']
@@ -194,7 +196,7 @@ BAD = [
     (lambda x, w, s: (x, w[:, :0], s), {}, ValueError, '0 groups'),
     (lambda x, w, s: (x, w, s), {'stride': 0}, ValueError, 'stride must be >= 1, got stride=0'),
     (lambda x, w, s: (x, w, s), {'stride': 1.0}, TypeError, 'stride must be an int, got 1.0'),
-    (lambda x, w, s: (x, w, s), {'backend': 'cudnn'}, ValueError, "unknown backend='cudnn'; choose one of tiled"),
+    (lambda x, w, s: (x, w, s), {'backend': 'cudnn'}, ValueError, "backend='cudnn'; choose one of triton, tiled"),
     (lambda x, w, s: (x, w, s * 0), {}, ValueError, r'sigma must be > 0, got min=0.0; map it'),
     (lambda x, w, s: (x, w, s - 9), {}, ValueError, r'sigma must be > 0, got min=-'),
     (lambda x, w, s: (x, w, s / 0 * 0), {}, ValueError, r'sigma must be > 0, got min=nan'),

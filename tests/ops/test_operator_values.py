@@ -3,9 +3,9 @@ import random
 
 import pytest
 import torch
-from ops_testing import assert_as_good_as_eager, dense, make_case, pool, run
+from ops_testing import HOST_BACKENDS, assert_as_good_as_eager, dense, make_case, pool, run
 
-from cpool_vision.ops import BACKENDS, context_pool2d, plan
+from cpool_vision.ops import context_pool2d, plan
 from cpool_vision.ops.plan import BY_SOFTMAX
 from cpool_vision.ops.tiled import tiled_forward
 
@@ -119,7 +119,7 @@ def test_small_maps_and_far_logits_go_by_softmax():
         assert bool((margins == BY_SOFTMAX).all()) is by_softmax
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', HOST_BACKENDS)
 class TestProperties:
 
     def test_constants_are_preserved(self, backend):
