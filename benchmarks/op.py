@@ -23,6 +23,9 @@ from cpool_vision.profile.measure import (
     times_in_turn,
 )
 
+from .model_table import replace_between
+
+BEGIN, END = '<!-- op-table -->', '<!-- /op-table -->'
 # B, C, H, W, largest support in pixels, and the ratio aimed at for forward and backward.
 CASES = (
     (8, 384, 14, 14, 1.4, 1.0),
@@ -81,9 +84,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-o', '--output', type=Path, help='JSON file for the figures')
     parser.add_argument('-r', '--repeats', type=int, default=7, help='counted runs of each implementation')
+    parser.add_argument('--write', type=Path, nargs='+', default=[], help='Markdown files with the markers')
     args = parser.parse_args()
     rows = [row for case in CASES for row in run_case(case, args.repeats)]
     print(table(rows))
+    for path in args.write:
+        text = replace_between(path.read_text(encoding='utf-8'), BEGIN, END, table(rows))
+        path.write_text(text, encoding='utf-8')
     memory = {}
     for size in (56, 112):
         call = make_case(4, 96, size, size, size / 10)

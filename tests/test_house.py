@@ -28,6 +28,7 @@ ARROWS = {
     'data': set(),
     'engine': {'data', 'inspect'},
     'cli': {'data', 'engine', 'inspect'},
+    'profile': {'ops', 'engine', 'inspect', 'cli'},
 }
 WITHOUT_TIMM = ('ops', 'layers', 'inspect')
 PRIVATE_TIMM = 'models/_compat.py'
@@ -270,5 +271,5 @@ print(cpool_vision.__file__, tuple(model(torch.zeros(1, 3, 32, 32)).shape))
 '''
     where, shape = run(python, '-c', code, cwd=tmp_path).strip().split(' ', 1)
     assert pathlib.Path(where).is_relative_to(site) and shape == '(1, 10)'
-    for script in ('cpool-train', 'cpool-validate', 'cpool-draw'):
+    for script in ('cpool-train', 'cpool-validate', 'cpool-draw', 'cpool-profile'):
         assert 'usage:' in run(str(tmp_path / 'venv' / 'bin' / script), '--help', cwd=tmp_path)

@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     add('-o', '--output', required=True, metavar='FILE', help='picture to write: .png, .pdf or .svg')
     add('--checkpoint', default='', metavar='PATH', help='weights to load')
     add('--use-ema', action='store_true', help='take the averaged weights from the checkpoint if it has them')
-    add('--pretrained', action='store_true', help="load the model's pretrained weights")
+    add('--pretrained', action='store_true',
+        help="load the model's pretrained weights; a local-dir: or hf-hub: name without --checkpoint does so anyway")
     add('--num-classes', type=int, default=None, metavar='N', help='number of classes (model default if left out)')
     add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='channel means used in training')
@@ -97,6 +98,8 @@ def _draw(argv: Sequence[str] | None) -> None:
     from cpool_vision.inspect.draw import PlotDependencyError, save_figure, supports_figure
 
     settings = _settings(args)
+    # a folder or repository is named for its weights
+    settings.pretrained = args.pretrained or (':' in args.model and not args.checkpoint)
     model = create_eval_model(settings).eval()
     data_config = resolve_data_config(vars(settings), model=model)
     transform: Any = create_transform(**{**data_config, 'crop_pct': 1.0}, is_training=False)

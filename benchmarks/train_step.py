@@ -1,0 +1,97 @@
+"""Times a training step of each variant against its plain base: `python -m benchmarks.train_step [-o FILE.json]`.
+
+A step is forward, loss, backward and an SGD update in fp32 on the same batch. Both arms alternate within one run; a
+ratio is the variant's median time over the base's. Fresh pools reach far (half of the largest support), so that less
+is skipped than after training.
+"""
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+
+import cpool_vision  # noqa: F401  registers the variants
+
+from .model_table import count, replace_between
+from .op import machine
+
+BEGIN, END = '<!-- train-step -->', '<!-- /train-step -->'
+# Model, and the ratio of times aimed at.
+CASES = (
+    ('vit_small_cpool_patch16_224', 1.10),
+    ('resnet50_cpool', 1.20),
+    ('convnext_tiny_cpool', 1.15),
+)
+
+
+def make_step(name: str, batch: int, **kwargs: Any) -> Callable[[], None]:
+    """One training step of a model, on a batch of noise."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=1000, **kwargs).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    images = torch.randn(batch, *model.pretrained_cfg['input_size'])
+    targets = torch.randint(1000, (batch,))
+
+    def step() -> None:
+        F.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def run_case(name: str, target: float, batch: int, repeats: int) -> dict[str, Any]:
+    steps = {'base': make_step(name, batch, cpool_positions=[]), 'variant': make_step(name, batch)}
+    times: dict[str, list[float]] = {arm: [] for arm in steps}
+    for _ in range(repeats + 1):
+        for arm, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[arm].append(time.perf_counter() - start)
+    base, variant = (statistics.median(times[arm][1:]) for arm in ('base', 'variant'))
+    _, base_params, base_macs = count(name, cpool_positions=[])
+    _, params, macs = count(name)
+    return {
+        'model': name,
+        'batch': batch,
+        'base_ms': base * 1e3,
+        'variant_ms': variant * 1e3,
+        'ratio': variant / base,
+        'target_ratio': target,
+        'params_change': params / base_params - 1,
+        'macs_change': macs / base_macs - 1,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ['| model | training step, variant / base | aim | parameters | MACs |', '|---|---|---|---|---|']
+    lines += [
+        f'| `{r["model"]}` | {r["ratio"]:.2f} | {r["target_ratio"]:.2f} | {100 * r["params_change"]:+.1f} % '
+        f'| {100 * r["macs_change"]:+.1f} % |' for r in rows
+    ]
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('-o', '--output', type=Path, help='JSON file for the figures')
+    parser.add_argument('-b', '--batch', type=int, default=8, help='images per step')
+    parser.add_argument('-r', '--repeats', type=int, default=7, help='counted steps of each arm')
+    parser.add_argument('--write', type=Path, help='Markdown file with the markers')
+    args = parser.parse_args()
+    rows = [run_case(name, target, args.batch, args.repeats) for name, target in CASES]
+    print(table(rows))
+    if args.write:
+        text = args.write.read_text(encoding='utf-8')
+        args.write.write_text(replace_between(text, BEGIN, END, table(rows)), encoding='utf-8')
+    if args.output:
+        args.output.write_text(json.dumps({'machine': machine(), 'rows': rows}, indent=1) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()
