@@ -28,7 +28,7 @@ def test_kernels_under_the_interpreter():
     out = _python(*command, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='')
     assert out.returncode == 0, out.stdout + out.stderr
     summary = out.stdout.splitlines()[-1]
-    assert int(re.search(r'(\d+) passed', summary)[1]) > 45 and 'skipped' not in summary
+    assert int(re.search(r'(\d+) passed', summary)[1]) > 40 and 'skipped' not in summary
 
 
 @pytest.mark.skipif(INTERPRETED, reason='is about a process that does not interpret')

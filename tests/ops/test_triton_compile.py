@@ -27,14 +27,18 @@ SHARED_LIMIT = 48 * 1024
 FEATURES = ('p_x', 'p_y', 'p_dx', 'p_grad')
 
 
-def compile_kernel(kernel, channels, dtype, channels_last, arch, config=None):
-    """The compiled kernel as a call on maps of so many channels, in one of the two plain layouts, makes it."""
+def compile_kernel(kernel, channels, dtype, channels_last, arch, config=None, ones=(), batch_stride='i32'):
+    """The compiled kernel as a call on maps of so many channels, in one of the two plain layouts, makes it.
+
+    A launch takes integers that equal 1 for constants: those named in `ones`. `batch_stride` is a type.
+    """
     config = config or launch.choose_config(kernel, channels, dtype, channels_last)
     constants = launch.tile_constants() | {
         'BLOCK_C': config.block_c, 'SEARCH': SEARCH, 'SHIFT': launch.SHIFT[dtype]}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     unit = 'c' if channels_last else 'w'
     constants |= {name: 1 for name in kernel.arg_names if re.fullmatch(f's_[xyg]{unit}', name)}
+    constants |= {name: 1 for name in kernel.arg_names if name in ones}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -42,7 +46,8 @@ def compile_kernel(kernel, channels, dtype, channels_last, arch, config=None):
         elif name.startswith('p_'):
             signature[name] = '*' + (TYPES[dtype] if name in FEATURES else 'i32' if name == 'p_reach' else 'fp32')
         else:
-            signature[name] = 'fp32' if name == 'log_tolerance' else 'i32'
+            plain = 'fp32' if name == 'log_tolerance' else 'i32'
+            signature[name] = batch_stride if re.fullmatch('s_.b', name) else plain
         aligned = channels_last and re.fullmatch('s_[xyg][bhw]|channels', name)
         if name not in constants and (aligned or name.startswith('p_')):
             attributes[(i,)] = [['tt.divisibility', 16]]
@@ -66,7 +71,7 @@ needs_cuobjdump = pytest.mark.skipif(not CUOBJDUMP.is_file(), reason='this build
 
 @needs_cuobjdump
 @pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
-@pytest.mark.parametrize('dtype', TYPES, ids=TYPES.values())
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('channels', [16, pytest.param(32, marks=pytest.mark.slow), pytest.param(
     64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256])
 @pytest.mark.parametrize('arch', [80, 90])
@@ -76,6 +81,21 @@ def test_shipped_configurations_spill_nothing(arch, channels, dtype, channels_la
         registers, stack = usage(compiled, tmp_path)
         assert 0 < registers <= 255 and stack == 0, f'{kernel.__name__}: {registers=}, {stack=}'
         assert 0 < compiled.metadata.shared <= SHARED_LIMIT, kernel.__name__
+
+
+@pytest.mark.parametrize('ones', [
+    ('stride', 'groups'),
+    ('stride', 'groups', 'height', 'width', 'out_height', 'out_width', 'channels'),
+    ('height', 'out_height', 's_lg', 's_sg', 's_lw', 's_sw'),
+], ids=['plain', 'one_pixel', 'one_row'])
+def test_sizes_of_one_compile(ones):
+    for kernel in KERNELS:
+        assert compile_kernel(kernel, 16, torch.float32, False, 80, ones=ones).asm['cubin']
+
+
+def test_batch_strides_beyond_32_bits_compile():
+    for kernel in KERNELS:
+        assert compile_kernel(kernel, 64, torch.bfloat16, True, 90, batch_stride='i64').asm['cubin']
 
 
 @needs_cuobjdump
