@@ -180,7 +180,7 @@ def test_a_radius_too_small_is_detected(monkeypatch):
     """Negative control: with a tolerance of almost everything, skipping breaks the bound that the tests assert."""
     monkeypatch.setitem(TOLERANCE, torch.float32, 0.9)
     with pytest.raises(AssertionError, match='error'):
-        assert_good(make_case(1, 4, 16, 16, sigma=(1.5, 2.0)))
+        assert_good(make_case(1, 4, 24, 16, sigma=(1.5, 2.0)))
 
 
 def test_results_are_deterministic():
