@@ -14,11 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends import choose_backend
 from .layout import empty_maps, is_channels_last
+from .plan import QUERY_TILE
 from .reference import context_pool2d_reference
 from .tiled import tiled_backward, tiled_forward
-
-# Output cells of a query tile of the Triton kernels, stated here because they are imported on first use only.
-QUERY_TILE = (8, 8)
 
 _lib = torch.library.Library('cpool_vision', 'DEF')
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpool_vision.ops.registry import QUERY_TILE  # noqa: F401  registers the operators before the kernels
-
 triton = pytest.importorskip('triton')
 if os.environ.get('TRITON_INTERPRET') == '1':
     pytest.skip('interpreted kernels are not compiled', allow_module_level=True)

@@ -159,7 +159,7 @@ def test_work_falls_with_the_supports():
 @pytest.mark.parametrize('stride,sigma,scale', [(1, (0.1, 0.9), 2.0), (2, (0.2, 1.0), 1.0), (3, (0.05, 0.3), 0.0)])
 def test_skipped_share_is_certified(stride, sigma, scale):
     """What the tiles in reach leave out weighs no more than the tolerance, counted pixel by pixel in fp64."""
-    from cpool_vision.ops.registry import QUERY_TILE
+    from cpool_vision.ops.plan import QUERY_TILE
     from cpool_vision.ops.triton.common import KEY_TILE
     case = make_case(1, 1, 30, 29, stride=stride, sigma=sigma, logit_scale=scale)
     (y0, y1, x0, x1), (h, w) = _reach(case, stride)[0].cpu().T, case[0].shape[2:]

@@ -9,8 +9,7 @@ import triton
 from torch import Tensor
 
 from ..layout import empty_maps, is_channels_last
-from ..plan import TOLERANCE
-from ..registry import QUERY_TILE
+from ..plan import QUERY_TILE, TOLERANCE
 from .backward import grad_features, grad_logits, grad_supports
 from .common import KEY_TILE, SEARCH
 from .forward import pool_forward
