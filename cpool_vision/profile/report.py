@@ -139,14 +139,12 @@ def sweep_table(kind: str, points: Sequence[dict[str, Any]]) -> str:
     """Cost over that of the depthwise 7x7 convolution, a row per value and a column per implementation."""
     names = [name for name in NAMES if any(row['implementation'] == name for p in points for row in p['rows'])]
     head = 'map side' if kind == 'size' else 'mean support, px'
-    lines = [_cells(head, *names, 'floor, ms', 'depthwise, ms'), '|---:' * (len(names) + 3) + '|']
+    lines = [_cells(head, *names, 'floor'), '|---:' * (len(names) + 2) + '|']
     for point in points:
         rows = {row['implementation']: row for row in point['rows']}
         costs = (rows[name]['cost_over_depthwise_7x7'] if name in rows else None for name in names)
-        convolution = rows[CONVOLUTION]['median_ms'] if CONVOLUTION in rows else None
-        lines.append(_cells(
-            f'{point["at"]:g}', *(_number(cost, 2) for cost in costs), _number(point['floor']['ms'], 3),
-            _number(convolution, 3)))
+        floor = point['floor']['ms'] / rows[CONVOLUTION]['median_ms'] if CONVOLUTION in rows else None
+        lines.append(_cells(f'{point["at"]:g}', *(_number(cost, 2) for cost in costs), _number(floor, 3)))
     return '\n'.join(lines)
 
 
