@@ -91,6 +91,11 @@ def replace_between(text: str, begin: str, end: str, table: str) -> str:
     return f'{head}{begin}\n{table}\n{end}{rest.split(end)[1]}'
 
 
+def write_between(path: pathlib.Path, begin: str, end: str, table: str) -> None:
+    """Puts `table` between the markers of the file `path`; errors as in `replace_between`."""
+    path.write_text(replace_between(path.read_text(encoding='utf-8'), begin, end, table), encoding='utf-8')
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints, writes or checks the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

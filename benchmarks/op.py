@@ -23,7 +23,7 @@ from cpool_vision.profile.measure import (
     times_in_turn,
 )
 
-from .model_table import replace_between
+from .model_table import write_between
 
 BEGIN, END = '<!-- op-table -->', '<!-- /op-table -->'
 # B, C, H, W, largest support in pixels, and the ratio aimed at for forward and backward.
@@ -89,8 +89,7 @@ def main() -> None:
     rows = [row for case in CASES for row in run_case(case, args.repeats)]
     print(table(rows))
     for path in args.write:
-        text = replace_between(path.read_text(encoding='utf-8'), BEGIN, END, table(rows))
-        path.write_text(text, encoding='utf-8')
+        write_between(path, BEGIN, END, table(rows))
     memory = {}
     for size in (56, 112):
         call = make_case(4, 96, size, size, size / 10)

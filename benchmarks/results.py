@@ -17,7 +17,7 @@ from cpool_vision.engine import args_validate
 from cpool_vision.engine.config import parse_args
 from cpool_vision.engine.validate_run import validate
 
-from .model_table import count, replace_between
+from .model_table import count, write_between
 
 BEGIN, END = '<!-- results -->', '<!-- /results -->'
 
@@ -85,8 +85,7 @@ def main() -> None:
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
     if args.write:
-        text = args.write.read_text(encoding='utf-8')
-        args.write.write_text(replace_between(text, BEGIN, END, table), encoding='utf-8')
+        write_between(args.write, BEGIN, END, table)
 
 
 if __name__ == '__main__':

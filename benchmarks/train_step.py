@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import cpool_vision  # noqa: F401  registers the variants
 
-from .model_table import count, replace_between
+from .model_table import count, write_between
 from .op import machine
 
 BEGIN, END = '<!-- train-step -->', '<!-- /train-step -->'
@@ -87,8 +87,7 @@ def main() -> None:
     rows = [run_case(name, target, args.batch, args.repeats) for name, target in CASES]
     print(table(rows))
     if args.write:
-        text = args.write.read_text(encoding='utf-8')
-        args.write.write_text(replace_between(text, BEGIN, END, table(rows)), encoding='utf-8')
+        write_between(args.write, BEGIN, END, table(rows))
     if args.output:
         args.output.write_text(json.dumps({'machine': machine(), 'rows': rows}, indent=1) + '\n', encoding='utf-8')
 
