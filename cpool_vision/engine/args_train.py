@@ -13,6 +13,7 @@ from .args_common import (
     add_model_form_args,
     switch,
 )
+from .args_loader import add_bad_sample_args
 from .args_train_more import add_distillation_args, add_ema_args, add_naflex_args, add_norm_args, add_sized_batch_args
 
 
@@ -22,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_arg(parser)
     parser.add_argument('data', nargs='?', metavar='DIR', help='root folder of the data (--data-dir is preferred)')
     _add_data(parser.add_argument_group('data'))
+    add_bad_sample_args(parser.add_argument_group('damaged data'))
     _add_model(parser.add_argument_group('model'))
     _add_device(parser.add_argument_group('device and processes'))
     _add_optimizer(parser.add_argument_group('optimizer'))

@@ -1,144 +1,26 @@
-"""Data sets and loaders of training and validation."""
+"""Loaders of training and validation."""
 import argparse
-import logging
-import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils.data
-from PIL import Image
-from timm.data import (
-    AugMixDataset,
-    FastCollateMixup,
-    ImageDataset,
-    IterableImageDataset,
-    Mixup,
-    create_loader,
-)
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, Mixup, create_loader
+from timm.data.loader import PrefetchLoader
+from timm.data.scheduled_sampler import ScheduledBatchSampler
 
-from cpool_vision.data import create_dataset
-
+from .dataset import build_dataset
 from .device import Precision
-from .errors import ConfigError, DatasetError, DatasetNotFoundError
+from .errors import ConfigError, DatasetError
+from .keyed import KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
 from .posterize import allow_zero_bits
+from .sampling import BatchKeys, EpochOrder
+from .stream import StreamedTrainStream, TrainStream
+from .unreadable import UNREADABLE, CountingImageDataset, StrictImageDataset, Unreadable, UnreadableLog
 
-_logger = logging.getLogger(__name__)
-UNREADABLE = -100  # label of an image that could not be decoded: the ignore_index of cross-entropy
-_FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')
-_PREFIXES = ('cpool', 'torch', 'hfds', 'hfids', 'tfds', 'wds')
-_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
-
-
-class CountingImageDataset(ImageDataset):
-    """Like timm's `ImageDataset`, but an unreadable image comes out blank with the label `UNREADABLE`.
-
-    timm's class hands out a neighbour in its place, which would count that neighbour twice.
-    """
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        super().__init__(None, reader=dataset.reader, load_bytes=dataset.load_bytes,
-                         input_img_mode=dataset.input_img_mode, transform=dataset.transform,
-                         target_transform=dataset.target_transform)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        mode = self.input_img_mode or 'RGB'
-        try:
-            file, target, *_ = self.reader[index]
-            image = file.read() if self.load_bytes else Image.open(file).convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            _logger.warning('Image %s cannot be read (%s).', self.filename(index), error)
-            image, target = Image.new(mode, (64, 64)), UNREADABLE
-        if self.transform is not None:
-            image = self.transform(image)
-        if target is None:
-            target = -1
-        elif self.target_transform is not None and target != UNREADABLE:
-            target = self.target_transform(target)
-        return image, target
-
-
-def _check_name(name: str) -> None:
-    prefix, slash, rest = name.partition('/')
-    if name in _FOLDER_NAMES or slash and rest and prefix.lower() in _PREFIXES:
-        return
-    raise DatasetError(f'unknown data set {name!r}: leave --dataset empty for a folder or tar, or use one of '
-                       f'{", ".join(each + "/NAME" for each in _PREFIXES)}')
-
-
-def _check_folder(root: str | None, split: str) -> None:
-    if not root:
-        raise DatasetError('no data: give --data-dir FOLDER, or --dataset cpool/shapes for the built-in set')
-    if not os.path.exists(root):
-        raise DatasetNotFoundError(f'data folder {root!r} does not exist: check --data-dir')
-    if not os.path.isdir(root) or not split:
-        return
-    name = split.split('[')[0]
-    groups = (_SPLITS[:2], _SPLITS[2:7])
-    names = next((group for group in groups if name in group), (name,))
-    found = sorted(entry for entry in _SPLITS if os.path.isdir(os.path.join(root, entry)))
-    if found and not any(os.path.exists(os.path.join(root, entry)) for entry in (name, *names)):
-        raise DatasetError(f'split {split!r} is not in {root!r}, which holds {", ".join(found)}: name one of them, '
-                           'or leave the split empty to take the folder itself')
-
-
-def build_dataset(
-        args: argparse.Namespace,
-        split: str,
-        training: bool,
-        input_img_mode: str,
-        num_samples: int | None,
-) -> Any:
-    """Data set of one split.
-
-    Raises:
-        DatasetError: unknown, empty, or more classes than the model has.
-        DatasetNotFoundError: its folder does not exist.
-    """
-    name, root = args.dataset, args.data_dir
-    _check_name(name)
-    if name in _FOLDER_NAMES or name.lower() in ('torch/image_folder', 'torch/folder'):
-        _check_folder(root, split)
-    if args.class_map and not os.path.isfile(args.class_map):
-        raise DatasetNotFoundError(f'--class-map {args.class_map!r} does not exist: check the path')
-    what = f'data set {name or root!r}, split {split!r}'
-    kwargs = {'load_bytes': True} if getattr(args, 'tf_preprocessing', False) else {}
-    try:
-        dataset = create_dataset(
-            name,
-            root=root,
-            split=split,
-            is_training=training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            repeats=getattr(args, 'epoch_repeats', 0.),
-            input_img_mode=input_img_mode,
-            input_key=args.input_key,
-            target_key=args.target_key,
-            num_samples=num_samples,
-            trust_remote_code=args.dataset_trust_remote_code,
-            **kwargs,
-        )
-    except FileNotFoundError as error:
-        raise DatasetNotFoundError(f'{what}: {error}; check --data-dir') from error
-    except (AssertionError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
-        raise DatasetError(f'{what} cannot be opened ({" ".join(str(error).split())}): check --dataset, --data-dir and '
-                           'the split') from error
-    if hasattr(dataset, '__len__') and len(dataset) == 0:
-        raise DatasetError(f'{what} is empty: check --data-dir and the split')
-    _check_classes(dataset, args.num_classes, what)
-    return dataset
-
-
-def _check_classes(dataset: Any, num_classes: int, what: str) -> None:
-    names = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'classes', None)
-    if not names:
-        return
-    count = max(names.values()) + 1 if isinstance(names, dict) else len(names)
-    if count > num_classes:
-        raise DatasetError(f'{what} has {count} classes, the model {num_classes}: set --num-classes {count}')
+__all__ = [
+    'UNREADABLE', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'image_mode', 'list_unreadable', 'mixing',
+    'set_epoch', 'set_position', 'share_unreadable', 'unreadable_report',
+]
 
 
 def image_mode(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
@@ -183,6 +65,10 @@ def build_train_loader(
 ) -> tuple[Any, Mixup | None]:
     """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
 
+    Its batches are a function of (seed, epoch, rank, position): iteration begins at the position that `set_position`
+    gave, is the same for any number of workers, and neither reads nor moves this process's global generators. Its
+    length is that of a whole epoch. Of streamed sets see `StreamedTrainStream`.
+
     Raises:
         DatasetError: see `build_dataset`; also a split smaller than one batch.
         ConfigError: flags that exclude each other.
@@ -190,24 +76,22 @@ def build_train_loader(
     _check_train_flags(args)
     allow_zero_bits()
     dataset = build_dataset(args, args.train_split, True, image_mode(args, data_config), args.train_num_samples)
-    smallest = min(args.train_batch_sizes or [args.batch_size])
-    if hasattr(dataset, '__len__') and not isinstance(dataset, IterableImageDataset):
-        per_process = len(dataset) // args.world_size
-        if per_process < smallest:
-            raise DatasetError(f'the training split has {per_process} images per process, fewer than one batch of '
+    streamed = isinstance(dataset, torch.utils.data.IterableDataset)
+    if type(dataset) is ImageDataset:
+        dataset = StrictImageDataset(dataset)
+    order = None
+    if not streamed:
+        order = EpochOrder(len(dataset), args.seed, args.rank, args.world_size, args.aug_repeats)
+        smallest = min(args.train_batch_sizes or [args.batch_size])
+        if len(order) < smallest:
+            raise DatasetError(f'the training split has {len(order)} images per process, fewer than one batch of '
                                f'{smallest}: lower --batch-size')
     mix = mixing(args)
-    collate_fn: Callable[..., Any] | None = None
-    mixup_fn = None
-    if mix and args.no_prefetcher:
-        mixup_fn = Mixup(**mix)
-    elif mix:
-        collate_fn = FastCollateMixup(**mix)
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
     try:
-        loader = create_loader(
+        built = create_loader(
             dataset,
             batch_size=args.batch_size,
             is_training=True,
@@ -226,32 +110,63 @@ def build_train_loader(
             grayscale_prob=args.grayscale_prob,
             gaussian_blur_prob=args.gaussian_blur_prob,
             auto_augment=args.aa,
-            num_aug_repeats=args.aug_repeats,
             num_aug_splits=args.aug_splits,
             interpolation=interpolation or data_config['interpolation'],
             num_workers=args.workers,
-            distributed=args.distributed,
-            collate_fn=collate_fn,
-            use_multi_epochs_loader=args.use_multi_epochs_loader,
+            collate_fn=FastCollateMixup(**mix) if mix and not args.no_prefetcher else None,
             worker_seeding=args.worker_seeding,
-            persistent_workers=False,  # fresh workers are seeded anew, so that an epoch can be repeated on resume
+            persistent_workers=False,
             input_size_choices=args.train_img_sizes,
-            batch_size_choices=args.train_batch_sizes,
-            batch_choice_weights=args.train_size_probs,
-            batch_choice_seed=args.seed,
-            batch_choice_schedule=args.train_size_schedule,
-            batch_schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None,
-            batch_schedule_spread=args.train_size_schedule_spread,
-            batch_schedule_random_mix=args.train_size_random_mix,
-            num_batches=args.train_batches_per_epoch,
             **_common(args, data_config, device, precision),
         )
+        inner = built.loader if isinstance(built, PrefetchLoader) else built
+        if order is None:
+            stream: Any = StreamedTrainStream(inner, args.seed, args.rank)
+        else:
+            stream = _keyed_stream(args, inner, BatchKeys(order, args.batch_size, _schedule(args, len(order))))
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'the training loader cannot be built ({error}): check the loader and augmentation flags') \
             from error
-    if isinstance(loader.sampler, torch.utils.data.distributed.DistributedSampler):
-        loader.sampler.seed = args.seed  # timm leaves it at 0 whatever the seed of the run
-    return loader, mixup_fn
+    if not isinstance(built, PrefetchLoader):
+        mixup_fn = KeyedMixup(stream, args.seed, args.rank, args.mixup_off_epoch, **mix) if mix else None
+        return stream, mixup_fn
+    prefetcher: Any = built
+    prefetcher.loader = stream
+    if prefetcher.random_erasing is not None:
+        prefetcher.random_erasing = KeyedErasing(prefetcher.random_erasing, stream, args.seed, args.rank, device)
+    return prefetcher, None
+
+
+def _schedule(args: argparse.Namespace, samples: int) -> ScheduledBatchSampler | None:
+    if not args.train_img_sizes:
+        return None
+    places: Any = range(samples)
+    return ScheduledBatchSampler(
+        places,
+        batch_sizes=args.train_batch_sizes or [args.batch_size] * len(args.train_img_sizes),
+        choice_weights=args.train_size_probs,
+        seed=args.seed,
+        num_batches=args.train_batches_per_epoch,
+        choice_schedule=args.train_size_schedule,
+        schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None,
+        schedule_spread=args.train_size_schedule_spread,
+        schedule_random_mix=args.train_size_random_mix,
+    )
+
+
+def _keyed_stream(args: argparse.Namespace, inner: torch.utils.data.DataLoader, keys: BatchKeys) -> TrainStream:
+    dataset = KeyedDataset(inner.dataset, args.seed)
+    make_loader: Any = torch.utils.data.DataLoader  # typed for lists of indices, for which the keys stand
+    loader = make_loader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=args.workers,
+        collate_fn=KeyedCollate(inner.collate_fn, args.seed, args.rank, args.mixup_off_epoch),
+        pin_memory=args.pin_mem,
+        persistent_workers=args.workers > 0,
+        generator=torch.Generator(),  # else each epoch would draw from the global one
+    )
+    return TrainStream(loader, UnreadableLog(dataset.base, args.max_bad_samples), args.use_multi_epochs_loader)
 
 
 def _check_train_flags(args: argparse.Namespace) -> None:
@@ -259,6 +174,12 @@ def _check_train_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f'--batch-size must be >= 1, got {args.batch_size}')
     if args.aug_splits == 1 or args.aug_splits < 0:
         raise ConfigError(f'--aug-splits must be 0, or 2 and more, got {args.aug_splits}')
+    sizes = args.train_batch_sizes or [args.batch_size]
+    if mixing(args) and any(size % 2 for size in sizes):
+        raise ConfigError(f'mixup and CutMix pair the images of a batch, so that its size must be even, got {sizes}: '
+                          'change --batch-size or --train-batch-sizes')
+    if args.max_bad_samples < 0:
+        raise ConfigError(f'--max-bad-samples must be >= 0, got {args.max_bad_samples:g}')
     if args.aug_splits and mixing(args):
         raise ConfigError('--aug-splits does not go with mixup or CutMix: drop one of them')
     if args.aug_repeats and not args.distributed:
@@ -311,9 +232,42 @@ def build_eval_loader(
     )
 
 
+def _stream(loader: Any) -> Any:
+    return loader.loader if isinstance(loader, PrefetchLoader) else loader
+
+
+def set_position(loader: Any, epoch: int, batch: int = 0) -> None:
+    """Makes the next iteration of a training loader begin at a batch of an epoch, both counted from 0.
+
+    Raises:
+        ConfigError: no such position.
+    """
+    _stream(loader).set_position(epoch, batch)
+
+
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tells everything in a loader that depends on the epoch which one begins."""
-    for part in (loader.dataset, loader.batch_sampler, loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
-        advance = getattr(part, 'set_epoch', None)
-        if advance is not None:
-            advance(epoch)
+    """`set_position` at the first batch."""
+    set_position(loader, epoch)
+
+
+def unreadable_report(loader: Any) -> list[Unreadable]:
+    """Training images that this process could not decode so far and replaced, by their number."""
+    log = _stream(loader).unreadable
+    return [] if log is None else [log.found[index] for index in sorted(log.found)]
+
+
+def list_unreadable(loader: Any, folder: str) -> None:
+    """Lists unreadable training images in `folder`/unreadable.txt from now on; '' for no list."""
+    log = _stream(loader).unreadable
+    if log is not None:
+        log.open(folder)
+
+
+def share_unreadable(loader: Any, device: torch.device) -> int:
+    """Completes the list by what other processes found; every process must call it, at the end of an epoch say.
+
+    Returns:
+        How many unreadable training images there are in all.
+    """
+    log = _stream(loader).unreadable
+    return 0 if log is None else log.share(device)
