@@ -117,6 +117,8 @@ def build_train_loader(
             worker_seeding=args.worker_seeding,
             persistent_workers=False,
             input_size_choices=args.train_img_sizes,
+            batch_size_choices=args.train_batch_sizes,
+            batch_choice_weights=args.train_size_probs,
             **_common(args, data_config, device, precision),
         )
         inner = built.loader if isinstance(built, PrefetchLoader) else built
