@@ -1,47 +1,28 @@
 """Loaders of training and validation."""
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils.data
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, Mixup, create_loader
 from timm.data.loader import PrefetchLoader
-from timm.data.scheduled_sampler import ScheduledBatchSampler
 
 from .dataset import build_dataset
 from .device import Precision
 from .errors import ConfigError, DatasetError
-from .keyed import KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
+from .keyed import DrawnSeeds, KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
+from .loader_flags import check_train_flags, image_mode, mixing, size_schedule
 from .posterize import allow_zero_bits
 from .sampling import BatchKeys, EpochOrder
 from .stream import StreamedTrainStream, TrainStream
 from .unreadable import UNREADABLE, CountingImageDataset, StrictImageDataset, Unreadable, UnreadableLog
+from .worker import WorkerSignals
 
 __all__ = [
     'UNREADABLE', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'image_mode', 'list_unreadable', 'mixing',
     'set_epoch', 'set_position', 'share_unreadable', 'unreadable_report',
 ]
-
-
-def image_mode(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
-    """PIL mode of the images: `--input-img-mode`, else by the number of channels."""
-    return args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
-
-
-def mixing(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of mixup and CutMix; empty if both are off."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
-        return {}
-    return dict(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=args.num_classes,
-    )
 
 
 def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device, precision: Precision,
@@ -62,6 +43,7 @@ def build_train_loader(
         data_config: dict[str, Any],
         device: torch.device,
         precision: Precision,
+        make_transform: Callable[[tuple[int, int, int]], Any] | None = None,
 ) -> tuple[Any, Mixup | None]:
     """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
 
@@ -69,17 +51,25 @@ def build_train_loader(
     gave, is the same for any number of workers, and neither reads nor moves this process's global generators. Its
     length is that of a whole epoch. Of streamed sets see `StreamedTrainStream`.
 
+    Args:
+        args, data_config, device, precision: the run.
+        make_transform: makes the transform of images for an input size (channels, height, width), in place of timm's.
+            It maps a PIL image to a (channels, height, width) tensor: uint8 for the prefetcher, else normalised. If
+            it has a method `set_random_seed(int)`, that is called before each image.
+
     Raises:
         DatasetError: see `build_dataset`; also a split smaller than one batch.
         ConfigError: flags that exclude each other.
     """
-    _check_train_flags(args)
+    check_train_flags(args)
     allow_zero_bits()
     dataset = build_dataset(args, args.train_split, True, image_mode(args, data_config), args.train_num_samples)
     streamed = isinstance(dataset, torch.utils.data.IterableDataset)
     if type(dataset) is ImageDataset:
         dataset = StrictImageDataset(dataset)
     order = None
+    if streamed and args.aug_repeats:
+        raise ConfigError('--aug-repeats needs a set with an index, not a streamed one: leave it out')
     if not streamed:
         order = EpochOrder(len(dataset), args.seed, args.rank, args.world_size, args.aug_repeats)
         smallest = min(args.train_batch_sizes or [args.batch_size])
@@ -125,10 +115,12 @@ def build_train_loader(
         if order is None:
             stream: Any = StreamedTrainStream(inner, args.seed, args.rank)
         else:
-            stream = _keyed_stream(args, inner, BatchKeys(order, args.batch_size, _schedule(args, len(order))))
+            stream = _keyed_stream(args, inner, BatchKeys(order, args.batch_size, size_schedule(args, len(order))))
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'the training loader cannot be built ({error}): check the loader and augmentation flags') \
             from error
+    if make_transform is not None:
+        _replace_transforms(args, stream.dataset, data_config['input_size'], make_transform)
     if not isinstance(built, PrefetchLoader):
         mixup_fn = KeyedMixup(stream, args.seed, args.rank, args.mixup_off_epoch, **mix) if mix else None
         return stream, mixup_fn
@@ -139,21 +131,19 @@ def build_train_loader(
     return prefetcher, None
 
 
-def _schedule(args: argparse.Namespace, samples: int) -> ScheduledBatchSampler | None:
-    if not args.train_img_sizes:
-        return None
-    places: Any = range(samples)
-    return ScheduledBatchSampler(
-        places,
-        batch_sizes=args.train_batch_sizes or [args.batch_size] * len(args.train_img_sizes),
-        choice_weights=args.train_size_probs,
-        seed=args.seed,
-        num_batches=args.train_batches_per_epoch,
-        choice_schedule=args.train_size_schedule,
-        schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None,
-        schedule_spread=args.train_size_schedule_spread,
-        schedule_random_mix=args.train_size_random_mix,
-    )
+def _replace_transforms(args: argparse.Namespace, dataset: Any, input_size: tuple[int, int, int],
+                        make_transform: Callable[[tuple[int, int, int]], Any]) -> None:
+    if args.aug_splits:
+        raise ConfigError('--aug-splits goes with the transforms of timm only: leave it out')
+    if args.no_prefetcher and args.reprob and not args.no_aug:
+        raise ConfigError('without the prefetcher, --reprob is part of the transforms of timm: drop --no-prefetcher or '
+                          '--reprob')
+    if not isinstance(dataset, KeyedDataset):
+        dataset.transform = DrawnSeeds(make_transform(input_size))
+        return
+    sides = args.train_img_sizes
+    dataset.set_transforms([make_transform((input_size[0], side, side)) for side in sides] if sides
+                           else [make_transform(input_size)])
 
 
 def _keyed_stream(args: argparse.Namespace, inner: torch.utils.data.DataLoader, keys: BatchKeys) -> TrainStream:
@@ -165,32 +155,11 @@ def _keyed_stream(args: argparse.Namespace, inner: torch.utils.data.DataLoader, 
         num_workers=args.workers,
         collate_fn=KeyedCollate(inner.collate_fn, args.seed, args.rank, args.mixup_off_epoch),
         pin_memory=args.pin_mem,
+        worker_init_fn=WorkerSignals(),
         persistent_workers=args.workers > 0,
         generator=torch.Generator(),  # else each epoch would draw from the global one
     )
     return TrainStream(loader, UnreadableLog(dataset.base, args.max_bad_samples), args.use_multi_epochs_loader)
-
-
-def _check_train_flags(args: argparse.Namespace) -> None:
-    if args.batch_size < 1:
-        raise ConfigError(f'--batch-size must be >= 1, got {args.batch_size}')
-    if args.aug_splits == 1 or args.aug_splits < 0:
-        raise ConfigError(f'--aug-splits must be 0, or 2 and more, got {args.aug_splits}')
-    sizes = args.train_batch_sizes or [args.batch_size]
-    if mixing(args) and any(size % 2 for size in sizes):
-        raise ConfigError(f'mixup and CutMix pair the images of a batch, so that its size must be even, got {sizes}: '
-                          'change --batch-size or --train-batch-sizes')
-    if args.max_bad_samples < 0:
-        raise ConfigError(f'--max-bad-samples must be >= 0, got {args.max_bad_samples:g}')
-    if args.aug_splits and mixing(args):
-        raise ConfigError('--aug-splits does not go with mixup or CutMix: drop one of them')
-    if args.aug_repeats and not args.distributed:
-        raise ConfigError(f'--aug-repeats {args.aug_repeats:g} needs several processes: launch with torchrun, or '
-                          'leave it out')
-    if args.train_batches_per_epoch is not None and not args.train_img_sizes:
-        raise ConfigError('--train-batches-per-epoch needs --train-img-sizes: add it, or leave it out')
-    if args.variable_batch_loss_scale != 'none' and not args.train_img_sizes:
-        raise ConfigError('--variable-batch-loss-scale needs --train-img-sizes: add it, or leave it out')
 
 
 def build_eval_loader(
@@ -223,7 +192,7 @@ def build_eval_loader(
     workers = args.workers
     if distributed and isinstance(dataset, IterableImageDataset):
         workers = min(2, workers)  # each worker of a streamed set pads its share
-    return create_loader(
+    loader = create_loader(
         dataset,
         batch_size=batch_size,
         interpolation=data_config['interpolation'],
@@ -232,6 +201,9 @@ def build_eval_loader(
         **{'crop_pct': data_config['crop_pct'], **kwargs},
         **_common(args, data_config, device, precision),
     )
+    inner: Any = _stream(loader)
+    inner.worker_init_fn = WorkerSignals(inner.worker_init_fn)
+    return loader
 
 
 def _stream(loader: Any) -> Any:

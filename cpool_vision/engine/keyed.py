@@ -1,7 +1,7 @@
 """Randomness of samples and batches, keyed by what they are instead of by what was drawn before."""
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.utils.data
 from timm.data import FastCollateMixup, Mixup
+from timm.data.scheduled_sampler import ScheduledTransformDataset
 
 from cpool_vision.data.counter import CounterDraws
 
@@ -25,17 +26,28 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def seed_accelerator(seed: int, device: torch.device) -> None:
+    """Seeds the generator of a device that is not the CPU."""
+    module: Any = torch.get_device_module(device)
+    with module.device(device) if hasattr(module, 'device') else nullcontext():
+        module.manual_seed(seed)
+
+
 @contextmanager
 def kept_generators(device: torch.device | None = None) -> Iterator[None]:
     """Gives `random`, numpy and torch (CPU and `device`) their state back on leaving."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = [] if device is None or device.type == 'cpu' else [device]
+    python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    accelerator: Any = None if device is None or device.type == 'cpu' else torch.get_device_module(device)
+    which = (device,) if accelerator is not None and device.type != 'mps' else ()  # type: ignore[union-attr]
+    state = None if accelerator is None else accelerator.get_rng_state(*which)
     try:
-        with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else 'cuda'):
-            yield
+        yield
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if accelerator is not None:
+            accelerator.set_rng_state(state, *which)
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,22 @@ def _flatten(transform: Any) -> Iterator[Any]:
         yield from _flatten(getattr(transform, 'transforms', None) or ())
 
 
+class DrawnSeeds:
+    """A transform whose parts with a method `set_random_seed` get a number drawn from `random` before each image.
+
+    For streamed sets, whose workers seed `random` but cannot know which image comes.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+        self.seeded = [part for part in _flatten(transform) if hasattr(part, 'set_random_seed')]
+
+    def __call__(self, image: Any) -> Any:
+        for part in self.seeded:
+            part.set_random_seed(random.getrandbits(32))
+        return self.transform(image)
+
+
 class KeyedDataset(torch.utils.data.Dataset):
     """Makes each sample of a map-style set from generators seeded by (seed, epoch, image, copy).
 
@@ -113,6 +141,14 @@ class KeyedDataset(torch.utils.data.Dataset):
     def transform(self, transform: Any) -> None:
         self.dataset.transform = transform
         self._seeded.clear()
+
+    def set_transforms(self, transforms: list[Any]) -> None:
+        """Sets the transform of the images, or one for each image size of a `ScheduledTransformDataset`."""
+        if isinstance(self.dataset, ScheduledTransformDataset):
+            self.dataset.transforms = tuple(transforms)
+            self._seeded.clear()
+        else:
+            self.transform, = transforms
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -205,7 +241,7 @@ class KeyedErasing:
         with kept_generators(self.device):
             seed_generators(seed)
             if self.device.type != 'cpu':
-                torch.get_device_module(self.device).manual_seed(seed)
+                seed_accelerator(seed, self.device)
             return self.erasing(images)
 
 

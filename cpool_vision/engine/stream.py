@@ -11,6 +11,7 @@ from .errors import ConfigError, DatasetError
 from .keyed import Report, kept_generators, seed_generators
 from .sampling import WORKERS, BatchKeys, keyed_seeds
 from .unreadable import UnreadableLog
+from .worker import WorkerSignals
 
 _logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ class StreamedTrainStream:
 
     def __init__(self, loader: torch.utils.data.DataLoader, seed: int, rank: int) -> None:
         self.loader: Any = loader
+        self.loader.worker_init_fn = WorkerSignals(loader.worker_init_fn)
         self.seed, self.rank = seed, rank
         self.epoch = self.batch = 0
         self.current = (0, 0)

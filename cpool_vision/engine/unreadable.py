@@ -127,7 +127,7 @@ class UnreadableLog:
         self.folder = folder
         path = os.path.join(folder, LIST_NAME)
         if folder and os.path.exists(path):
-            with open(path, encoding='utf-8') as file:
+            with open(path, encoding='utf-8', errors='surrogateescape') as file:
                 numbers = [line.split('\t')[0] for line in file]
             self._listed |= {int(number) for number in numbers if number.isdecimal()}
         self._list(set(self.found))
@@ -137,7 +137,8 @@ class UnreadableLog:
             return
         self._listed |= indices
         text = ''.join(f'{index}\t{sample_name(self.dataset, index)}\n' for index in sorted(self._listed))
-        write_atomic(os.path.join(self.folder, LIST_NAME), lambda file: file.write(text.encode()))
+        content = text.encode(errors='surrogateescape')  # as file names may hold bytes that are no UTF-8
+        write_atomic(os.path.join(self.folder, LIST_NAME), lambda file: file.write(content))
 
     def add(self, images: list[Unreadable]) -> None:
         """Takes note of images that a batch did without.

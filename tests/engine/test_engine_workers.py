@@ -1,0 +1,152 @@
+"""Workers of the training loader over epochs and under signals, and streamed sets."""
+import logging
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from loader_tools import CASES, CPU, Batch, Build, Inside, Seeded, Shards, Unseeded, builder, same, states
+from timm.data import IterableImageDataset
+
+from cpool_vision.engine import data
+from cpool_vision.engine.errors import ConfigError, DatasetError
+from cpool_vision.engine.sampling import BatchKeys
+
+
+@pytest.fixture
+def build(image_root: str, train_args: Callable[..., Any]) -> Build:
+    """Builds training loaders."""
+    return builder(image_root, train_args)
+
+
+def test_workers_stay_from_epoch_to_epoch(build: Build) -> None:
+    prepared = build(workers=2)
+    prepared.take(0, 0, stop=1)
+    workers = [worker.pid for worker in data._stream(prepared.loader).loader._iterator._workers]
+    whole = build().take(1)
+    assert same(prepared.take(1), whole)  # after an epoch that was left in the middle
+    assert [worker.pid for worker in data._stream(prepared.loader).loader._iterator._workers] == workers
+
+
+def test_an_iterator_kept_over_epochs_reads_ahead(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = build()
+    expected = {place: plain.take(*place) for place in ((0, 0), (1, 0), (0, 3))}
+    eager = build('--use-multi-epochs-loader', workers=2)
+    begun: list[tuple[int, int]] = []
+    real = BatchKeys._keys
+    monkeypatch.setattr(BatchKeys, '_keys', lambda self, *place: begun.append(place) or real(self, *place))
+    assert same(eager.take(0), expected[0, 0])
+    assert begun[-1] == (1, 0)
+    begun.clear()
+    assert same(eager.take(1), expected[1, 0])
+    assert begun == [(2, 0)]
+    assert same(eager.take(0, 3), expected[0, 3])  # not what was loaded ahead
+    assert begun[1:] == [(0, 3), (1, 0)]
+    assert same(eager.take(1), expected[1, 0])
+
+
+@pytest.mark.slow
+def test_workers_that_are_not_forked(build: Build) -> None:
+    prepared = build(*CASES['mixed'], workers=1)
+    data._stream(prepared.loader).loader.multiprocessing_context = 'spawn'
+    assert same(prepared.take(1, 2), build(*CASES['mixed']).take(1, 2))
+
+
+def take_under_signal(prepared: Any, kind: str) -> list[Batch]:
+    """Takes an epoch; its two workers get a signal from another process after the first batch."""
+    data.set_position(prepared.loader, 0)
+    taken = []
+    known = {child.pid for child in multiprocessing.active_children()}
+    for image, target in prepared.loader:
+        taken.append((image.clone(), target.clone()))
+        if len(taken) == 1:
+            workers = [str(child.pid) for child in multiprocessing.active_children() if child.pid not in known]
+            assert len(workers) == 2
+            subprocess.run(['kill', f'-{kind[3:]}', *workers], check=True)  # noqa: S603, S607
+    return taken
+
+
+@pytest.mark.parametrize('streamed', [False, True])
+@pytest.mark.parametrize('kind', ['SIGINT', 'SIGUSR1', 'SIGTERM'])
+def test_workers_outlive_the_signals_of_a_scheduler(
+        build: Build, kind: str, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if streamed:
+        monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    expected = build(workers=2).take(0)
+    assert same(take_under_signal(build(workers=2), kind), expected)
+
+
+@pytest.mark.parametrize('kind', ['SIGINT', 'SIGUSR1', 'SIGTERM'])
+def test_workers_as_torch_starts_them_do_not(build: Build, kind: str) -> None:
+    prepared = build(workers=2)
+    data._stream(prepared.loader).loader.worker_init_fn = None
+    with pytest.raises((RuntimeError, OSError)):
+        take_under_signal(prepared, kind)
+
+
+@pytest.mark.parametrize('leave', ['raise ValueError', *(
+    pytest.param(way, marks=pytest.mark.slow) for way in ('sys.exit(3)', 'os.kill(os.getpid(), 9)'))])
+def test_workers_end_with_the_process(image_root: str, leave: str) -> None:
+    code = f'''
+import os, sys
+from torch.utils.data import DataLoader
+from cpool_vision.engine.worker import WorkerSignals
+iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn=WorkerSignals()))
+next(iterator)
+print(*[worker.pid for worker in iterator._workers], flush=True)
+{leave}
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)  # noqa: S603
+    assert done.returncode in (1, 3, -9)
+    pids = done.stdout.split()
+    assert len(pids) == 2
+    for _ in range(600):
+        if not any(os.path.exists(f'/proc/{pid}') for pid in pids):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail('workers are left')
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('name', ['randaugment', 'mixed', 'unfetched'])
+def test_streamed_sets_are_entered_by_loading_again(
+        build: Build, name: str, workers: int, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    caplog.set_level(logging.INFO, 'cpool_vision')
+    random.seed(1)
+    one = build(*CASES[name], workers=workers)
+    before = states()
+    whole = {epoch: one.take(epoch) for epoch in (0, 1)}
+    assert states() == before
+    assert len(whole[0]) == len(one.loader) == 6 and not same(*whole.values())
+    two = build(*CASES[name], workers=workers)
+    for epoch, batch in ((1, 2), (0, 5)):
+        torch.manual_seed(epoch)
+        assert same(two.take(epoch, batch), whole[epoch][batch:])
+    assert 'loading 2 batches of epoch 1 again' in caplog.text
+    with pytest.raises(DatasetError, match='ended after 6 batches, before the position 7'):
+        two.take(0, 7)
+    with pytest.raises(ConfigError, match='no batch -1'):
+        data.set_position(two.loader, 0, -1)
+    assert data.unreadable_report(two.loader) == [] and data.share_unreadable(two.loader, CPU) == 0
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_streamed_sets_seed_transforms_with_their_own_generator(
+        build: Build, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    whole = build(workers=workers, transform=Seeded).take(1)
+    assert len({float(row[0, 0, 0]) for batch, _ in whole for row in batch}) > 12
+    assert same(build(workers=workers, transform=Inside).take(1, 2), whole[2:])
+    if workers:
+        assert not same(build(workers=workers, transform=Unseeded).take(1, 2), whole[2:])
+    with pytest.raises(ConfigError, match='--aug-repeats needs a set with an index'):
+        build('--aug-repeats', '2', world_size=2)
