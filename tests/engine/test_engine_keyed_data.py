@@ -1,4 +1,5 @@
 """Training batches: the same bits for any number of workers and from any position, whatever was drawn before."""
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from loader_tools import CASES, Build, Inside, Seeded, Unseeded, builder, check_workers_and_positions, same, states
+from timm.data import FastCollateMixup
+from timm.data.random_erasing import RandomErasing
 
 from cpool_vision.engine import data, keyed
 from cpool_vision.engine.errors import ConfigError
@@ -76,11 +79,45 @@ def test_seeds_and_processes_draw_differently(build: Build, name: str) -> None:
     assert not any(same([a], [b]) for a in first for b in second)
 
 
-def test_mixing_differs_between_processes(build: Build) -> None:
-    flags = ['--no-aug', '--mixup', '0.4']
-    one, two = (build(*flags, rank=rank, world_size=2).take(0) for rank in (0, 1))
-    weights = [sorted({round(float(target.max()), 5) for _, target in batches}) for batches in (one, two)]
-    assert weights[0] != weights[1]
+class Place:
+    """Stands for a stream."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.current = epoch, batch
+
+
+def collate(seed: int, rank: int, epoch: int, batch: int) -> bytes:
+    samples = [(np.full((3, 8, 8), 10 * label, np.uint8), label) for label in range(4)]
+    mixed = keyed.KeyedCollate(FastCollateMixup(mixup_alpha=1., num_classes=4), seed, rank)(
+        keyed.KeyedSamples(samples, keyed.Report(epoch, batch)))
+    return mixed[1].numpy().tobytes()
+
+
+def mix(seed: int, rank: int, epoch: int, batch: int) -> bytes:
+    mixup = keyed.KeyedMixup(Place(epoch, batch), seed, rank, mixup_alpha=1., num_classes=4)
+    return mixup(torch.zeros(4, 3, 8, 8), torch.arange(4))[1].numpy().tobytes()
+
+
+def erase(seed: int, rank: int, epoch: int, batch: int) -> bytes:
+    erasing = RandomErasing(1., mode='pixel', device='cpu')
+    return keyed.KeyedErasing(erasing, Place(epoch, batch), seed, rank, torch.device('cpu'))(
+        torch.zeros(4, 3, 8, 8)).numpy().tobytes()
+
+
+@pytest.mark.parametrize('draw', [collate, mix, erase])
+def test_draws_of_a_batch_depend_on_seed_process_epoch_and_batch(draw: Callable[..., bytes]) -> None:
+    keys = list(itertools.product((1, 2), (0, 1), (0, 1), (0, 1)))
+    drawn = [draw(*key) for key in keys]
+    assert len(set(drawn)) == len(keys)
+    random.seed(9)
+    assert [draw(*key) for key in keys] == drawn
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_stream_tells_which_batch_it_gave(build: Build, workers: int) -> None:
+    loader = build('--no-prefetcher', workers=workers).loader
+    data.set_position(loader, 3, 2)
+    assert [loader.current for _ in loader] == [(3, batch) for batch in range(2, 6)]
 
 
 def test_two_processes_see_each_image_once(build: Build) -> None:

@@ -82,12 +82,21 @@ def test_workers_outlive_the_signals_of_a_scheduler(
     assert same(take_under_signal(build(workers=2), kind), expected)
 
 
-@pytest.mark.parametrize('kind', ['SIGINT', 'SIGUSR1', 'SIGTERM'])
-def test_workers_as_torch_starts_them_do_not(build: Build, kind: str) -> None:
-    prepared = build(workers=2)
-    data._stream(prepared.loader).loader.worker_init_fn = None
-    with pytest.raises((RuntimeError, OSError)):
-        take_under_signal(prepared, kind)
+@pytest.mark.slow
+@pytest.mark.parametrize('start, survives', [('None', False), ('WorkerSignals()', True)])
+@pytest.mark.parametrize('kind', ['INT', 'USR1', 'TERM'])
+def test_workers_as_torch_starts_them_do_not(kind: str, start: str, survives: bool) -> None:
+    code = f'''
+import subprocess, time
+from torch.utils.data import DataLoader
+from cpool_vision.engine.worker import WorkerSignals
+iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn={start}))
+next(iterator)
+subprocess.run(['kill', '-{kind}', *[str(worker.pid) for worker in iterator._workers]], check=True)
+print(sum(1 for item in iterator))
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)  # noqa: S603
+    assert (done.returncode == 0 and done.stdout == '99\n') == survives, done.stderr
 
 
 @pytest.mark.parametrize('leave', ['raise ValueError', *(
@@ -137,6 +146,18 @@ def test_streamed_sets_are_entered_by_loading_again(
     with pytest.raises(ConfigError, match='no batch -1'):
         data.set_position(two.loader, 0, -1)
     assert data.unreadable_report(two.loader) == [] and data.share_unreadable(two.loader, CPU) == 0
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_streamed_sets_draw_anew_in_each_epoch_and_process(
+        build: Build, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    monkeypatch.setattr(Shards, 'set_epoch', lambda self, epoch: None)  # the images come in the same order
+    here = build(workers=workers).take(0, 0, 2)
+    for other in (build(workers=workers).take(1, 0, 2), build('--seed', '5', workers=workers).take(0, 0, 2),
+                  build(workers=workers, rank=1, world_size=2).take(0, 0, 2)):
+        assert [target.tolist() for _, target in other] == [target.tolist() for _, target in here]
+        assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(here, other, strict=True))
 
 
 @pytest.mark.parametrize('workers', [0, 2])
