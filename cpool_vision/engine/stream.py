@@ -111,7 +111,7 @@ class StreamedTrainStream:
 
     An epoch is repeated if the reader's order depends on seed and epoch only, by workers that are started anew and
     seeded by (seed, epoch, rank); their number must stay the same. A position within an epoch is reached by loading
-    what comes before it.
+    what comes before it. Without workers the reader lives on in this process and can only go from epoch to epoch.
 
     Args:
         loader: `DataLoader` over the set, without persistent workers.
@@ -128,6 +128,7 @@ class StreamedTrainStream:
         self.epoch = self.batch = 0
         self.current = (0, 0)
         self.unreadable: UnreadableLog | None = None
+        self._next_epoch = 0
 
     @property
     def batch_sampler(self) -> Any:
@@ -157,6 +158,9 @@ class StreamedTrainStream:
         """
         if epoch < 0 or batch < 0:
             raise ConfigError(f'there is no batch {batch} in epoch {epoch}: both count from 0')
+        if not self.loader.num_workers and (epoch, batch) != (self._next_epoch, 0):
+            raise ConfigError(f'a streamed set that is read without workers cannot go on at batch {batch} of epoch '
+                              f'{epoch}: use --workers 1 or more, from the start of the run')
         self.epoch, self.batch = epoch, batch
 
     def __len__(self) -> int:
@@ -164,6 +168,7 @@ class StreamedTrainStream:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         epoch, first = self.epoch, self.batch
+        self._next_epoch = epoch + 1
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
         seed = keyed_seeds(WORKERS, self.seed, epoch, [0], [self.rank])[0]

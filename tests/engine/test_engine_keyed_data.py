@@ -1,4 +1,5 @@
 """Training batches: the same bits for any number of workers and from any position, whatever was drawn before."""
+import contextlib
 import itertools
 import random
 from collections.abc import Callable
@@ -111,6 +112,54 @@ def test_draws_of_a_batch_depend_on_seed_process_epoch_and_batch(draw: Callable[
     assert len(set(drawn)) == len(keys)
     random.seed(9)
     assert [draw(*key) for key in keys] == drawn
+
+
+class Accelerator:
+    """A device module with one generator."""
+
+    def __init__(self, with_index: bool) -> None:
+        self.state, self.seeded = torch.tensor([7]), []
+        self.places = 1 if with_index else 0
+        if with_index:
+            self.device = contextlib.nullcontext
+
+    def get_rng_state(self, *device: torch.device) -> torch.Tensor:
+        assert len(device) == self.places
+        return self.state.clone()
+
+    def set_rng_state(self, state: torch.Tensor, *device: torch.device) -> None:
+        assert len(device) == self.places
+        self.state = state
+
+    def manual_seed(self, seed: int) -> None:
+        self.seeded.append(seed)
+        self.state = torch.tensor([seed])
+
+
+@pytest.mark.parametrize('kind', ['cuda', 'mps'])
+def test_the_generator_of_a_device_is_seeded_and_given_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Accelerator(with_index=kind == 'cuda')
+    monkeypatch.setattr(torch, 'get_device_module', lambda device: module)
+    drawn = []
+    for batch in (0, 1, 0):
+        keyed.KeyedErasing(lambda images: drawn.append(int(module.state)), Place(0, batch), 5, 0, torch.device(kind))(
+            torch.zeros(1))
+        assert int(module.state) == 7
+    assert drawn == module.seeded and drawn[0] == drawn[2] != drawn[1]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('place', ['cuda', 'cuda:0'])
+def test_erasing_on_cuda_is_keyed(place: str) -> None:
+    device = torch.device(place)
+    torch.cuda.manual_seed(1)
+    before = torch.cuda.get_rng_state(device)
+    erasing = RandomErasing(1., mode='pixel', device=place)
+    one, two, other = (keyed.KeyedErasing(erasing, Place(0, batch), 5, 0, device)(
+        torch.zeros(4, 3, 8, 8, device=device)) for batch in (0, 0, 1))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert torch.equal(torch.cuda.get_rng_state(device), before)
 
 
 @pytest.mark.parametrize('workers', [0, 2])

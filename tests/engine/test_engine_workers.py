@@ -123,7 +123,7 @@ print(*[worker.pid for worker in iterator._workers], flush=True)
         pytest.fail('workers are left')
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('name', ['randaugment', 'mixed', 'unfetched'])
 def test_streamed_sets_are_entered_by_loading_again(
         build: Build, name: str, workers: int, monkeypatch: pytest.MonkeyPatch,
@@ -148,13 +148,24 @@ def test_streamed_sets_are_entered_by_loading_again(
     assert data.unreadable_report(two.loader) == [] and data.share_unreadable(two.loader, CPU) == 0
 
 
+@pytest.mark.parametrize('place', [(0, 1), (1, 0), (2, 0)])
+def test_streamed_sets_without_workers_go_on_from_epoch_to_epoch_only(
+        build: Build, place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    prepared = build()
+    with pytest.raises(ConfigError, match=f'batch {place[1]} of epoch {place[0]}: use --workers 1 or more'):
+        prepared.take(*place)
+    assert len(prepared.take(0)) == len(prepared.take(1)) == 6
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_streamed_sets_draw_anew_in_each_epoch_and_process(
         build: Build, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
     monkeypatch.setattr(Shards, 'set_epoch', lambda self, epoch: None)  # the images come in the same order
-    here = build(workers=workers).take(0, 0, 2)
-    for other in (build(workers=workers).take(1, 0, 2), build('--seed', '5', workers=workers).take(0, 0, 2),
+    prepared = build(workers=workers)
+    here = prepared.take(0, 0, 2)
+    for other in (prepared.take(1, 0, 2), build('--seed', '5', workers=workers).take(0, 0, 2),
                   build(workers=workers, rank=1, world_size=2).take(0, 0, 2)):
         assert [target.tolist() for _, target in other] == [target.tolist() for _, target in here]
         assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(here, other, strict=True))
@@ -164,10 +175,10 @@ def test_streamed_sets_draw_anew_in_each_epoch_and_process(
 def test_streamed_sets_seed_transforms_with_their_own_generator(
         build: Build, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
-    whole = build(workers=workers, transform=Seeded).take(1)
+    whole = build(workers=workers, transform=Seeded).take(0)
     assert len({float(row[0, 0, 0]) for batch, _ in whole for row in batch}) > 12
-    assert same(build(workers=workers, transform=Inside).take(1, 2), whole[2:])
     if workers:
-        assert not same(build(workers=workers, transform=Unseeded).take(1, 2), whole[2:])
+        assert same(build(workers=workers, transform=Inside).take(0, 2), whole[2:])
+        assert not same(build(workers=workers, transform=Unseeded).take(0, 2), whole[2:])
     with pytest.raises(ConfigError, match='--aug-repeats needs a set with an index'):
         build('--aug-repeats', '2', world_size=2)
