@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from loader_tools import CASES, CPU, Batch, Build, Inside, Seeded, Shards, Unseeded, builder, same, states
+from loader_tools import (
+    CASES,
+    CPU,
+    Batch,
+    Build,
+    Inside,
+    Seeded,
+    Shards,
+    Unseeded,
+    builder,
+    check_workers_and_positions,
+    same,
+    states,
+)
 from timm.data import IterableImageDataset
 
 from cpool_vision.engine import data
@@ -32,6 +45,13 @@ def test_workers_stay_from_epoch_to_epoch(build: Build) -> None:
     whole = build().take(1)
     assert same(prepared.take(1), whole)  # after an epoch that was left in the middle
     assert [worker.pid for worker in data._stream(prepared.loader).loader._iterator._workers] == workers
+
+
+def test_workers_that_start_anew_give_the_same_batches(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', lambda *args, **kwargs: real(
+        *args, **{**kwargs, 'persistent_workers': False}))
+    check_workers_and_positions(build, CASES['randaugment'], 2)
 
 
 def test_an_iterator_kept_over_epochs_reads_ahead(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
