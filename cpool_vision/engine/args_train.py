@@ -14,6 +14,7 @@ from .args_common import (
     switch,
 )
 from .args_loader import add_bad_sample_args
+from .args_objective import add_loss_args, add_schedule_args
 from .args_train_more import add_distillation_args, add_ema_args, add_naflex_args, add_norm_args, add_sized_batch_args
 
 
@@ -27,9 +28,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(parser.add_argument_group('model'))
     _add_device(parser.add_argument_group('device and processes'))
     _add_optimizer(parser.add_argument_group('optimizer'))
-    _add_schedule(parser.add_argument_group('learning rate schedule'))
+    schedule = parser.add_argument_group('learning rate schedule')
+    _add_schedule(schedule)
+    add_schedule_args(schedule)
     _add_augmentation(parser.add_argument_group('augmentation'))
-    _add_loss(parser.add_argument_group('loss and regularisation'))
+    loss = parser.add_argument_group('loss and regularisation')
+    _add_loss(loss)
+    add_loss_args(loss)
     add_norm_args(parser.add_argument_group('batch norm'))
     add_ema_args(parser.add_argument_group('weight averaging'))
     _add_run(parser.add_argument_group('run, checkpoints and logs'))
@@ -130,7 +135,9 @@ def _add_schedule(group: SupportsAddArgument) -> None:
     add('--start-epoch', default=None, type=int, metavar='N', help='first epoch, whatever the checkpoint says')
     add('--decay-milestones', default=[90, 180, 270], type=int, nargs='+', metavar='MILESTONES',
         help='epochs at which multistep lowers the rate, increasing')
-    add('--decay-epochs', type=float, default=90, metavar='N', help='epochs between the steps of step')
+    add('--decay-epochs', type=float, default=None, metavar='N',
+        help='epochs between the steps of step (90 if left out), or of the decay of wsd and rsqrt, below 1 a share of '
+             'the schedule (0.2 if left out)')
     add('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of linear warm-up (default: 5)')
     switch(group, '--warmup-prefix', help='run the warm-up before the schedule instead of inside it')
     add('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at the floor after the schedule')

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
@@ -16,46 +15,14 @@ from timm.task import (
     TrainingTask,
 )
 
-from .data import mixing
 from .device import Precision
 from .errors import ConfigError
+from .loss import build_loss
 from .model import check_model_name
 
+__all__ = ['build_loss', 'build_optimizer', 'build_scheduler', 'build_task', 'resolve_lr']
+
 _logger = logging.getLogger(__name__)
-
-
-def build_loss(args: argparse.Namespace) -> nn.Module:
-    """Training loss: JSD, binary cross-entropy, or cross-entropy in the form that the targets ask for.
-
-    Mixup and CutMix give soft targets that are smoothed already. `--bce-loss` holds with and without smoothing.
-
-    Raises:
-        ConfigError: flags that would have no effect.
-    """
-    if args.jsd_loss:
-        if args.aug_splits < 2:
-            raise ConfigError('--jsd-loss needs --aug-splits 2 or more: add it')
-        if args.bce_loss:
-            raise ConfigError('--jsd-loss and --bce-loss exclude each other: drop one of them')
-        return JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
-    mixed = bool(mixing(args))
-    if args.bce_loss:
-        pos_weight = None if args.bce_pos_weight is None else torch.tensor(args.bce_pos_weight)
-        return BinaryCrossEntropy(
-            smoothing=0. if mixed else args.smoothing,
-            target_threshold=args.bce_target_thresh,
-            sum_classes=args.bce_sum,
-            pos_weight=pos_weight,
-        )
-    idle = [flag for flag, given in (('--bce-sum', args.bce_sum), ('--bce-target-thresh', args.bce_target_thresh),
-                                     ('--bce-pos-weight', args.bce_pos_weight)) if given not in (False, None)]
-    if idle:
-        raise ConfigError(f'{idle[0]} has no effect without --bce-loss: add it, or leave {idle[0]} out')
-    if mixed:
-        return SoftTargetCrossEntropy()
-    if args.smoothing:
-        return LabelSmoothingCrossEntropy(smoothing=args.smoothing)
-    return nn.CrossEntropyLoss()
 
 
 def build_task(
@@ -149,8 +116,14 @@ def build_scheduler(
     """Learning rate schedule of timm (None for `--sched none`) and the number of epochs, cooldown included.
 
     Raises:
-        ConfigError: unknown name or unusable lengths.
+        ConfigError: unknown name, unusable lengths, or a flag that the schedule does not know.
     """
+    if args.sched not in ('wsd', 'rsqrt') and args.lr_decay_fn is not None:
+        raise ConfigError(f'--lr-decay-fn has no effect on --sched {args.sched}: choose wsd or rsqrt, or leave it out')
+    if args.sched != 'rsqrt' and args.lr_stable_timescale is not None:
+        raise ConfigError(f'--lr-stable-timescale has no effect on --sched {args.sched}: choose rsqrt, or leave it out')
+    if args.decay_milestones != sorted(args.decay_milestones):
+        raise ConfigError(f'--decay-milestones {args.decay_milestones} must increase: sort them')
     try:
         return create_scheduler_v2(
             optimizer,
