@@ -7,6 +7,7 @@ import torch
 import torch.utils.data
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, Mixup, create_loader
 from timm.data.loader import PrefetchLoader
+from timm.data.naflex_loader import NaFlexPrefetchLoader
 
 from .dataset import build_dataset
 from .device import Precision
@@ -207,7 +208,7 @@ def build_eval_loader(
 
 
 def _stream(loader: Any) -> Any:
-    return loader.loader if isinstance(loader, PrefetchLoader) else loader
+    return loader.loader if isinstance(loader, (PrefetchLoader, NaFlexPrefetchLoader)) else loader
 
 
 def set_position(loader: Any, epoch: int, batch: int = 0) -> None:

@@ -17,6 +17,7 @@ from timm.utils import dispatch_clip_grad
 
 from .device import Precision
 from .errors import NonFiniteLossError
+from .naflex import naflex_loss_scale
 from .progress import format_time, progress
 
 _logger = logging.getLogger(__name__)
@@ -123,11 +124,13 @@ class LossMeter:
         return mean, recent / recent_images if recent_images else mean
 
 
-def _batch_scale(args: argparse.Namespace, images: int, mean_batch: float) -> float:
-    if args.variable_batch_loss_scale == 'none':
+def _batch_scale(run: Run, images: int) -> float:
+    if run.args.naflex_loader:
+        return naflex_loss_scale(run.args, images, run.device)
+    if run.args.variable_batch_loss_scale == 'none':
         return 1.
-    ratio = images / mean_batch
-    return ratio ** 0.5 if args.variable_batch_loss_scale == 'sqrt' else ratio
+    ratio = images / run.mean_batch
+    return ratio ** 0.5 if run.args.variable_batch_loss_scale == 'sqrt' else ratio
 
 
 def _turn_mixing_off(run: Run) -> None:
@@ -197,11 +200,11 @@ def train_one_epoch(run: Run, epoch: int, num_epochs: int) -> dict[str, float]:
                 group_loss = loss.detach() if group_loss is None else group_loss + loss.detach()
                 if final:
                     check.start(group_loss)
-                scale = _batch_scale(args, len(image), run.mean_batch) / share
+                scale = _batch_scale(run, len(target)) / share
                 scaler.scale(loss * scale).backward(create_graph=second_order)
-            meter.add(loss, len(image))
-            images_done += len(image) * args.world_size
-            images_since += len(image) * args.world_size
+            meter.add(loss, len(target))
+            images_done += len(target) * args.world_size
+            images_since += len(target) * args.world_size
             shown.advance()
             if final:
                 if not check.passed():

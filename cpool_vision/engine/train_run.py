@@ -10,7 +10,7 @@ from timm.models import safe_model_name
 
 import cpool_vision  # noqa: F401 - registers the variants
 
-from . import data, objective
+from . import data, naflex, objective
 from .device import Precision, resolve_precision, seed_everything, setup_device
 from .errors import ConfigError
 from .evaluate import Evaluation, evaluate
@@ -84,9 +84,12 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     continuing = check_free(folder, resume) if primary else False
     model = place_model(model, args, device, precision)
 
-    loader, mixup_fn = data.build_train_loader(args, data_config, device, precision)
-    eval_loader = None
-    if args.val_split:
+    eval_loader, mixup_fn = None, None
+    if args.naflex_loader:
+        loader, eval_loader = naflex.build_naflex_loaders(args, model, data_config, device, precision)
+    else:
+        loader, mixup_fn = data.build_train_loader(args, data_config, device, precision)
+    if args.val_split and eval_loader is None:
         eval_loader = data.build_eval_loader(
             args, data_config, device, precision, args.val_split, args.validation_batch_size or args.batch_size,
             args.val_num_samples, distributed=args.distributed)

@@ -20,6 +20,7 @@ from .device import Precision, resolve_precision, seed_everything, setup_device
 from .errors import ConfigError, DatasetError
 from .evaluate import evaluate
 from .model import create_eval_model, resolve_input
+from .naflex import build_naflex_eval_loader
 
 _logger = logging.getLogger(__name__)
 
@@ -179,12 +180,16 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         model, pooled = apply_test_time_pool(model, data_config)
     crop_pct = 1.0 if pooled else data_config['crop_pct']
 
-    loader = build_eval_loader(
-        args, data_config, device, precision, args.split, args.batch_size, args.num_samples,
-        crop_pct=crop_pct,
-        crop_mode=data_config['crop_mode'],
-        crop_border_pixels=args.crop_border_pixels,
-        tf_preprocessing=args.tf_preprocessing)
+    if args.naflex_loader:
+        loader = build_naflex_eval_loader(args, model, data_config, device, precision, args.split, args.batch_size,
+                                          args.num_samples)
+    else:
+        loader = build_eval_loader(
+            args, data_config, device, precision, args.split, args.batch_size, args.num_samples,
+            crop_pct=crop_pct,
+            crop_mode=data_config['crop_mode'],
+            crop_border_pixels=args.crop_border_pixels,
+            tf_preprocessing=args.tf_preprocessing)
     valid_labels = read_valid_labels(args.valid_labels, args.num_classes) if args.valid_labels else None
     real = _real_labels(loader.dataset, args.real_labels, args.num_classes) if args.real_labels else None
     averaged = None

@@ -29,7 +29,7 @@ def run_script(name: str, *flags: str, **env: str) -> subprocess.CompletedProces
     (['--resume', '/none/last.pth.tar'], ['/none/last.pth.tar']),
     (['--initial-checkpoint', '/none/w.pth'], ['--initial-checkpoint', '/none/w.pth']),
     (['--output', '/dev/null/runs'], ['/dev/null/runs', '--output']),
-    (['--naflex-loader'], ['--naflex-loader', 'not available yet']),
+    (['--naflex-loader'], ['--naflex-loader', 'whole images']),
 ], ids=lambda value: value[0] if value[0].startswith('--') else '')
 def test_bad_input_is_one_line_and_exit_code_2(base_flags: list[str], capsys: pytest.CaptureFixture[str],
                                                flags: list[str], words: list[str]) -> None:
