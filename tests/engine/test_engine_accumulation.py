@@ -40,8 +40,8 @@ class Recorder(torch.optim.SGD):
 def make_run(batches: list[Any], accum: int, lr: float = 0.1, **flags: Any) -> Run:
     args = argparse.Namespace(
         grad_accum_steps=accum, mixup_off_epoch=0, distributed=False, world_size=1, rank=1, log_interval=1000,
-        no_prefetcher=False, channels_last=False, variable_batch_loss_scale='none', naflex_loader=False, synchronize_step=False,
-        save_images=False, clip_grad=None, clip_mode='norm')
+        no_prefetcher=False, channels_last=False, variable_batch_loss_scale='none', naflex_loader=False,
+        synchronize_step=False, save_images=False, clip_grad=None, clip_mode='norm')
     vars(args).update(flags)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
