@@ -9,7 +9,6 @@ The base is the same architecture built with `cpool_positions=[]`. MACs are half
 pool counts by the formula registered for its operator. Models are built on the meta device: nothing is computed.
 """
 import argparse
-import difflib
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cpool_vision
+
+from .markers import print_difference, replace_between
 
 BEGIN, END = '<!-- model-table -->', '<!-- /model-table -->'
 README = pathlib.Path(__file__).resolve().parent.parent / 'README.md'
@@ -79,23 +80,6 @@ def format_table(rows: list[Row]) -> str:
     return '\n'.join(lines)
 
 
-def replace_between(text: str, begin: str, end: str, table: str) -> str:
-    """`text` with `table` between the markers.
-
-    Raises:
-        ValueError: the markers are missing or there is more than one pair.
-    """
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f'the file must hold {begin} and {end} once each, in this order')
-    head, rest = text.split(begin)
-    return f'{head}{begin}\n{table}\n{end}{rest.split(end)[1]}'
-
-
-def write_between(path: pathlib.Path, begin: str, end: str, table: str) -> None:
-    """Puts `table` between the markers of the file `path`; errors as in `replace_between`."""
-    path.write_text(replace_between(path.read_text(encoding='utf-8'), begin, end, table), encoding='utf-8')
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints, writes or checks the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,9 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.write:
         args.file.write_text(wanted, encoding='utf-8')
         return 0
-    sys.stdout.writelines(difflib.unified_diff(
-        text.splitlines(keepends=True), wanted.splitlines(keepends=True), str(args.file), 'wanted', n=0))
-    return int(text != wanted)
+    return print_difference(text, wanted, str(args.file))
 
 
 if __name__ == '__main__':

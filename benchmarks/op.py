@@ -23,7 +23,7 @@ from cpool_vision.profile.measure import (
     times_in_turn,
 )
 
-from .model_table import write_between
+from .markers import write_between
 
 BEGIN, END = '<!-- op-table -->', '<!-- /op-table -->'
 # B, C, H, W, largest support in pixels, and the ratio aimed at for forward and backward.

@@ -17,7 +17,8 @@ from cpool_vision.engine import args_validate
 from cpool_vision.engine.config import parse_args
 from cpool_vision.engine.validate_run import validate
 
-from .model_table import count, write_between
+from .markers import write_between
+from .model_table import count
 
 BEGIN, END = '<!-- results -->', '<!-- /results -->'
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 import cpool_vision  # noqa: F401  registers the variants
 
-from .model_table import count, write_between
+from .markers import write_between
+from .model_table import count
 from .op import machine
 
 BEGIN, END = '<!-- train-step -->', '<!-- /train-step -->'

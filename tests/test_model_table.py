@@ -4,7 +4,8 @@ import pytest
 
 import cpool_vision
 from benchmarks import model_table
-from benchmarks.model_table import BEGIN, END, README, Row, format_table, measure, replace_between
+from benchmarks.markers import replace_between
+from benchmarks.model_table import BEGIN, END, README, Row, format_table, measure
 
 
 def test_base_counts_are_those_of_the_plain_architecture() -> None:

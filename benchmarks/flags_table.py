@@ -1,0 +1,79 @@
+"""Tables of the flags of train.py and validate.py: default, part that uses them, test that covers them.
+
+    python -m benchmarks.flags_table            # print
+    python -m benchmarks.flags_table --write    # between the markers in docs/flags.md
+    python -m benchmarks.flags_table --check    # exit status 1 if docs/flags.md holds other tables
+
+Flags and defaults come from the parsers, parts and tests from tests/engine/flag_cases.json. Flags of validate.py that
+are not listed there share parser, code and test with those of train.py.
+"""
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+from cpool_vision.engine import args_train, args_validate
+
+from .markers import print_difference, replace_between
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCS = ROOT / 'docs' / 'flags.md'
+CASES = ROOT / 'tests' / 'engine' / 'flag_cases.json'
+EFFECTS = 'test_engine_flag_effects.py::test_flag_has_its_effect'
+PARSERS = {'train': args_train.build_parser, 'validate': args_validate.build_parser}
+
+
+def read_cases() -> dict[str, dict[str, Any]]:
+    """Cases of both commands by the destination of the flag, with the `test` of each."""
+    content = json.loads(CASES.read_text(encoding='utf-8'))
+    for command in ('train', 'validate'):
+        for name, case in content[command].items():
+            if 'probe' in case:
+                case['test'] = f'{EFFECTS}[{name}]'
+    return {'train': content['train'], 'validate': {**content['train'], **content['validate']}}
+
+
+def format_table(command: str) -> str:
+    """Markdown table of the flags of a command; '-' where no part or test is listed."""
+    cases = read_cases()[command]
+    lines = ['| flag | default | part | test in tests/engine |', '|---|---|---|---|']
+    for action in PARSERS[command]()._actions:
+        if action.dest == 'help':
+            continue
+        case = cases.get(action.dest, {})
+        names = ', '.join(f'`{flag}`' for flag in action.option_strings) or f'`{action.metavar}`'
+        default = '' if action.default in (None, '', {}) else f'`{json.dumps(action.default)}`'
+        test = f'`{case["test"]}`' if 'test' in case else '-'
+        lines.append(f'| {names} | {default} | {case.get("part", "-")} | {test} |')
+    return '\n'.join(lines)
+
+
+def fill(text: str) -> str:
+    """`text` with the tables between their markers."""
+    for command in PARSERS:
+        text = replace_between(text, f'<!-- {command}-flags -->', f'<!-- /{command}-flags -->', format_table(command))
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints, writes or checks the tables; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument('--write', action='store_true', help='write the tables into the file')
+    mode.add_argument('--check', action='store_true', help='compare the tables with those in the file')
+    parser.add_argument('--file', type=pathlib.Path, default=DOCS, help='file with the markers')
+    args = parser.parse_args(argv)
+    if not (args.write or args.check):
+        print('\n\n'.join(map(format_table, PARSERS)))
+        return 0
+    text = args.file.read_text(encoding='utf-8')
+    wanted = fill(text)
+    if args.write:
+        args.file.write_text(wanted, encoding='utf-8')
+        return 0
+    return print_difference(text, wanted, str(args.file))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""What flags lead to, in a form that can be compared."""
+import argparse
+import contextlib
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from loader_tools import INPUT, builder
+from timm.layers import set_fast_norm
+from timm.models import create_model
+from timm.task import distillation
+
+from cpool_vision.engine import (
+    args_validate,
+    data,
+    dataset,
+    device,
+    model,
+    objective,
+    train_loop,
+    train_run,
+    validate_run,
+)
+from cpool_vision.engine.config import parse_args
+from cpool_vision.engine.errors import ConfigError
+from cpool_vision.engine.evaluate import Evaluation
+
+CPU = torch.device('cpu')
+
+
+def plain(value: Any) -> Any:
+    """Nested values with tensors replaced by shape, dtype, layout and hash."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+        return tuple(value.shape), str(value.dtype), value.stride(), digest
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else repr(value)
+
+
+class Probes:
+    """Each method takes flags and returns what they lead to; `patch` is undone after the test."""
+
+    def __init__(self, root: str, base: list[str], train_args: Callable[..., argparse.Namespace],
+                 run: Callable[..., dict[str, Any]], patch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+                 ) -> None:
+        self.root, self.base, self.run_train, self.patch, self.caplog = root, base, run, patch, caplog
+        self.train_args = train_args
+        self.runs = 0
+        self.real: dict[Any, Any] = {}
+
+    def parse(self, *flags: str) -> argparse.Namespace:
+        args = self.train_args(
+            '--device', 'cpu', '--num-classes', '3', '--model', 'test_resnet', '--img-size', '32', *flags)
+        args.distributed, args.rank, args.world_size, args.local_rank = False, 0, 1, 0
+        return args
+
+    def spy(self, place: Any, name: str, result: Callable[..., Any] | None = None) -> list[Any]:
+        """Records the calls of a function, which goes on to the real one or to `result`."""
+        calls: list[Any] = []
+        real = result or self.real.setdefault((place, name), getattr(place, name))
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            calls.append([[item for item in args if isinstance(item, (str, int, bool))],
+                          {key: repr(item) for key, item in kwargs.items() if 'object at 0x' not in repr(item)}])
+            return real(*args, **kwargs)
+
+        self.patch.setattr(place, name, record)
+        return calls
+
+    def dataset(self, *flags: str) -> Any:
+        args = self.parse(*flags)
+        built = dataset.build_dataset(
+            args, args.train_split, True, data.image_mode(args, INPUT), args.train_num_samples)
+        return len(built), built[0][0].mode, [built[index][1] for index in range(len(built))]
+
+    def create_dataset(self, *flags: str) -> Any:
+        calls = self.spy(dataset, 'create_dataset', lambda *_, **__: [0])
+        args = self.parse('--data-dir', self.root, *flags)
+        dataset.build_dataset(args, args.train_split, True, 'RGB', None)
+        return calls
+
+    def eval_loader(self, *flags: str) -> Any:
+        calls = self.spy(data, 'build_eval_loader')
+        self.run(*flags, '--epochs', '1')
+        return calls
+
+    def batches(self, *flags: str) -> Any:
+        return plain(builder(self.root, self.train_args)(*flags).take(1))
+
+    def torch_loader(self, *flags: str) -> Any:
+        return builder(self.root, self.train_args)(*flags).loader.loader.loader.pin_memory
+
+    def create_loader(self, *flags: str) -> Any:
+        calls = self.spy(data, 'create_loader')
+        builder(self.root, self.train_args)(*flags)
+        return calls
+
+    def model(self, *flags: str) -> Any:
+        args = self.parse(*flags)
+        torch.manual_seed(0)
+        built: Any = model.create_train_model(args)
+        settings = getattr(built, 'grad_checkpointing', None), getattr(built, 'drop_rate', None)
+        built = model.place_model(built, args, CPU, device.resolve_precision(args, CPU))
+        return repr(built), settings, plain(built.state_dict())
+
+    def create_model(self, *flags: str) -> Any:
+        calls = self.spy(model, 'create_model', lambda name, **_: create_model(name, num_classes=3))
+        model.create_train_model(self.parse(*flags))
+        return calls
+
+    def input(self, *flags: str) -> Any:
+        return repr(model.resolve_input(create_model('test_resnet'), self.parse(*flags)))
+
+    def device(self, *flags: str) -> Any:
+        fuser = self.spy(device.utils, 'set_jit_fuser')
+        norm = self.spy(device, 'set_fast_norm')
+        args = self.parse(*flags)
+        device.setup_device(args)
+        set_fast_norm(False)
+        return len(norm), fuser, repr(device.resolve_precision(args, CPU))
+
+    def task(self, *flags: str) -> Any:
+        args = self.parse(*flags)
+        args.distributed = True
+        calls: list[Any] = []
+        fake = SimpleNamespace(
+            compile=lambda **kw: calls.append(kw), prepare_distributed=lambda **kw: calls.append(kw),
+            has_ema=lambda: False, get_eval_model=lambda: None)
+        train_run._compile_and_distribute(args, fake, CPU)
+        return calls
+
+    def sync_bn(self, *flags: str) -> Any:
+        args = self.parse(*flags)
+        args.distributed = True
+        calls = self.spy(model, 'convert_sync_batchnorm')
+        built = model.place_model(create_model('test_resnet'), args, CPU, device.resolve_precision(args, CPU))
+        return len(calls), args.dist_bn, repr(built)
+
+    def dist_bn(self, *flags: str) -> Any:
+        args = self.parse(*flags)
+        args.distributed = True
+        metrics = {'loss': 1., 'top1': 1., 'unreadable': 0}
+        self.patch.setattr(train_run, 'evaluate', lambda *_, **__: Evaluation(metrics, 1.))
+        calls = self.spy(train_run.utils, 'distribute_bn', lambda *_: None)
+        fake = SimpleNamespace(
+            has_ema=lambda: True, get_trainable_module=lambda **_: None, get_eval_model=lambda **_: None)
+        run: Any = SimpleNamespace(task=fake, device=CPU, precision=None)
+        train_run._evaluate_all(args, run, None, None)
+        return calls
+
+    def optimizer(self, *flags: str) -> Any:
+        built = objective.build_optimizer(self.parse('--lr', '0.1', *flags), create_model('test_resnet'))
+        groups = [{key: value if key != 'params' else len(value) for key, value in group.items()}
+                  for group in built.param_groups]
+        return type(built).__name__, repr(groups)
+
+    def run(self, *flags: str) -> Any:
+        self.runs += 1
+        result = self.run_train('--experiment', f'{self.runs}', *flags)
+        rows = [{key: value for key, value in row.items() if 'per_sec' not in key} for row in result['epochs']]
+        content = torch.load(os.path.join(result['folder'], 'last.pth.tar'), weights_only=True)
+        weights = {key: value for key, value in content.items() if key.startswith('state_dict')}
+        return rows, result['metric'], sorted(os.listdir(result['folder'])), plain(weights)
+
+    def synchronize(self, *flags: str) -> Any:
+        calls = self.spy(train_loop, '_synchronize')
+        self.run(*flags, '--epochs', '1')
+        return len(calls)
+
+    def log(self, *flags: str) -> Any:
+        self.caplog.clear()
+        with self.caplog.at_level(logging.INFO):
+            self.run(*flags, '--epochs', '1')
+        return sum('Train: ' in record.getMessage() for record in self.caplog.records)
+
+    def base_lr(self, *flags: str) -> Any:
+        return objective.resolve_lr(self.parse(*flags))
+
+    def curve(self, *flags: str) -> Any:
+        args = self.parse('--epochs', '10', '--warmup-epochs', '2', *flags)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+        scheduler, epochs = objective.build_scheduler(args, optimizer, 1, decreasing=False)
+        rates = []
+        for epoch in range(epochs):
+            rates.append(optimizer.param_groups[0]['lr'])
+            scheduler.step(epoch + 1, 1.)
+        return rates
+
+    def loss(self, *flags: str) -> Any:
+        logits = torch.tensor([[2., 0.5, -1.], [0.3, 0.1, 0.2], [-2., 1., 0.]])
+        return objective.build_loss(self.parse(*flags))(logits, torch.tensor([0, 2, 1])).item()
+
+    def distillation(self, *flags: str) -> Any:
+        self.patch.setattr(distillation, 'create_model',
+                           lambda **kw: create_model(**{**kw, 'pretrained': False}))
+        torch.manual_seed(0)
+        args = self.parse(*flags)
+        student = create_model('test_resnet', num_classes=3).eval()
+        built = objective.build_task(
+            args, student, objective.build_loss(args), CPU, device.resolve_precision(args, CPU), False)
+        torch.manual_seed(1)
+        return built(torch.rand(3, 3, 32, 32), torch.tensor([0, 2, 1]))['loss'].item()
+
+    def task_arguments(self, *flags: str) -> Any:
+        calls = [self.spy(objective, f'{kind}DistillationTask', lambda **_: None)
+                 for kind in ('Logit', 'Feature', 'Token')]
+        args = self.parse(*flags)
+        objective.build_task(args, torch.nn.Identity(), torch.nn.Identity(), CPU, device.resolve_precision(args, CPU),
+                             False)
+        return calls
+
+    def validation(self, *flags: str) -> Any:
+        args = parse_args(args_validate.build_parser, [
+            '--device', 'cpu', '--data-dir', self.root, '--model', 'test_resnet', '--num-classes', '3', '-b', '2', '-j',
+            '0', *flags])
+        self.patch.setattr(model, 'create_model', lambda name, **kwargs: create_model(
+            name, num_classes=kwargs['num_classes'], img_size=kwargs['img_size']))  # no pretrained weights
+        calls = [self.spy(data, 'create_loader'), self.spy(validate_run, 'reparameterize_model'),
+                 self.spy(torch.nn, 'DataParallel', lambda module, **_: module)]
+        fusion = SimpleNamespace(memory_efficient_fusion=lambda module: module)
+        self.patch.setitem(sys.modules, 'functorch.compile', fusion)
+        calls.append(self.spy(fusion, 'memory_efficient_fusion', lambda module: module))
+        self.caplog.clear()
+        with self.caplog.at_level(logging.INFO), contextlib.suppress(AssertionError, ImportError, ConfigError):
+            calls.append([str(validate_run.validate(args)['images'])])
+        return calls, sum(']  loss' in record.getMessage() for record in self.caplog.records)
