@@ -6,6 +6,7 @@ from typing import Any
 
 from cpool_vision.engine.errors import UserError
 from cpool_vision.engine.progress import setup_logging
+from cpool_vision.engine.signals import StopRequested
 
 
 def run(command: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
@@ -18,11 +19,14 @@ def run(command: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | No
         argv: arguments, those of the process if None.
 
     Returns:
-        Exit code: 0, that of the error (2 for bad input), or 130 after an interrupt.
+        Exit code: 0, that of the error (2 for bad input), 130 after an interrupt, or 143 after another signal.
     """
     setup_logging()
     try:
         command(argv)
+    except StopRequested as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     except UserError as error:
         if os.environ.get('CPOOL_DEBUG', '0') not in ('', '0'):
             raise

@@ -13,6 +13,7 @@ from .args_common import (
     add_model_form_args,
     switch,
 )
+from .args_fault import add_nonfinite_args
 from .args_loader import add_bad_sample_args
 from .args_objective import add_loss_args, add_schedule_args
 from .args_train_more import add_distillation_args, add_ema_args, add_naflex_args, add_norm_args, add_sized_batch_args
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     loss = parser.add_argument_group('loss and regularisation')
     _add_loss(loss)
     add_loss_args(loss)
+    add_nonfinite_args(parser.add_argument_group('numerical faults'))
     add_norm_args(parser.add_argument_group('batch norm'))
     add_ema_args(parser.add_argument_group('weight averaging'))
     _add_run(parser.add_argument_group('run, checkpoints and logs'))
@@ -191,11 +193,12 @@ def _add_run(group: SupportsAddArgument) -> None:
     add('--output', default='', type=str, metavar='PATH', help='folder of runs (default: output/train)')
     add('--experiment', default='', type=str, metavar='NAME', help='name of this run (default: time, model and size)')
     add('--resume', default='', type=str, metavar='PATH',
-        help="checkpoint to continue from; 'auto' takes last.pth.tar of --experiment, or starts anew without one")
+        help="checkpoint to continue from; 'auto' takes the newest good one of --experiment, or starts anew without")
     switch(group, '--no-resume-opt', help='resume the weights only, not optimizer, scaler and schedule state')
     add('--log-interval', type=int, default=50, metavar='N', help='updates between log lines (default: 50)')
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations and checkpoints')
-    add('--recovery-interval', type=int, default=0, metavar='N', help='updates between checkpoints inside an epoch')
+    add('--recovery-interval', type=int, default=0, metavar='N',
+        help='updates between checkpoints inside an epoch (0: none)')
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep, best first (default: 10)')
     add('--eval-metric', default='top1', type=str, metavar='EVAL_METRIC', help='top1, top5 or loss (default: top1)')
     switch(group, '--save-images', help='save a training batch as a picture at each log line')

@@ -1,11 +1,9 @@
-"""Checkpoint files: safe reading, exact fit, atomic writing. The format is timm's, holding plain types only."""
+"""Checkpoint files: safe reading, exact fit. The format is timm's, holding plain types only."""
 import argparse
 import logging
 import os
 import pickle
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,14 @@ import torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
-from .errors import CheckpointError, CheckpointNotFoundError, OutputError
+from .atomic import link_atomic, write_atomic
+from .errors import CheckpointError, CheckpointNotFoundError
+from .seal import check_seal
+
+__all__ = [
+    'describe_misfit', 'link_atomic', 'load_weights', 'pick_weights', 'read_checkpoint', 'read_weights', 'to_plain',
+    'write_atomic',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -32,6 +37,7 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
 
     Raises:
         CheckpointNotFoundError: no such file.
+        CheckpointVersionError: written by a newer release.
         CheckpointError: damaged, not a checkpoint, or it contains objects other than tensors and plain values.
     """
     if not os.path.isfile(path):
@@ -40,9 +46,12 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
         if path.endswith('.safetensors'):
             content: Any = safetensors.torch.load_file(path)
         else:
+            check_seal(path, flag)
             # timm's own training checkpoints hold their arguments as a Namespace
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location='cpu', weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f'{flag} {path!r} was refused: it holds objects other than tensors and plain values, or is no checkpoint; '
@@ -124,77 +133,3 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
         return to_plain(value.tolist())
     return str(value)
-
-
-def _sync_directory(path: str) -> None:
-    if os.name != 'posix':
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: str, write: Callable[[Any], None]) -> None:
-    """Writes a file so that a crash at any moment leaves either the former content or the new one.
-
-    A temporary file in the same folder is written, flushed to disk and renamed over the target; then the folder is
-    flushed. A failure removes the temporary file and leaves the target alone.
-
-    Args:
-        path: target.
-        write: receives the open binary file.
-
-    Raises:
-        OutputError: the operating system refused.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = ''
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f'.{os.path.basename(path)}.', suffix='.tmp', dir=folder)
-        with os.fdopen(handle, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = ''
-        _sync_directory(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, 'strerror', None) or error
-        raise OutputError(f'{path!r} cannot be written ({reason}): free space or choose another folder') from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def link_atomic(source: str, target: str) -> None:
-    """Gives a finished file a second name, by a hard link where the file system has them, never unlinking first.
-
-    Raises:
-        OutputError: the operating system refused.
-    """
-    temporary = os.path.join(os.path.dirname(os.path.abspath(target)), f'.{os.path.basename(target)}.link.tmp')
-    try:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            with open(source, 'rb') as file:
-                write_atomic(target, lambda out: shutil.copyfileobj(file, out))
-            return
-        os.replace(temporary, target)
-        _sync_directory(os.path.dirname(os.path.abspath(target)))
-    except OSError as error:
-        raise OutputError(f'{target!r} cannot be written ({error.strerror or error})') from error
-    finally:
-        if os.path.exists(temporary):  # a rename between two names of one file leaves the first
-            os.remove(temporary)

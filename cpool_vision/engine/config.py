@@ -16,7 +16,6 @@ _UNSET = object()
 
 # flag -> (value that switches it off, what is missing); refused rather than ignored
 NOT_YET: dict[str, tuple[Any, str]] = {
-    'recovery_interval': (0, 'checkpoints inside an epoch cannot be resumed exactly; --checkpoint-hist keeps epochs'),
     'tta': (0, 'the validation loader makes one view of each image'),
 }
 

@@ -21,8 +21,8 @@ from .unreadable import UNREADABLE, CountingImageDataset, StrictImageDataset, Un
 from .worker import WorkerSignals
 
 __all__ = [
-    'UNREADABLE', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'image_mode', 'list_unreadable', 'mixing',
-    'set_epoch', 'set_position', 'share_unreadable', 'unreadable_report',
+    'UNREADABLE', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'close_workers', 'image_mode',
+    'list_unreadable', 'mixing', 'set_position', 'share_unreadable', 'unreadable_report',
 ]
 
 
@@ -220,9 +220,11 @@ def set_position(loader: Any, epoch: int, batch: int = 0) -> None:
     _stream(loader).set_position(epoch, batch)
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """`set_position` at the first batch."""
-    set_position(loader, epoch)
+def close_workers(loader: Any) -> None:
+    """Ends workers that outlive an epoch."""
+    stream = _stream(loader)
+    if isinstance(stream, TrainStream):
+        stream.close()
 
 
 def unreadable_report(loader: Any) -> list[Unreadable]:

@@ -31,6 +31,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be read safely or does not fit the model."""
 
 
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint was written by a newer release."""
+
+
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """The checkpoint file does not exist."""
 
@@ -40,6 +44,6 @@ class OutputError(UserError, OSError):
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
-    """The training loss became NaN or infinite; raised before the optimizer step, so the weights are still finite."""
+    """Loss or gradient became NaN or infinite; raised before the optimizer step, so the weights are still finite."""
 
     exit_code = 1

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 from timm.models import safe_model_name
 
-from .checkpoint import to_plain, write_atomic
-from .errors import ConfigError, OutputError
-from .saver import EXTENSION
+from .atomic import write_atomic
+from .checkpoint import to_plain
+from .errors import OutputError
+from .resume import EXTENSION
 
 _MARKS = ('args.yaml', 'summary.csv', 'last' + EXTENSION)
 
@@ -28,22 +29,13 @@ def run_path(args: argparse.Namespace, image_size: int | None = None) -> str:
     return os.path.join(args.output or os.path.join('output', 'train'), name)
 
 
-def resolve_resume(args: argparse.Namespace) -> str:
-    """Path to resume from, '' for a new run; `--resume auto` looks into the folder of `--experiment`.
-
-    Raises:
-        ConfigError: `auto` without `--experiment`.
-    """
-    if args.resume != 'auto':
-        return args.resume
-    if not args.experiment:
-        raise ConfigError("--resume auto needs --experiment NAME, so that the run's folder is known: add it")
-    path = os.path.join(run_path(args), 'last' + EXTENSION)
-    return path if os.path.isfile(path) else ''
-
-
-def check_free(folder: str, resume: str) -> bool:
+def check_free(folder: str, resume: str, auto: bool = False) -> bool:
     """Whether the run continues the one in `folder`.
+
+    Args:
+        folder: run folder.
+        resume: checkpoint to go on from, '' for a new run.
+        auto: whether `--resume auto` found that; a run that was stopped before its first checkpoint begins again.
 
     Raises:
         OutputError: the folder holds a run that is not the one being resumed.
@@ -52,6 +44,8 @@ def check_free(folder: str, resume: str) -> bool:
     if inside:
         return True
     if any(os.path.exists(os.path.join(folder, mark)) for mark in _MARKS):
+        if auto:
+            return True
         raise OutputError(f'{folder!r} already holds a run: resume it with --resume auto, or choose another '
                           '--experiment or --output')
     return False
@@ -92,8 +86,9 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f'output folder {path!r} cannot be created ({error.strerror}): choose another '
                               '--output') from error
-        for leftover in glob.glob(os.path.join(glob.escape(path), f'.*{EXTENSION}.*tmp')):
-            os.remove(leftover)
+        for name in (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'summary.csv'):
+            for leftover in glob.glob(os.path.join(glob.escape(path), f'.{name}.*tmp')):
+                os.remove(leftover)
         target = os.path.join(path, 'args.yaml')
         if os.path.exists(target):
             with open(target, encoding='utf-8') as file:

@@ -1,6 +1,8 @@
-"""Saving and resuming of a training run at epoch granularity."""
+"""What a checkpoint of a training run holds, and which of them are kept."""
+import glob
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,11 +10,14 @@ import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from .checkpoint import describe_misfit, link_atomic, pick_weights, read_checkpoint, to_plain, write_atomic
+from .atomic import keep_former, link_atomic
+from .checkpoint import describe_misfit, pick_weights, to_plain
 from .errors import CheckpointError
+from .position import Position
+from .resume import EXTENSION, PREVIOUS, RECOVERY, list_candidates, serial_of
+from .seal import read_seal, save_sealed
 
 _logger = logging.getLogger(__name__)
-EXTENSION = '.pth.tar'
 SCALER_KEY = 'amp_scaler'
 
 
@@ -26,6 +31,7 @@ class TrainState:
         loss_scaler: scaler of float16 training, inert otherwise.
         scheduler: timm scheduler, or None. Its position follows from the epoch; only `plateau` has a memory.
         args: the settings, stored as a plain dictionary.
+        extra: further entries of the checkpoint, such as the position inside an epoch.
     """
 
     task: TrainingTask
@@ -33,15 +39,17 @@ class TrainState:
     loss_scaler: torch.amp.GradScaler
     scheduler: Any = None
     args: dict[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_checkpoint(self, epoch: int) -> dict[str, Any]:
-        """Content of the checkpoint after `epoch`, in timm's format (version 2: `epoch` is the last finished one)."""
+        """Content of a checkpoint in timm's format (version 2: `epoch` is the last finished one, -1 for none)."""
         content: dict[str, Any] = {
             'epoch': int(epoch),
             'arch': str(self.args.get('model', '')),
             'version': 2,
             'args': to_plain(self.args),
             'optimizer': self.optimizer.state_dict(),
+            **self.extra,
         }
         content.update(self.task.get_checkpoint_state())
         content.update(self.task.get_checkpoint_state(ema=True))
@@ -50,6 +58,7 @@ class TrainState:
         plateau = getattr(self.scheduler, 'lr_scheduler', None)
         if plateau is not None:
             content['lr_scheduler'] = {key: to_plain(value) for key, value in plateau.state_dict().items()}
+            content['lr_before_noise'] = to_plain(self.scheduler.restore_lr)
         return content
 
     def load_checkpoint(self, content: dict[str, Any], path: str, weights_only: bool = False) -> int:
@@ -105,13 +114,15 @@ class TrainState:
         plateau = getattr(self.scheduler, 'lr_scheduler', None)
         if plateau is not None and 'lr_scheduler' in content:
             plateau.load_state_dict(content['lr_scheduler'])
+            self.scheduler.restore_lr = content.get('lr_before_noise')
 
 
 class CheckpointSaver:
-    """Writes `last`, `checkpoint-EPOCH` for the best epochs, and `model_best`, all atomically.
+    """Writes `last`, `checkpoint-EPOCH` for the best epochs, `model_best`, and `recovery-EPOCH-BATCH` inside epochs.
 
-    File names, keys and the order of the history are timm's; unlike timm's saver it never unlinks a file before its
-    replacement stands on disk.
+    File names, keys and the order of the history are timm's. Unlike timm's saver it never unlinks a file before its
+    replacement stands on disk, and of the files to resume from (`last`, the one before it as `previous`, `recovery-`)
+    at least the newest two stay.
 
     Args:
         folder: run folder.
@@ -130,7 +141,7 @@ class CheckpointSaver:
         self.best_epoch: int | None = None
 
     def path(self, stem: str) -> str:
-        """Path of `last`, `model_best` or `checkpoint-EPOCH`."""
+        """Path of `last`, `model_best`, `checkpoint-EPOCH` and so on."""
         return os.path.join(self.folder, stem + EXTENSION)
 
     def is_better(self, metric: float, than: float | None) -> bool:
@@ -138,6 +149,13 @@ class CheckpointSaver:
         if than is None:
             return metric == metric
         return metric < than if self.decreasing else metric > than
+
+    def _history(self, files: list[tuple[str, float]]) -> dict[str, Any]:
+        return {
+            'checkpoint_files': [list(entry) for entry in files],
+            'best_metric': self.best_metric,
+            'best_epoch': self.best_epoch,
+        }
 
     def save(self, state: TrainState, epoch: int, metric: float) -> tuple[float | None, int | None]:
         """Saves the state after an epoch and prunes the history.
@@ -162,14 +180,9 @@ class CheckpointSaver:
         files.sort(key=lambda entry: (entry[1] != entry[1], entry[1] if self.decreasing else -entry[1]))
         kept, dropped = files[:self.max_history], files[self.max_history:]
 
-        content = state.to_checkpoint(epoch)
-        content['metric'] = metric
-        content['saver'] = {
-            'checkpoint_files': [list(entry) for entry in kept],
-            'best_metric': self.best_metric,
-            'best_epoch': self.best_epoch,
-        }
-        write_atomic(self.path('last'), lambda file: torch.save(content, file))
+        content = {**state.to_checkpoint(epoch), 'metric': metric, 'saver': self._history(kept)}
+        with keep_former(self.path('last'), self.path(PREVIOUS)):
+            save_sealed(self.path('last'), content, self._next_serial())
         if (name, metric) in kept:
             link_atomic(self.path('last'), os.path.join(self.folder, name))
         if improved:
@@ -177,14 +190,50 @@ class CheckpointSaver:
         self.files = kept
         for old, _ in dropped:
             if old != name:
-                self._remove(old)
+                self._remove(os.path.join(self.folder, old))
+        self._prune()
         return self.best_metric, self.best_epoch
 
-    def _remove(self, name: str) -> None:
+    def save_recovery(self, state: TrainState, position: Position) -> str:
+        """Saves the state between two updates and removes older such files.
+
+        Returns:
+            The path.
+
+        Raises:
+            OutputError: the file cannot be written; the former checkpoints are intact.
+        """
+        path = self.path(f'{RECOVERY}{position.epoch}-{position.batch}')
+        content = {**state.to_checkpoint(position.epoch - 1), 'saver': self._history(self.files)}
+        save_sealed(path, content, self._next_serial())
+        self._prune()
+        return path
+
+    def _next_serial(self) -> int:
+        return 1 + max((seal.serial for path in list_candidates(self.folder) if (seal := read_seal(path))), default=0)
+
+    def _recoveries(self) -> list[str]:
+        return glob.glob(os.path.join(glob.escape(self.folder), f'{RECOVERY}*{EXTENSION}'))
+
+    def _prune(self) -> None:
+        recoveries = self._recoveries()
+        others = [path for path in (self.path('last'), self.path(PREVIOUS)) if os.path.exists(path)]
+        newest = sorted([*others, *recoveries], key=serial_of, reverse=True)[:2]
+        for path in recoveries:
+            if path not in newest:
+                self._remove(path)
+
+    def finish(self) -> None:
+        """Removes the files from inside epochs when the run is complete and two whole checkpoints stand."""
+        if os.path.exists(self.path('last')) and os.path.exists(self.path(PREVIOUS)):
+            for path in self._recoveries():
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
         try:
-            os.remove(os.path.join(self.folder, name))
+            os.remove(path)
         except OSError as error:
-            _logger.warning('Old checkpoint %s cannot be removed (%s).', name, error.strerror)
+            _logger.warning('Old checkpoint %s cannot be removed (%s).', os.path.basename(path), error.strerror)
 
     def restore(self, content: dict[str, Any]) -> None:
         """Takes over history and best metric from a checkpoint of this folder; lost files are forgotten."""
@@ -197,12 +246,3 @@ class CheckpointSaver:
         ]
         self.best_metric = saved.get('best_metric')
         self.best_epoch = saved.get('best_epoch')
-
-
-def read_resume(path: str) -> dict[str, Any]:
-    """Content of the checkpoint that `--resume` names.
-
-    Raises:
-        CheckpointNotFoundError, CheckpointError: see `read_checkpoint`.
-    """
-    return read_checkpoint(path, '--resume')

@@ -66,6 +66,12 @@ class TrainStream:
         """
         self.batch_sampler.set_position(epoch, batch)
 
+    def close(self) -> None:
+        """Ends the workers; left to the garbage collector after an exception, they would take many seconds."""
+        iterator, self.loader._iterator = self.loader._iterator, None
+        if hasattr(iterator, '_shutdown_workers'):
+            iterator._shutdown_workers()
+
     def __len__(self) -> int:
         return len(self.loader)
 

@@ -5,20 +5,22 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed
 import torchvision.utils
 from timm.data import Mixup
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 
-from .device import Precision
+from .device import Precision, seed_everything
 from .errors import NonFiniteLossError
+from .meter import LossMeter
 from .naflex import naflex_loss_scale
+from .position import Position
 from .progress import format_time, progress
+from .vote import Verdict, Vote
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ class Run:
         mixup_fn: mixes a batch where the loader does not.
         mean_batch: mean images per batch, to which `--variable-batch-loss-scale` refers.
         folder: run folder on the first process, '' elsewhere.
+        position: where the run stands.
+        after_update: called between updates with how many the epoch has had, whether that was the last one, and the
+            verdict on it.
+        meter: loss of the epoch so far.
+        vote: what the processes agree on before an update.
     """
 
     args: argparse.Namespace
@@ -52,6 +59,14 @@ class Run:
     mixup_fn: Mixup | None = None
     mean_batch: float = 1.
     folder: str = ''
+    position: Position = Position()
+    after_update: Callable[[int, bool, Verdict], None] = lambda *_: None
+    meter: LossMeter = field(init=False)
+    vote: Vote = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meter = LossMeter(self.device)
+        self.vote = Vote(self.device, self.args.distributed)
 
     @property
     def updates_per_epoch(self) -> int:
@@ -70,60 +85,6 @@ def group_size(step: int, batches: int, accum_steps: int) -> int:
     return tail if tail and step >= batches - tail else accum_steps
 
 
-class FiniteCheck:
-    """Tells whether a loss is finite on all processes, without keeping a GPU waiting.
-
-    The answer is copied to the host while the backward pass is queued, and awaited only before the update.
-    """
-
-    def __init__(self, device: torch.device, distributed: bool) -> None:
-        self.distributed = distributed
-        self.on_cuda = device.type == 'cuda'
-        self.event = torch.cuda.Event() if self.on_cuda else None
-        self.answer = torch.ones(())
-
-    def start(self, loss: torch.Tensor) -> None:
-        """Begins to ask about a loss."""
-        flag = torch.isfinite(loss.detach()).float()
-        if self.distributed:
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-        if self.event is None:
-            self.answer = flag
-            return
-        self.answer = torch.empty((), pin_memory=True).copy_(flag, non_blocking=True)
-        self.event.record()
-
-    def passed(self) -> bool:
-        """The answer."""
-        if self.event is not None:
-            self.event.synchronize()
-        return bool(self.answer.item())
-
-
-class LossMeter:
-    """Sample-weighted loss of the epoch and since the last report, kept on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        dtype = torch.float32 if device.type == 'mps' else torch.float64
-        self.sums = torch.zeros(4, dtype=dtype, device=device)  # epoch: loss, images; since the report: loss, images
-
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        """Adds the mean loss of a batch."""
-        weighted = loss.detach().to(self.sums.dtype) * images
-        count = torch.full_like(weighted, images)
-        self.sums += torch.stack([weighted, count, weighted, count])
-
-    def read(self, distributed: bool) -> tuple[float, float]:
-        """Mean loss of the epoch and since the last report, over all processes; resets the latter."""
-        sums = self.sums.clone()
-        if distributed:
-            torch.distributed.all_reduce(sums)
-        total, images, recent, recent_images = sums.tolist()
-        self.sums[2:] = 0
-        mean = total / images if images else float('nan')
-        return mean, recent / recent_images if recent_images else mean
-
-
 def _batch_scale(run: Run, images: int) -> float:
     if run.args.naflex_loader:
         return naflex_loss_scale(run.args, images, run.device)
@@ -131,13 +92,6 @@ def _batch_scale(run: Run, images: int) -> float:
         return 1.
     ratio = images / run.mean_batch
     return ratio ** 0.5 if run.args.variable_batch_loss_scale == 'sqrt' else ratio
-
-
-def _turn_mixing_off(run: Run) -> None:
-    if run.mixup_fn is not None:
-        run.mixup_fn.mixup_enabled = False
-    elif getattr(run.loader, 'mixup_enabled', False):
-        run.loader.mixup_enabled = False
 
 
 def _synchronize(device: torch.device) -> None:
@@ -152,81 +106,94 @@ def current_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 def train_one_epoch(run: Run, epoch: int, num_epochs: int) -> dict[str, float]:
-    """Trains for one epoch.
+    """Trains for one epoch, or for what is left of it at `run.position`.
 
     `--grad-accum-steps` N makes ceil(batches / N) updates; each averages the losses of its own group, the last group
-    over its real size. Losses stay on the device between reports.
+    over its real size. Losses stay on the device between updates. Random numbers of a batch, such as those of dropout,
+    follow from (seed, rank, epoch, batch).
 
     Args:
-        run: what to train, and with what.
+        run: what to train, and with what; `position` moves.
         epoch: which one, from 0.
         num_epochs: how many there are, for the estimate of the time left.
 
     Returns:
-        `loss`: mean over the epoch's images on all processes; `images_per_sec`: over all processes.
+        `loss`: mean over the epoch's images on all processes, without skipped updates; `images_per_sec`: over all
+        processes; `skipped`: updates left out.
 
     Raises:
-        NonFiniteLossError: the loss is NaN or infinite; the weights are those before the failing update.
+        NonFiniteLossError: loss or gradient are NaN or infinite; the weights are those before the failing update.
     """
     args, optimizer, scaler = run.args, run.optimizer, run.loss_scaler
     task: Any = run.task
-    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        _turn_mixing_off(run)
+    if run.position.epoch != epoch:
+        run.position = Position(epoch, 0, 0, run.position.skipped_before + run.position.skipped)
+    first = run.position.batch
+    if not first:
+        run.meter.clear()
     batches = len(run.loader)
     updates = run.updates_per_epoch
-    done = epoch * updates
+    begun = count_updates(first, args.grad_accum_steps)
+    done = epoch * updates + begun
     second_order = bool(getattr(optimizer, 'is_second_order', False))
-    meter = LossMeter(run.device)
-    check = FiniteCheck(run.device, args.distributed)
     update: Callable[[], None] = _make_update(run)
+    buffers = _Buffers(task.get_trainable_module(), args.nonfinite == 'skip')
 
     task.get_trainable_module().train()
     optimizer.zero_grad()
     started = reported = waited = time.perf_counter()
-    waiting, images_done, images_since, step = 0., 0, 0, -1
-    group_loss: torch.Tensor | None = None
+    waiting, images_done, images_since = 0., 0, 0
+    group: list[tuple[torch.Tensor, int]] = []
     with progress(batches, f'Epoch {epoch}', args.rank == 0, args.log_interval) as shown:
-        for step, (image, target) in enumerate(run.loader):
+        for _ in range(first):
+            shown.advance()
+        for step, (image, target) in enumerate(run.loader if first < batches else (), first):
             share = group_size(step, batches, args.grad_accum_steps)
             last = step == batches - 1
             final = last or (step + 1) % args.grad_accum_steps == 0
             image, target = _to_device(run, image, target)
             waiting += time.perf_counter() - waited
+            if not group:
+                buffers.keep()
+            seed_everything(args.seed, args.rank, epoch, step + 1)  # trailing zeros would not count
 
             # gradients of several processes are averaged once per update
             with nullcontext() if final else task.no_sync():
                 with run.precision.autocast():
                     loss = task(image, target)['loss']
-                group_loss = loss.detach() if group_loss is None else group_loss + loss.detach()
-                if final:
-                    check.start(group_loss)
+                group.append((loss.detach(), len(target)))
                 scale = _batch_scale(run, len(target)) / share
                 scaler.scale(loss * scale).backward(create_graph=second_order)
-            meter.add(loss, len(target))
             images_done += len(target) * args.world_size
             images_since += len(target) * args.world_size
             shown.advance()
             if final:
-                if not check.passed():
-                    raise NonFiniteLossError(
-                        f'the loss is not finite at epoch {epoch}, update {done % updates} of {updates} (batch {step}, '
-                        f'lr {current_lr(optimizer):.3g}): lower --lr, clip with --clip-grad, warm up longer, or use '
-                        '--amp-dtype bfloat16; the weights were not updated')
-                update()
-                optimizer.zero_grad()
-                group_loss = None
+                verdict, sound = _judge(run, group, f'epoch {epoch}, update {done % updates} of {updates} '
+                                                    f'(batch {step}, lr {current_lr(optimizer):.3g})')
                 done += 1
-                task.update_ema(step=done)
+                skipped = run.position.skipped + (not sound)
+                if sound:
+                    update()
+                    for part in group:
+                        run.meter.add(*part)
+                    task.update_ema(step=done)
+                else:
+                    buffers.restore()
+                    if scaler.is_enabled():
+                        scaler.update()  # ends the unscaled state
+                optimizer.zero_grad()
+                group.clear()
                 if args.synchronize_step:
                     _synchronize(run.device)
                 if run.scheduler is not None:
                     run.scheduler.step_update(num_updates=done)
+                run.position = replace(run.position, batch=step + 1, skipped=skipped)
                 index = done - epoch * updates - 1
                 if shown.due(index, last):
-                    mean, recent = meter.read(args.distributed)
+                    mean, recent = run.meter.read(args.distributed)
                     now = time.perf_counter()
                     rate = images_since / max(now - reported, 1e-9)
-                    per_update = (now - started) / (index + 1)
+                    per_update = (now - started) / (index + 1 - begun)
                     left = format_time(per_update * (num_epochs * updates - done))
                     lr = current_lr(optimizer)
                     data_share = 100 * waiting / max(now - started, 1e-9)
@@ -239,11 +206,57 @@ def train_one_epoch(run: Run, epoch: int, num_epochs: int) -> dict[str, float]:
                         torchvision.utils.save_image(
                             image, os.path.join(run.folder, f'train-batch-{step}.jpg'), padding=0, normalize=True)
                     reported, images_since = now, 0
+                run.after_update(index + 1, last, verdict)
             waited = time.perf_counter()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
-    mean, _ = meter.read(args.distributed)
-    return {'loss': mean, 'images_per_sec': images_done / max(time.perf_counter() - started, 1e-9)}
+    mean, _ = run.meter.read(args.distributed)
+    return {'loss': mean, 'images_per_sec': images_done / max(time.perf_counter() - started, 1e-9),
+            'skipped': run.position.skipped}
+
+
+def _judge(run: Run, group: list[tuple[torch.Tensor, int]], where: str) -> tuple[Verdict, bool]:
+    """The verdict of all processes on an update, and whether to make it.
+
+    Raises:
+        NonFiniteLossError: it is not sound, and `--nonfinite` or `--max-skipped` forbid to leave it out.
+    """
+    args, scaler = run.args, run.loss_scaler
+    if scaler.is_enabled():
+        scaler.unscale_(run.optimizer)
+    gradients = [parameter.grad for part in run.optimizer.param_groups for parameter in part['params']
+                 if parameter.grad is not None]
+    verdict = run.vote.take(torch.stack([loss for loss, _ in group]).sum(), gradients)
+    # float16 overflows now and then: the scaler leaves such updates out and lowers its scale, as far as that helps
+    overflow = scaler.is_enabled() and not verdict.gradient_finite and scaler.get_scale() > 1
+    if verdict.loss_finite and (verdict.gradient_finite or overflow):
+        return verdict, True
+    what = 'gradient' if verdict.loss_finite else 'loss'
+    skipped = run.position.skipped_before + run.position.skipped + 1
+    if args.nonfinite == 'raise' or skipped > args.max_skipped:
+        limit = '' if args.nonfinite == 'raise' else f' for the {skipped}. time, more than --max-skipped allows,'
+        raise NonFiniteLossError(
+            f'the {what} is not finite{limit} at {where}: lower --lr, clip with --clip-grad, warm up longer, or use '
+            '--amp-dtype bfloat16; the weights were not updated')
+    _logger.warning('The %s is not finite at %s: update skipped, %d so far.', what, where, skipped)
+    return verdict, False
+
+
+class _Buffers:
+    """Statistics of batch norm and the like, which a skipped update must not leave traces in."""
+
+    def __init__(self, module: torch.nn.Module, active: bool) -> None:
+        self.buffers = list(module.buffers()) if active else []
+        self.former: list[torch.Tensor] = []
+
+    def keep(self) -> None:
+        """Notes their values."""
+        self.former = [buffer.clone() for buffer in self.buffers]
+
+    def restore(self) -> None:
+        """Gives them back what was noted."""
+        for buffer, former in zip(self.buffers, self.former, strict=True):
+            buffer.copy_(former)
 
 
 def _to_device(run: Run, image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,12 +271,11 @@ def _to_device(run: Run, image: torch.Tensor, target: torch.Tensor) -> tuple[tor
 
 
 def _make_update(run: Run) -> Callable[[], None]:
-    """Optimizer step with clipping and, for float16, unscaling; a step with overflowed gradients is skipped."""
+    """Optimizer step with clipping, for gradients that are unscaled; one with overflowed gradients is skipped."""
     args, scaler, optimizer = run.args, run.loss_scaler, run.optimizer
 
     def update() -> None:
         if args.clip_grad is not None:
-            scaler.unscale_(optimizer)
             parameters = run.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
             dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
         scaler.step(optimizer)

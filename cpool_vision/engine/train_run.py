@@ -1,6 +1,8 @@
 """A whole training run, from settings to the best checkpoint."""
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +13,19 @@ from timm.models import safe_model_name
 import cpool_vision  # noqa: F401 - registers the variants
 
 from . import data, naflex, objective
+from .checkpointer import Checkpointer, load_process_state
 from .device import Precision, resolve_precision, seed_everything, setup_device
 from .errors import ConfigError
 from .evaluate import Evaluation, evaluate
 from .model import create_train_model, place_model, resolve_input
+from .position import Position, check_same_batches, read_position
 from .progress import silence_logging
-from .run_folder import RunFolder, check_free, resolve_resume, run_path, settings_text
-from .saver import CheckpointSaver, TrainState, read_resume
+from .resume import check_agreement, open_resume, set_aside
+from .run_folder import RunFolder, check_free, run_path, settings_text
+from .saver import CheckpointSaver, TrainState
 from .tracking import import_wandb, start_wandb
-from .train_loop import Run, current_lr, train_one_epoch
+from .train_loop import Run, count_updates, current_lr, train_one_epoch
+from .unreadable import LIST_NAME
 
 _logger = logging.getLogger(__name__)
 _METRICS = ('top1', 'top5', 'loss')
@@ -29,7 +35,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value, least in (('--grad-accum-steps', args.grad_accum_steps, 1), ('--epochs', args.epochs, 1),
                                ('--val-interval', args.val_interval, 1), ('--log-interval', args.log_interval, 1),
                                ('--checkpoint-hist', args.checkpoint_hist, 1), ('--seed', args.seed, 0),
-                               ('--workers', args.workers, 0)):
+                               ('--workers', args.workers, 0), ('--max-skipped', args.max_skipped, 0),
+                               ('--recovery-interval', args.recovery_interval, 0)):
         if value < least:
             raise ConfigError(f'{flag} must be >= {least}, got {value}')
     if args.eval_metric not in _METRICS:
@@ -54,6 +61,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         UserError: bad input; see `engine.errors`.
+        StopRequested: a signal asked to stop, and the run is saved.
     """
     settings = settings_text(args)
     _check(args)
@@ -73,15 +81,16 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     if args.data and not args.data_dir:
         args.data_dir = args.data
     wandb = import_wandb(args) if primary else None
-    resume = resolve_resume(args)
-    content = read_resume(resume) if resume else None
+    found = open_resume(args, run_path(args))
+    resume, content = found.path, found.content
+    check_agreement(resume, device, args.distributed)
 
     seed_everything(args.seed)  # the same on every process: they start from the same weights
     model = create_train_model(args)
     _logger.info('Model %s: %d parameters.', safe_model_name(args.model), sum(p.numel() for p in model.parameters()))
     data_config = resolve_input(model, args)
     folder = run_path(args, data_config['input_size'][-1])
-    continuing = check_free(folder, resume) if primary else False
+    continuing = check_free(folder, resume, args.resume == 'auto') if primary else False
     model = place_model(model, args, device, precision)
 
     eval_loader, mixup_fn = None, None
@@ -103,10 +112,13 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
         args, optimizer, run.updates_per_epoch, decreasing=metric_name == 'loss')
     state = TrainState(task, optimizer, run.loss_scaler, run.scheduler, vars(args).copy())
 
-    start_epoch = 0
+    start = Position()
     if content is not None:
-        start_epoch = state.load_checkpoint(content, resume, weights_only=args.no_resume_opt)
-        _logger.info('Resumed from %s: epoch %d comes next.', resume, start_epoch)
+        next_epoch = state.load_checkpoint(content, resume, weights_only=args.no_resume_opt)
+        start = read_position(content, resume) or Position(next_epoch)
+        if start.batch:
+            check_same_batches(content, resume, args, len(loader), getattr(loader, 'batch_sampler', None) is None)
+        _logger.info('Resumed from %s: batch %d of epoch %d comes next.', resume, start.batch, start.epoch)
     if args.model_ema:
         task.setup_ema(
             decay=args.model_ema_decay,
@@ -115,58 +127,88 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
         if content is not None:
             state.load_ema(content, resume)
     eval_model = _compile_and_distribute(args, task, device)
+    if content is not None and 'processes' in content:
+        load_process_state(run, content['processes'])  # after DDP, which copies those of the first process
     if args.start_epoch is not None:
-        start_epoch = args.start_epoch
-    if start_epoch >= num_epochs:
-        _logger.warning('Nothing to train: epoch %d of %d comes next; raise --epochs.', start_epoch, num_epochs)
-    if run.scheduler is not None and start_epoch > 0:
-        if args.sched_on_updates:
-            run.scheduler.step_update(start_epoch * run.updates_per_epoch)
-        else:
-            run.scheduler.step(start_epoch)
+        start = Position(args.start_epoch)
+    if start.epoch >= num_epochs:
+        _logger.warning('Nothing to train: epoch %d of %d comes next; raise --epochs.', start.epoch, num_epochs)
+    run.position = start
+    _place_schedule(run, start, restored=content is not None and not args.no_resume_opt)
 
     opened, saver = None, None
     if primary:
-        opened = RunFolder(folder, settings, start_epoch if continuing else None)
+        opened = RunFolder(folder, settings, start.epoch if continuing else None)
         run.folder = folder
         saver = CheckpointSaver(folder, args.checkpoint_hist, decreasing=metric_name == 'loss')
         if continuing and content is not None:
             saver.restore(content)
+        set_aside(found.damaged)
+    data.list_unreadable(loader, run.folder)
     log_row = start_wandb(wandb, args, folder) if wandb is not None else None
-    _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', folder, start_epoch, num_epochs - 1,
+    _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', folder, start.epoch, num_epochs - 1,
                  run.updates_per_epoch, _describe(precision))
 
+    checkpointer = Checkpointer(run, state, saver, args.recovery_interval)
+    run.after_update = checkpointer.after_update
     rows: list[dict[str, Any]] = []
-    for epoch in range(start_epoch, num_epochs):
-        seed_everything(args.seed, args.rank, epoch)
-        data.set_epoch(loader, epoch)
-        metrics = train_one_epoch(run, epoch, num_epochs)
-        if args.distributed and args.dist_bn:
-            utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
-        columns = {'train_loss': metrics['loss']}
-        due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs
-        if due and eval_loader is not None:
-            evaluation = _evaluate_all(args, run, eval_model, eval_loader)
-            columns.update({f'eval_{key}': evaluation.metrics[key] for key in ('loss', 'top1', 'top5')})
-        columns['lr'] = current_lr(optimizer)
-        columns['train_images_per_sec'] = metrics['images_per_sec']
-        latest = columns.get(f'eval_{metric_name}', columns['train_loss']) if due else None
-        if run.scheduler is not None:
-            run.scheduler.step(epoch + 1, latest)
-        if opened is not None and saver is not None:
-            rows.append(opened.add_epoch(epoch, columns))
-            if log_row is not None:
-                log_row(rows[-1])
-            if due:
-                saver.save(state, epoch, float(latest))  # type: ignore[arg-type]
-            _logger.info('Epoch %d: %s', epoch, '  '.join(f'{key} {value:.5g}' for key, value in columns.items()))
+    with _closing(loader), run.vote.signals:
+        for epoch in range(start.epoch, num_epochs):
+            batch = start.batch if epoch == start.epoch else 0
+            data.set_position(loader, epoch, batch)
+            metrics = train_one_epoch(run, epoch, num_epochs)
+            unreadable = data.share_unreadable(loader, device)
+            if unreadable:
+                _logger.warning('%d training images so far could not be read and were replaced: see %s.', unreadable,
+                                LIST_NAME)
+            if args.distributed and args.dist_bn:
+                utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+            columns = {'train_loss': metrics['loss']}
+            final = epoch + 1 == num_epochs
+            due = (epoch + 1) % args.val_interval == 0 or final
+            if due and eval_loader is not None:
+                evaluation = _evaluate_all(args, run, eval_model, eval_loader)
+                columns.update({f'eval_{key}': evaluation.metrics[key] for key in ('loss', 'top1', 'top5')})
+            columns['lr'] = current_lr(optimizer)
+            columns['train_images_per_sec'] = metrics['images_per_sec']
+            if args.nonfinite == 'skip':
+                columns['skipped_updates'] = metrics['skipped']
+            latest = columns.get(f'eval_{metric_name}', columns['train_loss']) if due else None
+            if run.scheduler is not None:
+                run.scheduler.step(epoch + 1, latest)
+            if opened is not None:
+                rows.append(opened.add_epoch(epoch, columns))
+                if log_row is not None:
+                    log_row(rows[-1])
+                _logger.info('Epoch %d: %s', epoch, '  '.join(f'{key} {value:.5g}' for key, value in columns.items()))
+            checkpointer.after_epoch(None if latest is None else float(latest), final)
     if saver is None:
         return {}
+    saver.finish()
     if saver.best_metric is not None:
         _logger.info('Best %s %.5g at epoch %s: %s', metric_name, saver.best_metric, saver.best_epoch,
                      saver.path('model_best'))
     return {'folder': folder, 'metric': metric_name, 'best_metric': saver.best_metric, 'best_epoch': saver.best_epoch,
             'epochs': rows}
+
+
+@contextmanager
+def _closing(loader: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        data.close_workers(loader)
+
+
+def _place_schedule(run: Run, start: Position, restored: bool) -> None:
+    """Sets the learning rate of a position; that of `plateau` depends on the past and came with the optimizer."""
+    if run.scheduler is None or restored and hasattr(run.scheduler, 'lr_scheduler'):
+        return
+    updates = start.epoch * run.updates_per_epoch + count_updates(start.batch, run.args.grad_accum_steps)
+    if run.args.sched_on_updates and updates:
+        run.scheduler.step_update(updates)
+    elif not run.args.sched_on_updates and start.epoch:
+        run.scheduler.step(start.epoch)
 
 
 def _describe(precision: Precision) -> str:

@@ -1,60 +1,11 @@
-"""Gradient accumulation, non-finite losses, and losses counted once."""
-import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
+"""Gradient accumulation, and losses counted once."""
 import pytest
 import torch
 import torch.nn as nn
-from timm.task import ClassificationTask
+from loop_tools import make_batches, make_run
 
-from cpool_vision.engine.device import Precision
-from cpool_vision.engine.errors import NonFiniteLossError
-from cpool_vision.engine.train_loop import LossMeter, Run, count_updates, group_size, train_one_epoch
-
-
-class CountingTask(ClassificationTask):
-    """Counts the micro-steps whose gradients are not exchanged."""
-
-    silent = 0
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        self.silent += 1
-        yield
-
-
-class Recorder(torch.optim.SGD):
-    """Keeps the gradient of each step."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seen: list[torch.Tensor] = []
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.seen.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group['params']]))
-        super().step(closure)
-
-
-def make_run(batches: list[Any], accum: int, lr: float = 0.1, **flags: Any) -> Run:
-    args = argparse.Namespace(
-        grad_accum_steps=accum, mixup_off_epoch=0, distributed=False, world_size=1, rank=1, log_interval=1000,
-        no_prefetcher=False, channels_last=False, variable_batch_loss_scale='none', naflex_loader=False,
-        synchronize_step=False, save_images=False, clip_grad=None, clip_mode='norm')
-    vars(args).update(flags)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    task = CountingTask(model, criterion=nn.CrossEntropyLoss(), verbose=False)
-    precision = Precision(None, None, 'cpu')
-    return Run(args, torch.device('cpu'), precision, task, Recorder(model.parameters(), lr=lr),
-               precision.loss_scaler(), None, batches)
-
-
-def make_batches(count: int, size: int = 4) -> list[Any]:
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 2, 2, generator=generator), torch.randint(0, 3, (size,), generator=generator))
-            for _ in range(count)]
+from cpool_vision.engine.meter import LossMeter
+from cpool_vision.engine.train_loop import count_updates, group_size, train_one_epoch
 
 
 @pytest.mark.parametrize('batches, accum', [(13, 8), (15, 8), (9, 5), (8, 4), (3, 8), (5, 1)])
@@ -86,21 +37,6 @@ def test_the_last_group_is_not_divided_by_the_full_size() -> None:
     ratio = run.optimizer.seen[1].norm() / reference.optimizer.seen[0].norm()
     assert ratio == pytest.approx(1, abs=0.25)  # 2/3 under the full divisor
     assert [group_size(step, 5, 3) for step in range(5)] == [3, 3, 3, 2, 2]
-
-
-@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_non_finite_loss_stops_before_the_update(bad: float) -> None:
-    data = make_batches(6)
-    data[3][0][0] = bad
-    run = make_run(data, 2)
-    clean = make_run(make_batches(6)[:2], 2)
-    train_one_epoch(clean, 0, 1)
-    with pytest.raises(NonFiniteLossError, match=r'epoch 0, update 1 of 3 \(batch 3.*--clip-grad') as caught:
-        train_one_epoch(run, 0, 1)
-    assert isinstance(caught.value, FloatingPointError)
-    assert len(run.optimizer.seen) == 1
-    for mine, theirs in zip(run.task.parameters(), clean.task.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
 
 
 def test_clipping_bounds_the_update() -> None:

@@ -90,7 +90,7 @@ def test_help_is_printable(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert '--model' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('flags', [['--recovery-interval', '5'], ['--tta', '2']])
+@pytest.mark.parametrize('flags', [['--tta', '2']])
 def test_flags_without_machinery_are_refused(flags: list[str]) -> None:
     with pytest.raises(NotYetError, match=flags[0]) as caught:
         parse_args(args_train.build_parser, flags)

@@ -1,0 +1,112 @@
+"""Files that appear under their name only when complete."""
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import OutputError
+
+
+def _sync_directory(path: str) -> None:
+    if os.name != 'posix':
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: str, write: Callable[[Any], None]) -> None:
+    """Writes a file so that a crash at any moment leaves either the former content or the new one.
+
+    A temporary file in the same folder is written, flushed to disk and renamed over the target; then the folder is
+    flushed. A failure removes the temporary file and leaves the target alone.
+
+    Args:
+        path: target.
+        write: receives the open binary file.
+
+    Raises:
+        OutputError: the operating system refused.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = ''
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f'.{os.path.basename(path)}.', suffix='.tmp', dir=folder)
+        with os.fdopen(handle, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = ''
+        _sync_directory(folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, 'strerror', None) or error
+        raise OutputError(f'{path!r} cannot be written ({reason}): free space or choose another folder') from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def link_atomic(source: str, target: str) -> None:
+    """Gives a finished file a second name, by a hard link where the file system has them, never unlinking first.
+
+    Raises:
+        OutputError: the operating system refused.
+    """
+    temporary = os.path.join(os.path.dirname(os.path.abspath(target)), f'.{os.path.basename(target)}.link.tmp')
+    try:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with open(source, 'rb') as file:
+                write_atomic(target, lambda out: shutil.copyfileobj(file, out))
+            return
+        os.replace(temporary, target)
+        _sync_directory(os.path.dirname(os.path.abspath(target)))
+    except OSError as error:
+        raise OutputError(f'{target!r} cannot be written ({error.strerror or error})') from error
+    finally:
+        if os.path.exists(temporary):  # a rename between two names of one file leaves the first
+            os.remove(temporary)
+
+
+@contextmanager
+def keep_former(path: str, name: str) -> Iterator[None]:
+    """Gives the former content of a file another name, if the body replaces the file and does not fail.
+
+    Args:
+        path: the file; it need not exist.
+        name: path for the former content, in the same folder.
+
+    Raises:
+        OutputError: the operating system refused.
+    """
+    if not os.path.exists(path):
+        yield
+        return
+    temporary = os.path.join(os.path.dirname(os.path.abspath(name)), f'.{os.path.basename(name)}.former.tmp')
+    try:
+        link_atomic(path, temporary)
+        yield
+        os.replace(temporary, name)
+        _sync_directory(os.path.dirname(os.path.abspath(name)))
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f'{name!r} cannot be written ({error.strerror or error})') from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
