@@ -8,6 +8,7 @@ import torch.distributed
 
 from .errors import OutputError
 from .position import Position, describe_position
+from .resume import list_candidates
 from .saver import CheckpointSaver, TrainState
 from .signals import StopRequested
 from .train_loop import Run
@@ -128,5 +129,7 @@ class Checkpointer:
             self._stop(verdict.signal, position)
 
     def _stop(self, signal: int, position: Position) -> None:
+        # without a name of its own the run would get another folder
+        where = 'auto' if self.run.args.experiment or self.saver is None else list_candidates(self.saver.folder)[0]
         raise StopRequested(signal, f'stopped by a signal and saved before batch {position.batch} of epoch '
-                                    f'{position.epoch}: continue with --resume auto --experiment NAME')
+                                    f'{position.epoch}: continue with the same flags and --resume {where}')
