@@ -21,14 +21,16 @@ CASES = {
     'workers': ['-b', '4', '-j', '2', '--aa', 'rand-m5-mstd0.5', '--opt', 'lookahead_sgd'],
     'float16': ['-b', '4', '--amp', '--amp-dtype', 'float16', '--no-prefetcher', '--mixup', '0.5'],
     'plateau': ['-b', '4', '--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--lr-noise', '0.1'],
-    'sizes': ['--train-img-sizes', '32', '48', '--train-batch-sizes', '4', '6', '--drop-path', '0.3',
-              '--model', 'resnet10t'],
+    'sizes': ['--train-img-sizes', '32', '64', '--train-batch-sizes', '4', '6', '--drop-path', '0.3',
+              '--model', 'test_convnext'],
     'unvalidated': ['-b', '4', '--val-interval', '2', '--nonfinite', 'skip', '--opt', 'sgd'],
 }
 
 
-@pytest.mark.parametrize('interval, stops', [(1, (2, 3)), (2, (3, 2))])
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name, interval, stops', [
+    *((name, 1, (2, 3)) for name in CASES),
+    *(pytest.param(name, 2, (3, 2), marks=() if name == 'mixed' else pytest.mark.slow) for name in CASES),
+])
 def test_a_run_that_breaks_off_inside_an_epoch_ends_as_the_uninterrupted_one(
         run_train: Train, load: Load, name: str, interval: int, stops: tuple[int, int]) -> None:
     flags = [*CASES[name], '--epochs', '3']

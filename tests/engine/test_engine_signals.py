@@ -138,7 +138,7 @@ def test_other_threads_leave_signals_alone() -> None:
     assert seen == [[signal.getsignal(number) for number in STOPS]]
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_the_second_signal_has_its_default_action(number: signal.Signals) -> None:
     code = f'''
 import os
