@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from .errors import OutputError
+from .errors import CheckpointError, OutputError
 from .position import Position, describe_position
 from .resume import list_candidates
 from .saver import CheckpointSaver, TrainState
@@ -43,8 +43,14 @@ def gather_process_state(run: Run) -> torch.Tensor:
     return torch.stack(rows).cpu()
 
 
-def load_process_state(run: Run, rows: torch.Tensor) -> None:
-    """Gives this process what `gather_process_state` took from the one of its rank; none if their number changed."""
+def load_process_state(run: Run, rows: torch.Tensor, path: str) -> None:
+    """Gives this process what `gather_process_state` took from the one of its rank; none if their number changed.
+
+    Raises:
+        CheckpointError: not what that function gives.
+    """
+    if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or rows.shape[1] < 4:
+        raise CheckpointError(f'{path!r} holds no usable state of the processes: use another checkpoint')
     if len(rows) != run.args.world_size:
         return
     mine = rows[run.args.rank].to(run.meter.sums)

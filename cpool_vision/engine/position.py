@@ -69,7 +69,8 @@ def check_same_batches(content: Mapping[str, Any], path: str, args: argparse.Nam
         ConfigError: names the setting that differs.
     """
     now = _facts(args, batches, streamed)
-    for name, former in content['position'].get('facts', {}).items():
+    facts = content['position'].get('facts')
+    for name, former in facts.items() if isinstance(facts, Mapping) else ():
         if now.get(name, former) != former:
             raise ConfigError(
                 f'--resume {path!r} stands inside an epoch, of which the batches were cut with {name} {former}, now '

@@ -128,7 +128,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
             state.load_ema(content, resume)
     eval_model = _compile_and_distribute(args, task, device)
     if content is not None and 'processes' in content:
-        load_process_state(run, content['processes'])  # after DDP, which copies those of the first process
+        load_process_state(run, content['processes'], resume)  # after DDP, which copies those of the first process
     if args.start_epoch is not None:
         start = Position(args.start_epoch)
     if start.epoch >= num_epochs:
@@ -144,6 +144,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
         if continuing and content is not None:
             saver.restore(content)
         set_aside(found.damaged)
+    del found, content  # as large as model and optimizer
     data.list_unreadable(loader, run.folder)
     log_row = start_wandb(wandb, args, folder) if wandb is not None else None
     _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', folder, start.epoch, num_epochs - 1,

@@ -18,9 +18,9 @@ from benchmarks.kill_test import Run, compare_checkpoints, compare_runs, descend
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 FLAGS = [
     '--model', 'test_resnet', '--img-size', '32', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'adamw', '--lr',
-    '1e-2', '--drop', '0.2', '--model-ema', '--model-ema-decay', '0.9', '--mixup', '0.2', '--cutmix', '1', '--reprob', '0.5',
-    '--aa', 'rand-m5-mstd0.5', '--grad-accum-steps', '3', '--clip-grad', '1', '--sched-on-updates', '--device', 'cpu',
-    '--recovery-interval', '1', '--log-interval', '1000']
+    '1e-2', '--drop', '0.2', '--model-ema', '--model-ema-decay', '0.9', '--mixup', '0.2', '--cutmix', '1', '--reprob',
+    '0.5', '--aa', 'rand-m5-mstd0.5', '--grad-accum-steps', '3', '--clip-grad', '1', '--sched-on-updates', '--device',
+    'cpu', '--recovery-interval', '1', '--log-interval', '1000']
 SHAPES = ['--dataset', 'cpool/shapes', '--num-classes', '10', '--val-num-samples', '15', '--train-num-samples']
 KINDS = {1: [*FLAGS, *SHAPES, '128', '-b', '4', '-j', '2'], 2: [*FLAGS, *SHAPES, '176', '-b', '4', '-j', '1']}
 

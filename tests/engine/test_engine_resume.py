@@ -4,10 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from loader_tools import Shards
 from resume_tools import break_off, rows, unequal
+from timm.data import IterableImageDataset
 
 from cpool_vision.engine import checkpointer, data, train_loop, train_run
-from cpool_vision.engine.errors import ConfigError
+from cpool_vision.engine.errors import CheckpointError, ConfigError
 
 Train = Callable[..., dict[str, Any]]
 Load = Callable[..., dict[str, Any]]
@@ -23,6 +26,9 @@ CASES = {
     'plateau': ['-b', '4', '--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--lr-noise', '0.1'],
     'sizes': ['--train-img-sizes', '32', '64', '--train-batch-sizes', '4', '6', '--drop-path', '0.3',
               '--model', 'test_convnext'],
+    'naflex': ['-b', '4', '--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=16', 'depth=1',
+               'num_heads=2', 'patch_size=8', '--naflex-loader', '--naflex-train-seq-lens', '4', '9',
+               '--naflex-max-seq-len', '16', '--reprob', '0.5'],
     'unvalidated': ['-b', '4', '--val-interval', '2', '--nonfinite', 'skip', '--opt', 'sgd'],
 }
 
@@ -46,6 +52,32 @@ def test_a_run_that_breaks_off_inside_an_epoch_ends_as_the_uninterrupted_one(
         key: two['saver'][key] for key in ('best_metric', 'best_epoch')}
     best, other = load(whole['folder'], 'model_best.pth.tar'), load(again['folder'], 'model_best.pth.tar')
     assert unequal(best, other) == []
+
+
+def test_a_streamed_set_is_entered_inside_an_epoch(run_train: Train, load: Load, monkeypatch: pytest.MonkeyPatch,
+                                                   ) -> None:
+    real = data.build_dataset
+    monkeypatch.setattr(data, 'build_dataset', lambda args, split, training, *more: IterableImageDataset(
+        '', reader=Shards()) if training else real(args, split, training, *more))
+    flags = ['-b', '4', '-j', '2', '--mixup', '0.2', '--experiment']
+    whole = run_train(*flags, 'whole')['folder']
+    flags += ['broken', '--resume', 'auto', '--recovery-interval', '1']
+    break_off(lambda: run_train(*flags), 2)
+    with pytest.raises(ConfigError, match='--workers 2, now 1'):
+        run_train(*flags, '-j', '1')
+    assert unequal(load(whole, 'last.pth.tar'), load(run_train(*flags)['folder'], 'last.pth.tar')) == []
+
+
+@pytest.mark.parametrize('key, value, words', [
+    ('position', {'epoch': 0}, 'no usable position'), ('position', 'x', 'no usable position'),
+    ('processes', 'x', 'no usable state'), ('processes', torch.ones(3), 'no usable state'),
+])
+def test_meaningless_entries_are_errors(run_train: Train, load: Load, tmp_path: Any, key: str, value: Any, words: str,
+                                        ) -> None:
+    folder = run_train('--experiment', 'x', '--epochs', '1')['folder']
+    torch.save({**load(folder, 'last.pth.tar'), key: value}, tmp_path / 'bad.pth.tar')
+    with pytest.raises(CheckpointError, match=f'bad.pth.tar.*{words}'):
+        run_train('--experiment', 'y', '--resume', str(tmp_path / 'bad.pth.tar'))
 
 
 def test_every_update_can_be_the_last_one(run_train: Train, load: Load) -> None:
