@@ -46,6 +46,7 @@ class Run:
             verdict on it.
         meter: loss of the epoch so far.
         vote: what the processes agree on before an update.
+        rehearsed: whether `_rehearse` is done.
     """
 
     args: argparse.Namespace
@@ -63,6 +64,7 @@ class Run:
     after_update: Callable[[int, bool, Verdict], None] = lambda *_: None
     meter: LossMeter = field(init=False)
     vote: Vote = field(init=False)
+    rehearsed: bool = False
 
     def __post_init__(self) -> None:
         self.meter = LossMeter(self.device)
@@ -153,6 +155,8 @@ def train_one_epoch(run: Run, epoch: int, num_epochs: int) -> dict[str, float]:
             final = last or (step + 1) % args.grad_accum_steps == 0
             image, target = _to_device(run, image, target)
             waiting += time.perf_counter() - waited
+            if not run.rehearsed:
+                _rehearse(run, image, target)
             if not group:
                 buffers.keep()
             seed_everything(args.seed, args.rank, epoch, step + 1)  # trailing zeros would not count
@@ -213,6 +217,26 @@ def train_one_epoch(run: Run, epoch: int, num_epochs: int) -> dict[str, float]:
     mean, _ = run.meter.read(args.distributed)
     return {'loss': mean, 'images_per_sec': images_done / max(time.perf_counter() - started, 1e-9),
             'skipped': run.position.skipped}
+
+
+def _rehearse(run: Run, image: torch.Tensor, target: torch.Tensor) -> None:
+    """Lets DDP arrange its buckets before the first update of a launch.
+
+    DDP orders the gradients in its buckets anew after the first backward pass. From three processes on the order
+    decides in which order the addends of a gradient are summed, so that the first update after a resume would differ
+    in the last bits from the same update amid a run. One pass on the first batch, without effect, takes that ahead.
+    """
+    run.rehearsed = True
+    if run.args.world_size < 3:
+        return
+    task: Any = run.task
+    buffers = _Buffers(task.get_trainable_module(), True)
+    buffers.keep()
+    with run.precision.autocast():
+        loss = task(image, target)['loss']
+    loss.backward()
+    run.optimizer.zero_grad()
+    buffers.restore()
 
 
 def _judge(run: Run, group: list[tuple[torch.Tensor, int]], where: str) -> tuple[Verdict, bool]:

@@ -62,3 +62,22 @@ def test_meter_separates_the_epoch_from_the_last_report() -> None:
     assert meter.read(False) == (1., 1.)
     meter.add(torch.tensor(5.), 1)
     assert meter.read(False) == (2., 5.)
+
+
+def test_the_rehearsal_of_three_processes_leaves_no_trace() -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(0.3), nn.Linear(12, 3))
+
+    runs = [make_run(make_batches(5), 2, model=net(), world_size=world_size) for world_size in (1, 3)]
+    calls = [0, 0]
+    for index, run in enumerate(runs):
+        def count(*_: object, index: int = index) -> None:
+            calls[index] += 1
+
+        run.task.register_forward_hook(count)
+        for epoch in range(2):
+            train_one_epoch(run, epoch, 2)
+    assert calls == [10, 11]
+    one, two = (run.task.state_dict() for run in runs)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())

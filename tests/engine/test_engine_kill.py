@@ -22,7 +22,8 @@ FLAGS = [
     '0.5', '--aa', 'rand-m5-mstd0.5', '--grad-accum-steps', '3', '--clip-grad', '1', '--sched-on-updates', '--device',
     'cpu', '--recovery-interval', '1', '--log-interval', '1000']
 SHAPES = ['--dataset', 'cpool/shapes', '--num-classes', '10', '--val-num-samples', '15', '--train-num-samples']
-KINDS = {1: [*FLAGS, *SHAPES, '128', '-b', '4', '-j', '2'], 2: [*FLAGS, *SHAPES, '176', '-b', '4', '-j', '1']}
+KINDS = {1: [*FLAGS, *SHAPES, '128', '-b', '4', '-j', '2'], 2: [*FLAGS, *SHAPES, '176', '-b', '4', '-j', '1'],
+         3: [*FLAGS, *SHAPES, '180', '-b', '4', '-j', '1']}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -71,6 +72,11 @@ def test_twenty_kills_at_random_instants_change_nothing(undisturbed: Callable[[i
 def test_two_processes_killed_at_random_instants(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path, seed: int,
                                                  ) -> None:
     check_kills(undisturbed(2), tmp_path, 4, seed=20 + seed)
+
+
+@pytest.mark.slow
+def test_three_processes_killed_at_random_instants(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path) -> None:
+    check_kills(undisturbed(3), tmp_path, 3, seed=30)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
