@@ -14,7 +14,7 @@ import cpool_vision  # noqa: F401 - registers the variants
 
 from . import data, naflex, objective
 from .checkpointer import Checkpointer, load_process_state
-from .device import Precision, resolve_precision, seed_everything, setup_device
+from .device import Precision, resolve_precision, seed_everything, settle_threads, setup_device
 from .errors import ConfigError
 from .evaluate import Evaluation, evaluate
 from .model import create_train_model, place_model, resolve_input
@@ -157,6 +157,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
         for epoch in range(start.epoch, num_epochs):
             batch = start.batch if epoch == start.epoch else 0
             data.set_position(loader, epoch, batch)
+            settle_threads(args.distributed)
             metrics = train_one_epoch(run, epoch, num_epochs)
             unreadable = data.share_unreadable(loader, device)
             if unreadable:
@@ -238,6 +239,7 @@ def _evaluate_all(args: argparse.Namespace, run: Run, eval_model: Any, loader: A
         channels_last=args.channels_last, distributed=args.distributed, primary=args.rank == 0,
         log_interval=args.log_interval)
     task: Any = run.task
+    settle_threads(args.distributed)
     result = evaluate(eval_model, **common)
     if task.has_ema() and not args.model_ema_force_cpu:
         _logger.info('Without averaging: loss %.4f  top1 %.3f', result.metrics['loss'], result.metrics['top1'])

@@ -139,6 +139,45 @@ def test_torchrun_restarts_a_run_that_goes_on_by_itself(undisturbed: Callable[[i
     assert compare_runs(whole.folder, tmp_path / 'x') == []
 
 
+FORKS = '''
+import os, sys, time, torch
+import torch.distributed as dist
+from cpool_vision.engine.device import settle_threads
+
+dist.init_process_group('gloo')
+stuck = 0
+for _ in range(700):
+    for _ in range(3):
+        dist.all_reduce(torch.randn(1000))
+    if sys.argv[1] == 'settle':
+        settle_threads(True)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    end = time.monotonic() + 1
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > end:
+            stuck += 1
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            break
+print(f'stuck {stuck}')
+dist.destroy_process_group()
+'''
+
+
+@pytest.mark.slow
+def test_forks_after_collective_operations_do_not_hang(tmp_path: pathlib.Path) -> None:
+    """`python -m torch.distributed.run --nproc-per-node 2 FILE other` shows the fault under CPython up to 3.11."""
+    (tmp_path / 'forks.py').write_text(FORKS)
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+         str(tmp_path / 'forks.py'), 'settle'],
+        capture_output=True, text=True, timeout=300, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('stuck 0') == 2, done.stdout
+
+
 LOSE = '''
 import sys
 from cpool_vision.cli import train
