@@ -13,7 +13,7 @@ from .args_common import (
     add_model_form_args,
     switch,
 )
-from .args_fault import add_nonfinite_args
+from .args_fault import add_numerics_args
 from .args_loader import add_bad_sample_args
 from .args_objective import add_loss_args, add_schedule_args
 from .args_train_more import add_distillation_args, add_ema_args, add_naflex_args, add_norm_args, add_sized_batch_args
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     loss = parser.add_argument_group('loss and regularisation')
     _add_loss(loss)
     add_loss_args(loss)
-    add_nonfinite_args(parser.add_argument_group('numerical faults'))
+    add_numerics_args(parser.add_argument_group('numerics'))
     add_norm_args(parser.add_argument_group('batch norm'))
     add_ema_args(parser.add_argument_group('weight averaging'))
     _add_run(parser.add_argument_group('run, checkpoints and logs'))

@@ -2,6 +2,7 @@
 import argparse
 import importlib
 import logging
+import os
 import random
 import time
 from collections.abc import Callable
@@ -71,7 +72,8 @@ def resolve_precision(args: argparse.Namespace, device: torch.device) -> Precisi
 def setup_device(args: argparse.Namespace, distributed: bool = True) -> torch.device:
     """Imports `--device-modules`, joins the process group of torchrun or SLURM, and picks this process's device.
 
-    Sets `args.distributed`, `args.world_size`, `args.rank` and `args.local_rank`.
+    Sets `args.distributed`, `args.world_size`, `args.rank` and `args.local_rank`. `--deterministic` holds for the whole
+    process from then on.
 
     Raises:
         ConfigError: the module or the device does not exist.
@@ -87,6 +89,9 @@ def setup_device(args: argparse.Namespace, distributed: bool = True) -> torch.de
         raise ConfigError(f'--device {args.device!r} is unknown: use cpu, cuda or cuda:INDEX') from error
     if kind == 'cuda' and not torch.cuda.is_available():
         raise ConfigError(f'--device {args.device!r}: no CUDA device is available; use --device cpu')
+    if getattr(args, 'deterministic', False):
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
     if distributed:
         args.dist_url = rendezvous_url()
         device = utils.init_distributed_device(args)
@@ -97,7 +102,7 @@ def setup_device(args: argparse.Namespace, distributed: bool = True) -> torch.de
         device = torch.device(args.device)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if args.fuser:
         utils.set_jit_fuser(args.fuser)
     if args.fast_norm:
