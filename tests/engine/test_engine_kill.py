@@ -86,12 +86,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize('rank', [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_sigterm_to_one_of_two_processes_saves_and_stops_both(
-        undisturbed: Callable[[int], Run], tmp_path: pathlib.Path, rank: int) -> None:
-    whole = undisturbed(2)
-    flags = [*whole.flags, '--recovery-interval', '0']  # the only checkpoint inside an epoch is that of the signal
-    run = Run(tmp_path, 'stopped', flags, 2)
+def stop_one(output: pathlib.Path, rank: int) -> Run:
+    """A run of two processes, of which one got a SIGTERM."""
+    # the only checkpoint inside an epoch is that of the signal
+    run = Run(output, 'stopped', [*KINDS[2], '--recovery-interval', '0'], 2)
     run.launch()
     assert run.wait_for_training()
     ranks = [pid for pid in descendants(run.process.pid)
@@ -103,8 +101,20 @@ def test_sigterm_to_one_of_two_processes_saves_and_stops_both(
     assert log.count('stopped by a signal and saved before batch') == 2
     assert 'exitcode  : 143' in log
     assert len(list(run.folder.glob('recovery-*'))) == 1
+    return run
+
+
+def test_sigterm_to_one_of_two_processes_saves_and_stops_both(tmp_path: pathlib.Path) -> None:
+    stop_one(tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_run_stopped_by_sigterm_to_one_process_goes_on_exactly(
+        undisturbed: Callable[[int], Run], tmp_path: pathlib.Path, rank: int) -> None:
+    run = stop_one(tmp_path, rank)
     run.finish()
-    assert compare_runs(whole.folder, run.folder) == []
+    assert compare_runs(undisturbed(2).folder, run.folder) == []
 
 
 CRASH = '''
