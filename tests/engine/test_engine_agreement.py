@@ -4,6 +4,11 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+from torch.distributed.rendezvous import rendezvous
+
+from cpool_vision.engine.rendezvous import rendezvous_url
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SCRIPT = '''
 import signal, sys
@@ -75,6 +80,20 @@ else:
     raise AssertionError
 print(f'process {rank} is done')
 '''
+
+
+def test_each_attempt_of_torchrun_has_its_own_part_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rendezvous_url() == 'env://'
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    assert rendezvous_url() == 'env://'
+    for name, value in {'TORCHELASTIC_RESTART_COUNT': '2', 'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost',
+                        'MASTER_PORT': '0'}.items():
+        monkeypatch.setenv(name, value)
+    assert rendezvous_url() == rendezvous_url() == 'attempt://'
+    store, rank, world_size = next(rendezvous(rendezvous_url()))
+    assert (rank, world_size) == (0, 1)
+    store.set('key', 'value')
+    assert store.underlying_store.get('attempt 2/key') == b'value'
 
 
 def test_processes_decide_alike(tmp_path: pathlib.Path) -> None:

@@ -222,7 +222,9 @@ def test_second_names_are_atomic_with_and_without_hard_links(tmp_path: Path, mon
 
 
 def test_leftovers_of_a_killed_run_are_swept(tmp_path: Path) -> None:
-    (tmp_path / '.last.pth.tar.abc.tmp').write_bytes(b'half')
+    for name in ('last.pth.tar', 'recovery-0-2.pth.tar', 'previous.pth.tar.former', 'unreadable.txt', 'args.yaml',
+                 'summary.csv'):
+        (tmp_path / f'.{name}.abc.tmp').write_bytes(b'half')
     (tmp_path / 'notes.tmp').write_bytes(b'mine')
     RunFolder(str(tmp_path), 'a: 1\n')
     assert sorted(os.listdir(tmp_path)) == ['args.yaml', 'notes.tmp']

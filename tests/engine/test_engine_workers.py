@@ -47,6 +47,19 @@ def test_workers_stay_from_epoch_to_epoch(build: Build) -> None:
     assert [worker.pid for worker in data._stream(prepared.loader).loader._iterator._workers] == workers
 
 
+def test_closed_workers_are_gone_and_start_again(build: Build) -> None:
+    prepared = build(workers=2)
+    prepared.take(0, 0, stop=2)
+    workers = data._stream(prepared.loader).loader._iterator._workers
+    begin = time.monotonic()
+    data.close_workers(prepared.loader)
+    assert time.monotonic() - begin < 4 and not any(worker.is_alive() for worker in workers)
+    assert same(prepared.take(1), build().take(1))
+    data.close_workers(prepared.loader)
+    data.close_workers(prepared.loader)
+    data.close_workers(build().loader)
+
+
 def test_workers_that_start_anew_give_the_same_batches(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.utils.data.DataLoader
     monkeypatch.setattr(torch.utils.data, 'DataLoader', lambda *args, **kwargs: real(
