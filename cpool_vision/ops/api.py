@@ -24,7 +24,7 @@ def context_pool2d(
     `sigma -> inf` the weighted global mean; a constant added to the logits changes nothing.
 
     Distances come from integer pixel indices and sums are kept in fp32 (fp64 for fp64 input), under autocast too. The
-    tiled and triton backends may leave out a share of each query's weight, at most
+    triton, native and tiled backends may leave out a share of each query's weight, at most
     `cpool_vision.ops.TOLERANCE[x.dtype]`: 2^-20, or 2^-46 in fp64.
 
     Args:
@@ -33,7 +33,8 @@ def context_pool2d(
         sigma: support sizes, `(B, G, ceil(H / stride), ceil(W / stride))`: standard deviations in input pixels, > 0.
             `weight_logits` and `sigma` may be of another floating dtype than `x`, and better stay in fp32.
         stride: output cells are `stride` pixels apart.
-        backend: `'triton'`, `'tiled'`, `'reference'`, or None for the best that can run (see `available_backends`).
+        backend: `'triton'`, `'native'`, `'tiled'`, `'reference'`, or None for the best that can run (see
+            `available_backends`).
 
     Returns:
         `(B, C, ceil(H / stride), ceil(W / stride))` in the dtype of `x`.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import native
 from .plan import TOLERANCE
 
 Predicate = Callable[[Tensor, Tensor, Tensor, int], str | None]
@@ -42,6 +43,16 @@ def _can_run_triton(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int
     return None
 
 
+def _can_run_native(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> str | None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'x.dtype={x.dtype} is not one of torch.float32, torch.float16, torch.bfloat16'
+    if torch._C._functorch.maybe_current_level() is not None:
+        return 'it cannot be transformed by torch.func'
+    if x.device.type != 'cpu':
+        return f'x is on {x.device} and not on the CPU'
+    return native.why_not()
+
+
 def _can_run_tiled(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> str | None:
     if x.dtype not in TOLERANCE:
         return f'x.dtype={x.dtype} is not one of {", ".join(str(d) for d in TOLERANCE)}'
@@ -59,6 +70,7 @@ def _can_run_reference(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: 
 # In order of preference.
 _PREDICATES: dict[str, Predicate] = {
     'triton': _can_run_triton,
+    'native': _can_run_native,
     'tiled': _can_run_tiled,
     'reference': _can_run_reference,
 }

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends import choose_backend
 from .layout import empty_maps, is_channels_last
+from .native import native_backward, native_forward
 from .plan import QUERY_TILE
 from .reference import context_pool2d_reference
 from .tiled import tiled_backward, tiled_forward
@@ -28,6 +29,10 @@ _lib.define(
 _lib.define(
     'context_pool2d_tiled_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor margins, '
     'int stride) -> (Tensor, Tensor, Tensor)')
+_lib.define('context_pool2d_native(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> Tensor')
+_lib.define(
+    'context_pool2d_native_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, int stride) '
+    '-> (Tensor, Tensor, Tensor)')
 _lib.define(
     'context_pool2d_triton(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> (Tensor, Tensor, Tensor)')
 _lib.define(
@@ -40,6 +45,8 @@ def _context_pool2d(
     chosen = choose_backend(x, weight_logits, sigma, stride, backend)
     if chosen == 'reference':
         return torch.ops.cpool_vision.context_pool2d_reference(x, weight_logits, sigma, stride)
+    if chosen == 'native':
+        return torch.ops.cpool_vision.context_pool2d_native.default(x, weight_logits, sigma, stride)
     if chosen == 'triton':
         return torch.ops.cpool_vision.context_pool2d_triton.default(x, weight_logits, sigma, stride)[0]
     return torch.ops.cpool_vision.context_pool2d_tiled.default(x, weight_logits, sigma, stride)[0]
@@ -78,6 +85,8 @@ for _name, _function in (
     _lib.impl(_name, _function, 'CompositeImplicitAutograd')
 _lib.impl('context_pool2d_tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd')
 _lib.impl('context_pool2d_tiled_backward', _without_autocast(tiled_backward), 'CompositeExplicitAutograd')
+_lib.impl('context_pool2d_native', native_forward, 'CPU')
+_lib.impl('context_pool2d_native_backward', native_backward, 'CPU')
 _lib.impl('context_pool2d_triton', _triton_forward, 'CompositeExplicitAutograd')
 _lib.impl('context_pool2d_triton_backward', _triton_backward, 'CompositeExplicitAutograd')
 
@@ -89,6 +98,10 @@ def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) ->
         empty_maps(x, (x.shape[0], x.shape[1], ho, wo), is_channels_last(x, g)),
         x.new_empty(4, maps, ho, wo, dtype=torch.int16),
     )
+
+
+def _native_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> Tensor:
+    return empty_maps(x, (*x.shape[:2], *sigma.shape[2:]), is_channels_last(x, 1))
 
 
 def _triton_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,20 +116,33 @@ def _triton_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -
 
 def _backward_fake(
         grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_like(x, weight_logits, sigma, is_channels_last(x, sigma.shape[1]))
+
+
+def _native_backward_fake(
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_like(x, weight_logits, sigma, is_channels_last(x, 1))
+
+
+def _gradients_like(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, channels_last: bool) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        empty_maps(x, x.shape, is_channels_last(x, sigma.shape[1])),
+        empty_maps(x, x.shape, channels_last),
         weight_logits.new_empty(weight_logits.shape),
         sigma.new_empty(sigma.shape),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+def _setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor | tuple[Tensor, ...]) -> None:
+    aside = () if isinstance(output, Tensor) else output[1:]
+    ctx.save_for_backward(*inputs[:3], *aside)
+    ctx.mark_non_differentiable(*aside)
     ctx.stride = inputs[3]
 
 
-def _register_autograd(backend: str, fake: Callable[..., Any]) -> None:
+def _register_autograd(
+        backend: str, fake: Callable[..., Any], backward_fake: Callable[..., Any] = _backward_fake) -> None:
     name = f'cpool_vision::context_pool2d_{backend}'
     run_backward = getattr(torch.ops.cpool_vision, f'context_pool2d_{backend}_backward').default
 
@@ -130,12 +156,13 @@ def _register_autograd(backend: str, fake: Callable[..., Any]) -> None:
             "use backend='reference' where gradients of gradients are needed")
 
     torch.library.register_fake(name, fake, lib=_lib)
-    torch.library.register_fake(f'{name}_backward', _backward_fake, lib=_lib)
+    torch.library.register_fake(f'{name}_backward', backward_fake, lib=_lib)
     torch.library.register_autograd(name, backward, setup_context=_setup_context, lib=_lib)
     torch.library.register_autograd(f'{name}_backward', no_double_backward, lib=_lib)
 
 
 _register_autograd('tiled', _tiled_fake)
+_register_autograd('native', _native_fake, _native_backward_fake)
 _register_autograd('triton', _triton_fake)
 
 
@@ -143,7 +170,9 @@ def _pair_flops(x_shape: Sequence[int], sigma_shape: Sequence[int]) -> int:
     return 2 * math.prod(x_shape) * math.prod(sigma_shape[2:])
 
 
-@register_flop_formula([torch.ops.cpool_vision.context_pool2d_tiled, torch.ops.cpool_vision.context_pool2d_triton])
+@register_flop_formula([
+    torch.ops.cpool_vision.context_pool2d_tiled, torch.ops.cpool_vision.context_pool2d_native,
+    torch.ops.cpool_vision.context_pool2d_triton])
 def _forward_flops(
         x_shape: Sequence[int], logits_shape: Sequence[int], sigma_shape: Sequence[int], *_: Any, **__: Any) -> int:
     """The dense definition's product, an upper bound: what is skipped depends on the supports, not on shapes."""
@@ -151,7 +180,8 @@ def _forward_flops(
 
 
 @register_flop_formula([
-    torch.ops.cpool_vision.context_pool2d_tiled_backward, torch.ops.cpool_vision.context_pool2d_triton_backward])
+    torch.ops.cpool_vision.context_pool2d_tiled_backward, torch.ops.cpool_vision.context_pool2d_native_backward,
+    torch.ops.cpool_vision.context_pool2d_triton_backward])
 def _backward_flops(
         grad_shape: Sequence[int], x_shape: Sequence[int], logits_shape: Sequence[int], sigma_shape: Sequence[int],
         *_: Any, **__: Any) -> int:

@@ -1,12 +1,17 @@
 """Inputs, oracle and error bounds shared by the operator tests."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from cpool_vision.ops import BACKENDS, context_pool2d, context_pool2d_reference
+from cpool_vision.ops import context_pool2d, context_pool2d_reference, native
 
 # Those that run on the tensors of a CPU without more ado; test_triton_*.py are about the other.
-HOST_BACKENDS = tuple(name for name in BACKENDS if name != 'triton')
+# The kernels in C are left out only where there is nothing to compile them with: a failing build is a failure.
+NO_COMPILER = 'no C compiler' in (native.why_not() or '')
+NATIVE = pytest.param('native', marks=pytest.mark.skipif(NO_COMPILER, reason='no C compiler'))
+FAST_BACKENDS = (NATIVE, 'tiled')
+HOST_BACKENDS = (*FAST_BACKENDS, 'reference')
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 

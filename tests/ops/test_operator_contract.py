@@ -4,19 +4,21 @@ import sys
 
 import pytest
 import torch
-from ops_testing import HOST_BACKENDS, dense, make_case, pool, run
+from ops_testing import FAST_BACKENDS, HOST_BACKENDS, NO_COMPILER, dense, make_case, pool, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpool_vision.ops import available_backends, context_pool2d, plan
 
+NATIVE_OP = torch.ops.cpool_vision.context_pool2d_native.default
 TILED = torch.ops.cpool_vision.context_pool2d_tiled.default
 
 
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
 @pytest.mark.parametrize('size', [(14, 14), (40, 33)])
 @pytest.mark.parametrize('layout', ['channels_last', 'transposed', 'strided', 'tokens'])
-def test_any_layout_gives_the_result_of_contiguous_input(size, layout):
+def test_any_layout_gives_the_result_of_contiguous_input(size, layout, backend):
     x, logits, sigma, grad = make_case(2, 8, *size)
-    expected = run(pool('tiled'), (x, logits, sigma, grad))
+    expected = run(pool(backend), (x, logits, sigma, grad))
     if layout == 'channels_last':
         other = x.to(memory_format=torch.channels_last)
     elif layout == 'transposed':
@@ -28,7 +30,7 @@ def test_any_layout_gives_the_result_of_contiguous_input(size, layout):
         tokens = torch.cat([torch.zeros(2, 1, 8), x.flatten(2).transpose(1, 2)], 1)
         other = tokens[:, 1:].transpose(1, 2).unflatten(2, size)
     leaf = other.detach().requires_grad_()
-    y = context_pool2d(leaf, logits, sigma, backend='tiled')
+    y = context_pool2d(leaf, logits, sigma, backend=backend)
     y.backward(grad)
     torch.testing.assert_close(y, expected['y'], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(leaf.grad, expected['dx'], rtol=1e-5, atol=1e-5)
@@ -48,6 +50,19 @@ def test_opcheck(dtype, size, channels_last, groups):
     torch.library.opcheck(
         torch.ops.cpool_vision.context_pool2d_tiled_backward.default,
         (grad, *(t.detach() for t in (*inputs, outputs[1])), 1))
+
+
+@pytest.mark.skipif(NO_COMPILER, reason='no C compiler')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('channels_last,groups', [(False, 1), (False, 2), (True, 1), (True, 2)])
+def test_opcheck_of_the_kernels_in_c(dtype, channels_last, groups):
+    x, logits, sigma, grad = make_case(2, 4, 9, 13, groups=groups, dtype=dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    inputs = [t.requires_grad_() for t in (x, logits, sigma)]
+    torch.library.opcheck(NATIVE_OP, (*inputs, 1))
+    torch.library.opcheck(
+        torch.ops.cpool_vision.context_pool2d_native_backward.default, (grad, *(t.detach() for t in inputs), 1))
 
 
 def test_opcheck_of_the_entry_and_of_the_reference():
@@ -135,14 +150,14 @@ def test_only_needed_gradients_are_returned():
     torch.testing.assert_close(logits.grad, run(dense(), (x, logits, sigma, grad))['dlogits'], rtol=1e-4, atol=1e-4)
 
 
-def _extra_memory(size: int) -> float:
+def _extra_memory(size: int, backend: str) -> float:
     """Peak memory of forward and backward beyond the inputs, in bytes of `x`, counted by the allocator."""
     from cpool_vision.ops import workspace
     workspace.clear()
     case = make_case(2, 48, size, size, sigma=(0.5, size / 12))
     x, logits, sigma = (t.requires_grad_() for t in case[:3])
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
-        context_pool2d(x, logits, sigma, backend='tiled').backward(case[3])
+        context_pool2d(x, logits, sigma, backend=backend).backward(case[3])
     held = peak = 0
     for event in prof.profiler.kineto_results.events():
         if event.name() == '[memory]':
@@ -151,8 +166,9 @@ def _extra_memory(size: int) -> float:
     return peak / (x.numel() * 4)
 
 
-def test_memory_is_linear_in_pixels():
-    small, large = _extra_memory(64), _extra_memory(128)
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
+def test_memory_is_linear_in_pixels(backend):
+    small, large = _extra_memory(64, backend), _extra_memory(128, backend)
     dense_pairs = 128 ** 2 / 48
     assert 1.9 < large < small * 1.1
     assert large < dense_pairs / 10
@@ -161,7 +177,7 @@ def test_memory_is_linear_in_pixels():
 def test_backends_say_why_not():
     x, logits, sigma, _ = make_case(1, 4, 6, 5)
     reasons = available_backends(x, logits, sigma)
-    assert list(reasons) == ['triton', 'tiled', 'reference']
+    assert list(reasons) == ['triton', 'native', 'tiled', 'reference']
     assert reasons['tiled'] is None and reasons['reference'] is None
     x8 = x.to(torch.float8_e4m3fn)
     reasons = available_backends(x8, logits, sigma)
@@ -196,7 +212,7 @@ BAD = [
     (lambda x, w, s: (x, w[:, :0], s), {}, ValueError, '0 groups'),
     (lambda x, w, s: (x, w, s), {'stride': 0}, ValueError, 'stride must be >= 1, got stride=0'),
     (lambda x, w, s: (x, w, s), {'stride': 1.0}, TypeError, 'stride must be an int, got 1.0'),
-    (lambda x, w, s: (x, w, s), {'backend': 'cudnn'}, ValueError, "backend='cudnn'; choose one of triton, tiled"),
+    (lambda x, w, s: (x, w, s), {'backend': 'cudnn'}, ValueError, "backend='cudnn'; choose one of triton, native"),
     (lambda x, w, s: (x, w, s * 0), {}, ValueError, r'sigma must be > 0, got min=0.0; map it'),
     (lambda x, w, s: (x, w, s - 9), {}, ValueError, r'sigma must be > 0, got min=-'),
     (lambda x, w, s: (x, w, s / 0 * 0), {}, ValueError, r'sigma must be > 0, got min=nan'),

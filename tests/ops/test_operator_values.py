@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from ops_testing import HOST_BACKENDS, assert_as_good_as_eager, dense, make_case, pool, run
+from ops_testing import FAST_BACKENDS, HOST_BACKENDS, assert_as_good_as_eager, dense, make_case, pool, run
 
 from cpool_vision.ops import context_pool2d, plan
 from cpool_vision.ops.plan import BY_SOFTMAX
@@ -29,13 +29,15 @@ SHAPES = [
 
 @pytest.mark.parametrize('shape', SHAPES, ids=lambda s: '-'.join(str(v) for v in s))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-def test_errors_stay_within_twice_those_of_dense_eager(shape, dtype, poisoned_memory):
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
+def test_errors_stay_within_twice_those_of_dense_eager(shape, dtype, backend, poisoned_memory):
     b, c, h, w, groups, stride, sigma = shape
-    assert_as_good_as_eager(make_case(b, c, h, w, groups, stride, sigma, dtype=dtype), 'tiled', stride)
+    assert_as_good_as_eager(make_case(b, c, h, w, groups, stride, sigma, dtype=dtype), backend, stride)
 
 
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
 @pytest.mark.parametrize('index', range(16))
-def test_random_shapes(index):
+def test_random_shapes(index, backend):
     rng = random.Random(index)  # noqa: S311
     groups = rng.choice((1, 1, 2, 3))
     stride = rng.choice((1, 1, 1, 2, 3))
@@ -43,16 +45,18 @@ def test_random_shapes(index):
     case = make_case(
         rng.randint(1, 3), groups * rng.randint(1, 5), rng.randint(1, 60), rng.randint(1, 60), groups, stride,
         (0.05, largest), rng.choice((0.0, 1.0, 4.0)), seed=index)
-    assert_as_good_as_eager(case, 'tiled', stride)
+    assert_as_good_as_eager(case, backend, stride)
 
 
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
 @pytest.mark.parametrize('sigma', [(1e-3, 2e-3), (1e3, 1e4), (1e-3, 1e3)])
-def test_extreme_supports(sigma):
-    assert_as_good_as_eager(make_case(2, 4, 34, 30, sigma=sigma), 'tiled')
+def test_extreme_supports(sigma, backend):
+    assert_as_good_as_eager(make_case(2, 4, 34, 30, sigma=sigma), backend)
 
 
-def test_logits_far_apart_do_not_underflow():
-    assert_as_good_as_eager(make_case(1, 4, 32, 30, sigma=(0.2, 1.0), logit_scale=60.0), 'tiled')
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
+def test_logits_far_apart_do_not_underflow(backend):
+    assert_as_good_as_eager(make_case(1, 4, 32, 30, sigma=(0.2, 1.0), logit_scale=60.0), backend)
 
 
 def test_bound_detects_a_wrong_result():
@@ -194,15 +198,17 @@ def test_a_support_that_is_not_finite_poisons_its_query_only_inside_models():
 @pytest.mark.parametrize('size', [14, 30])
 @pytest.mark.parametrize('groups,layout', [(1, torch.contiguous_format), (1, torch.channels_last),
                                            (2, torch.contiguous_format)])
-def test_result_may_be_changed_in_place(size, groups, layout):
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
+def test_result_may_be_changed_in_place(size, groups, layout, backend):
     x, logits, sigma, _ = make_case(2, 4, size, size, groups)
     x = x.to(memory_format=layout).requires_grad_()
-    y = context_pool2d(x, logits, sigma, backend='tiled')
+    y = context_pool2d(x, logits, sigma, backend=backend)
     y.mul_(2).sum().backward()
     assert x.grad.isfinite().all()
 
 
-def test_results_are_deterministic():
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
+def test_results_are_deterministic(backend):
     case = make_case(2, 8, 44, 40, sigma=(0.1, 3.0))
-    first, second = run(pool('tiled'), case), run(pool('tiled'), case)
+    first, second = run(pool(backend), case), run(pool(backend), case)
     assert all(torch.equal(first[name], second[name]) for name in first)
