@@ -1,69 +1,22 @@
-"""Loss and accuracy of a model over a loader: exact, sample-weighted, reduced over processes once."""
+"""One pass of a model over a loader, each image counted once, whatever the number of processes."""
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.task import evaluation_sample_limit
 
-from .data import UNREADABLE
 from .device import Precision
+from .errors import ConfigError, DatasetError
+from .metrics import Tally
 from .progress import progress
+from .unreadable import UNREADABLE
 
 _logger = logging.getLogger(__name__)
-
-
-class Tally:
-    """Running loss and top-1/top-5 counts; rows labelled `UNREADABLE` count as unreadable and nothing else.
-
-    Sums are kept on the device, losses in float64 (float32 on MPS), counts in int64, so that adding a batch does not
-    wait for the device.
-
-    Args:
-        device: device of the outputs.
-        max_samples: rows beyond this many are the padding of a distributed sampler, and dropped.
-    """
-
-    def __init__(self, device: torch.device, max_samples: int | None = None) -> None:
-        self.max_samples = max_samples
-        self.seen = 0
-        self.loss = torch.zeros((), dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
-        self.counts = torch.zeros(4, dtype=torch.int64, device=device)  # images, top-1, top-5, unreadable
-
-    def trim(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of a batch that are not padding."""
-        if self.max_samples is not None:
-            room = max(0, self.max_samples - self.seen)
-            output, target = output[:room], target[:room]
-        self.seen += len(target)
-        return output, target
-
-    @torch.no_grad()
-    def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds logits (B, classes) and class indices (B,)."""
-        output, target = self.trim(output, target)
-        if not len(target):
-            return
-        output = output.detach().float()
-        self.loss += F.cross_entropy(output, target, ignore_index=UNREADABLE, reduction='sum').to(self.loss.dtype)
-        hits = output.topk(min(5, output.shape[-1]), dim=-1).indices.eq(target[:, None])
-        bad = target.eq(UNREADABLE).sum()
-        self.counts += torch.stack([target.numel() - bad, hits[:, 0].sum(), hits.any(dim=-1).sum(), bad])
-
-    def compute(self, distributed: bool = False) -> dict[str, float]:
-        """Metrics: `loss`, `top1` and `top5` in percent, `images`, `unreadable`; over all processes if asked."""
-        loss, counts = self.loss.clone(), self.counts.clone()
-        if distributed:
-            torch.distributed.all_reduce(loss)
-            torch.distributed.all_reduce(counts)
-        images, top1, top5, unreadable = counts.tolist()
-        whole = images or float('nan')
-        return {'loss': loss.item() / whole, 'top1': 100 * top1 / whole, 'top5': 100 * top5 / whole,
-                'images': images, 'unreadable': unreadable}
 
 
 @dataclass
@@ -71,9 +24,9 @@ class Evaluation:
     """What `evaluate` measured.
 
     Attributes:
-        metrics: see `Tally.compute`.
+        metrics: see `metrics.Tally.compute`.
         images_per_sec: throughput of this process, loading included.
-        unreadable_positions: places, in the order of this process, of images that could not be decoded.
+        unreadable_positions: numbers of images that could not be decoded; those of all processes if distributed.
     """
 
     metrics: dict[str, float]
@@ -81,9 +34,60 @@ class Evaluation:
     unreadable_positions: list[int] = field(default_factory=list)
 
 
+class Rows:
+    """Which rows of this process's batches are images, and which they are in the data set.
+
+    Process r of W has the images r, r + W, ... and then padding, as timm's `OrderedDistributedSampler` gives them out.
+
+    Args:
+        loader: the loader.
+        distributed: whether other processes share the data set.
+    """
+
+    def __init__(self, loader: Any, distributed: bool = False) -> None:
+        self.limit = evaluation_sample_limit(loader)
+        self.rank, self.world_size = 0, 1
+        if distributed:
+            self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.seen = 0
+
+    def take(self, count: int) -> list[int]:
+        """Numbers of the images in the next `count` rows; those after them are padding."""
+        first, self.seen = self.seen, self.seen + count
+        last = self.seen if self.limit is None else min(self.seen, self.limit)
+        return [self.rank + row * self.world_size for row in range(first, last)]
+
+
 def first_output(output: Any) -> torch.Tensor:
     """Logits of models that return several heads."""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def check_views(views: int, naflex: bool = False) -> None:
+    """Raises `ConfigError` unless `--tta` can be done."""
+    if views not in (0, 1, 2):
+        raise ConfigError(f'--tta {views}: 0 and 1 mean the image alone, 2 the mean of it and its mirror image')
+    if views == 2 and naflex:
+        raise ConfigError('--tta mirrors whole images, of which --naflex-loader keeps none: drop one of them')
+
+
+def predict(model: nn.Module, image: Any, precision: Precision, views: int = 0) -> torch.Tensor:
+    """Logits `(B, C)`; with 2 views their fp32 mean over images `(B, C, H, W)` and mirror images."""
+    with precision.autocast():
+        output = first_output(model(image))
+        if views != 2:
+            return output
+        mirrored = first_output(model(image.flip(-1)))
+    return (output.float() + mirrored.float()) / 2
+
+
+def gather_numbers(numbers: list[int], distributed: bool) -> list[int]:
+    """Sorted union of the integers of all processes; every process must call it."""
+    if not distributed:
+        return sorted(numbers)
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, numbers)
+    return sorted({number for part in parts for number in part})
 
 
 @torch.inference_mode()
@@ -100,7 +104,9 @@ def evaluate(
         log_interval: int = 50,
         title: str = 'Validate',
         valid_labels: list[int] | None = None,
-        on_batch: Any = None,
+        views: int = 0,
+        tally: Tally | None = None,
+        on_batch: Callable[[torch.Tensor, torch.Tensor, list[int]], None] | None = None,
 ) -> Evaluation:
     """Runs a model over a loader.
 
@@ -116,13 +122,20 @@ def evaluate(
         log_interval: batches between log lines.
         title: text of log lines.
         valid_labels: outputs that compete; targets are positions in this list.
-        on_batch: called with the trimmed logits and targets of each batch.
+        views: 2 to average the logits of each image and its mirror image.
+        tally: takes the metrics; a plain `Tally` if None.
+        on_batch: called with logits and targets of each batch and the numbers of its images, padding left out.
 
     Returns:
         Metrics over all images, each counted once.
+
+    Raises:
+        DatasetError: images without a label, or with one that is no class.
     """
     model.eval()
-    tally = Tally(device, evaluation_sample_limit(loader))
+    tally = tally or Tally(device)
+    rows = Rows(loader, distributed)
+    numbers: list[int] = []
     bad: list[torch.Tensor] = []
     total = len(loader)
     start, images = time.perf_counter(), 0
@@ -133,14 +146,15 @@ def evaluate(
                 target = target.to(device=device)
             if channels_last:
                 image = image.contiguous(memory_format=torch.channels_last)
-            with precision.autocast():
-                output = first_output(model(image))
+            output = predict(model, image, precision, views)
+            positions = rows.take(len(target))
+            output, target = output[:len(positions)], target[:len(positions)]
             if valid_labels is not None:
                 output = output[:, valid_labels]
             if on_batch is not None:
-                kept = len(target) if tally.max_samples is None else max(0, tally.max_samples - tally.seen)
-                on_batch(output[:kept], target[:kept])
-            tally.add(output, target)
+                on_batch(output, target, positions)
+            tally.update(output, target)
+            numbers += positions
             bad.append(target.eq(UNREADABLE))
             images += len(target)
             shown.advance()
@@ -155,5 +169,12 @@ def evaluate(
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     elapsed = time.perf_counter() - start
-    positions = torch.cat(bad).nonzero().flatten().tolist() if bad else []
-    return Evaluation(tally.compute(distributed), images / elapsed if elapsed else 0., positions)
+    unreadable = [numbers[row] for row in torch.cat(bad).nonzero().flatten().tolist()] if bad else []
+    metrics = tally.compute_over_processes() if distributed else tally.compute()
+    if metrics['unlabelled']:
+        raise DatasetError(f'{metrics["unlabelled"]} images are labelled with none of the classes that compete: check '
+                           '--num-classes and --class-map, or whether the split has labels')
+    if primary and metrics['nonfinite']:
+        _logger.warning('%s: %d images gave logits that are NaN or infinite; they count as wrong, and not in the loss.',
+                        title, metrics['nonfinite'])
+    return Evaluation(metrics, images / elapsed if elapsed else 0., gather_numbers(unreadable, distributed))

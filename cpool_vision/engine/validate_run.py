@@ -204,7 +204,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         model = nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
     _warm_up(model, data_config['input_size'], args, device, precision)
 
-    def on_batch(output: torch.Tensor, target: torch.Tensor) -> None:
+    def on_batch(output: torch.Tensor, target: torch.Tensor, positions: list[int]) -> None:
         if real is not None:
             real.add_result(output)
         if averaged is not None:

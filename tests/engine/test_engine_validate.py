@@ -17,7 +17,6 @@ from timm.data import create_transform
 
 from cpool_vision.engine import bulk
 from cpool_vision.engine.bulk import run_validation, write_results
-from cpool_vision.engine.data import UNREADABLE
 from cpool_vision.engine.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -26,7 +25,6 @@ from cpool_vision.engine.errors import (
     OutputError,
     UnknownModelError,
 )
-from cpool_vision.engine.evaluate import Tally
 
 Validate = Callable[..., Any]
 
@@ -156,20 +154,6 @@ def test_unreadable_validation_images_do_not_enter_the_metrics_of_training(
     assert one['eval_top1'] == two['eval_top1']
     assert one['eval_loss'] == pytest.approx(two['eval_loss'], rel=1e-6)
     assert '1 validation images could not be read' in caplog.text
-
-
-def test_tally_drops_padding_and_unreadable_rows() -> None:
-    output, target = torch.eye(4)[[0, 1, 2, 2, 2]], torch.tensor([0, 0, 2, UNREADABLE, 2])
-    exact = Tally(torch.device('cpu'), max_samples=4)
-    exact.add(output[:3], target[:3])
-    exact.add(output[3:], target[3:])
-    metrics = exact.compute()
-    assert (metrics['images'], metrics['unreadable']) == (3, 1)
-    assert metrics['top1'] == pytest.approx(200 / 3)
-    assert metrics['loss'] == pytest.approx(F.cross_entropy(output[:3], target[:3]).item())
-    padded = Tally(torch.device('cpu'))
-    padded.add(output, target)
-    assert padded.compute()['top1'] == pytest.approx(75)  # what counting the padding would give
 
 
 def test_folder_of_checkpoints(validate: Validate, weights: str, tmp_path: Path) -> None:
