@@ -1,4 +1,5 @@
 """albumentations in place of timm's training transforms: `Pipeline` is read, `Augmentation` is applied to images."""
+import functools
 import importlib.metadata
 import inspect
 import logging
@@ -58,6 +59,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _logger.warning('%s', text)
 
 
 def _inherited(kind: type) -> set[str]:
@@ -146,8 +152,8 @@ class _Builder:
                 built = kind(**arguments)
             except Exception as error:  # what a wrong value leads to is up to each transform
                 raise AugmentationError(f'{where} cannot be built: {" ".join(str(error).split())}') from error
-        for text in dict.fromkeys(str(warning.message) for warning in caught):
-            _logger.warning('%s: %s', where, text)
+        for warning in caught:
+            _warn_once(f'{where}: {warning.message}')
         return built
 
 
@@ -189,7 +195,7 @@ class Pipeline:
     def _check_version(self, version: Any) -> None:
         here = importlib.metadata.version('albumentations')
         if version is not None and version != here:
-            _logger.warning('%s was written by albumentations %s, this is %s.', self._where, version, here)
+            _warn_once(f'{self._where} was written by albumentations {version}, this is {here}.')
 
     def build(
             self,

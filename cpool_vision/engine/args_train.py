@@ -3,6 +3,7 @@ import argparse
 
 from timm.utils import ParseKwargs
 
+from .args_augment import add_pipeline_args
 from .args_common import (
     SupportsAddArgument,
     add_config_arg,
@@ -32,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     schedule = parser.add_argument_group('learning rate schedule')
     _add_schedule(schedule)
     add_schedule_args(schedule)
-    _add_augmentation(parser.add_argument_group('augmentation'))
+    augmentation = parser.add_argument_group('augmentation')
+    _add_augmentation(augmentation)
+    add_pipeline_args(augmentation)
     loss = parser.add_argument_group('loss and regularisation')
     _add_loss(loss)
     add_loss_args(loss)

@@ -9,6 +9,7 @@ from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableIma
 from timm.data.loader import PrefetchLoader
 from timm.data.naflex_loader import NaFlexPrefetchLoader
 
+from .augmentation import open_pipeline, transform_maker, try_pipeline
 from .dataset import build_dataset
 from .device import Precision
 from .errors import ConfigError, DatasetError
@@ -54,7 +55,8 @@ def build_train_loader(
 
     Args:
         args, data_config, device, precision: the run.
-        make_transform: makes the transform of images for an input size (channels, height, width), in place of timm's.
+        make_transform: makes the transform of images for an input size (channels, height, width), in place of timm's
+            or that of `--aug-config`.
             It maps a PIL image to a (channels, height, width) tensor: uint8 for the prefetcher, else normalised. If
             it has a method `set_random_seed(int)`, that is called before each image.
 
@@ -63,6 +65,9 @@ def build_train_loader(
         ConfigError: flags that exclude each other.
     """
     check_train_flags(args)
+    pipeline = open_pipeline(args) if make_transform is None else None
+    if pipeline is not None:
+        make_transform = transform_maker(args, data_config, pipeline)
     allow_zero_bits()
     dataset = build_dataset(args, args.train_split, True, image_mode(args, data_config), args.train_num_samples)
     streamed = isinstance(dataset, torch.utils.data.IterableDataset)
@@ -122,6 +127,8 @@ def build_train_loader(
             from error
     if make_transform is not None:
         _replace_transforms(args, stream.dataset, data_config['input_size'], make_transform)
+    if pipeline is not None:
+        try_pipeline(args, stream.dataset)
     if not isinstance(built, PrefetchLoader):
         mixup_fn = KeyedMixup(stream, args.seed, args.rank, args.mixup_off_epoch, **mix) if mix else None
         return stream, mixup_fn

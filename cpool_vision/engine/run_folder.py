@@ -86,17 +86,28 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f'output folder {path!r} cannot be created ({error.strerror}): choose another '
                               '--output') from error
-        for name in (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'summary.csv'):
+        for name in (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'summary.csv', 'augmentation.json'):
             for leftover in glob.glob(os.path.join(glob.escape(path), f'.{name}.*tmp')):
                 os.remove(leftover)
-        target = os.path.join(path, 'args.yaml')
-        if os.path.exists(target):
-            with open(target, encoding='utf-8') as file:
-                if file.read() != settings:
-                    _backup(target)
-        write_atomic(target, lambda file: file.write(settings.encode()))
+        self.keep('args.yaml', settings)
         if resume_epoch is not None:
             self._trim(resume_epoch)
+
+    def keep(self, name: str, text: str | None) -> None:
+        """Writes a file of the folder, or removes it for None; a different former one is kept as NAME.N.EXTENSION.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        target = os.path.join(self.path, name)
+        if os.path.exists(target):
+            with open(target, encoding='utf-8') as file:
+                if file.read() != text:
+                    _backup(target)
+        if text is not None:
+            write_atomic(target, lambda file: file.write(text.encode()))
+        elif os.path.exists(target):
+            os.remove(target)
 
     def _read(self) -> list[dict[str, str]]:
         if not os.path.exists(self.summary):

@@ -13,6 +13,7 @@ from timm.models import safe_model_name
 import cpool_vision  # noqa: F401 - registers the variants
 
 from . import data, naflex, objective
+from .augmentation import KEY, RECORD, check_same_pipeline, describe_pipeline, record_text
 from .checkpointer import Checkpointer, load_process_state
 from .device import Precision, resolve_precision, seed_everything, settle_threads, setup_device
 from .errors import ConfigError
@@ -84,6 +85,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     found = open_resume(args, run_path(args))
     resume, content = found.path, found.content
     check_agreement(resume, device, args.distributed)
+    setattr(args, KEY, describe_pipeline(args))
 
     seed_everything(args.seed)  # the same on every process: they start from the same weights
     model = create_train_model(args)
@@ -116,6 +118,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     if content is not None:
         next_epoch = state.load_checkpoint(content, resume, weights_only=args.no_resume_opt)
         start = read_position(content, resume) or Position(next_epoch)
+        check_same_pipeline(content, resume, getattr(args, KEY), refuse=args.resume == 'auto' or bool(start.batch))
         if start.batch:
             check_same_batches(content, resume, args, len(loader), getattr(loader, 'batch_sampler', None) is None)
         _logger.info('Resumed from %s: batch %d of epoch %d comes next.', resume, start.batch, start.epoch)
@@ -139,6 +142,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     opened, saver = None, None
     if primary:
         opened = RunFolder(folder, settings, start.epoch if continuing else None)
+        opened.keep(RECORD, record_text(getattr(args, KEY)))
         run.folder = folder
         saver = CheckpointSaver(folder, args.checkpoint_hist, decreasing=metric_name == 'loss')
         if continuing and content is not None:
