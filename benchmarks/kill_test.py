@@ -5,7 +5,8 @@
 Flags after `--` go to train.py; they should contain `--recovery-interval`, or every kill costs an epoch. A kill hits
 all processes of the run, the data loading workers included, or one training process alone, which torchrun answers by
 ending the others. Instants are drawn over the time that the undisturbed run took. Compared are the last and the best
-checkpoint (weights, average, optimizer, scaler, schedule, position) and summary.csv without what a clock measured.
+checkpoint (weights, average, optimizer, scaler, schedule, position), summary.csv without what a clock measured, and the
+pipeline of `--aug-config` in augmentation.json.
 Exit status 0 if they are equal and all kills hit. Needs /proc (Linux).
 """
 import argparse
@@ -192,6 +193,11 @@ def compare_runs(one: pathlib.Path, two: pathlib.Path) -> list[str]:
         count, unequal = compare_checkpoints(one / name, two / name)
         print(f'{name}: {count - len(unequal)} of {count} entries are equal bit for bit')
         wrong += [f'{name} {entry}' for entry in unequal]
+    records = [path.read_text(encoding='utf-8') if path.exists() else '' for path in (
+        folder / 'augmentation.json' for folder in (one, two))]
+    if any(records):
+        print(f'augmentation.json: {"equal" if records[0] == records[1] else "different"}')
+    wrong += ['augmentation.json'] if records[0] != records[1] else []
     rows = read_rows(one), read_rows(two)
     print(f'summary.csv: {len(rows[0])} epochs, {"equal" if rows[0] == rows[1] else "different"}')
     return wrong if rows[0] == rows[1] else [*wrong, 'summary.csv']
