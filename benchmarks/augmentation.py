@@ -2,7 +2,7 @@
 
     python -m benchmarks.augmentation -o SHEET.png                   # the built-in images
     python -m benchmarks.augmentation -o SHEET.png --images DIR      # images of a folder, at any depth
-    python -m benchmarks.augmentation --time --images DIR [--write]  # times; --write puts them into docs/augmentation.md
+    python -m benchmarks.augmentation --time --images DIR [--write]  # times; --write: into docs/augmentation.md
 
 Rows of the sheet are pipelines, columns draws: the first shows the image itself. Both pipelines give uint8 for timm's
 prefetcher. Times are of one thread, in rounds in which all pipelines take turns; a ratio is the median over the rounds
