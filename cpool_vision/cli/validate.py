@@ -10,9 +10,13 @@ def _validate(argv: Sequence[str] | None) -> None:
     from cpool_vision.engine.args_validate import build_parser
     from cpool_vision.engine.bulk import run_validation
     from cpool_vision.engine.config import parse_args
+    from cpool_vision.engine.results import finite, scalars
 
-    results = run_validation(parse_args(build_parser, argv))
-    print(f'--result\n{json.dumps(results, indent=4)}')
+    args = parse_args(build_parser, argv)
+    results = run_validation(args)
+    if args.rank == 0:
+        shown = scalars(results) if isinstance(results, dict) else [scalars(row) for row in results]
+        print(f'--result\n{json.dumps(finite(shown), indent=4)}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

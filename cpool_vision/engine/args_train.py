@@ -177,7 +177,9 @@ def _add_augmentation(group: SupportsAddArgument) -> None:
     add('--mixup-mode', type=str, default='batch', help='one draw per batch, pair or elem')
     add('--mixup-off-epoch', default=0, type=int, metavar='N', help='epoch from which nothing is mixed (0: never)')
     add('--train-interpolation', type=str, default='random', help='random, bilinear or bicubic')
-    add('--tta', type=int, default=0, metavar='N', help='views per validation image (0: one)')
+    add('--tta', type=int, default=0, metavar='N',
+        help="views of each validation image whose logits are averaged: 0 or 1 the image alone, 2 also its mirror "
+             "image (N is not timm's number of adjacent samples)")
 
 
 def _add_loss(group: SupportsAddArgument) -> None:

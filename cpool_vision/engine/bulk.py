@@ -1,23 +1,23 @@
 """Validation of many models or checkpoints, and the results file."""
 import argparse
 import copy
-import csv
 import glob
-import io
-import json
 import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed
 from timm.models import is_model, list_models
 from timm.utils import check_batch_size_retry, decay_batch_step, natural_key
 
 import cpool_vision  # noqa: F401 - registers the variants
 
-from .checkpoint import write_atomic
-from .errors import CheckpointNotFoundError, ConfigError, OutputError, UserError
+from .device import setup_device
+from .errors import CheckpointNotFoundError, ConfigError, UserError
+from .progress import silence_logging
+from .results import check_writable, results_format, write_results
 from .validate_run import validate
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ def validate_with_retry(args: argparse.Namespace) -> dict[str, Any]:
             reason = ' '.join(str(error).split())
             break
         except RuntimeError as error:
+            if getattr(args, 'distributed', False):
+                raise  # the others wait for this one
             reason = ' '.join(str(error).split())
             if not check_batch_size_retry(reason):
                 break
@@ -104,62 +106,51 @@ def validate_many(args: argparse.Namespace, jobs: Sequence[tuple[str, str]]) -> 
         if checkpoint:
             row['checkpoint'] = checkpoint
         results = sorted([*results, row], key=lambda each: each['top1'], reverse=True)
-        if args.results_file:
+        if args.results_file and args.rank == 0:
             write_results(args.results_file, results, args.results_format)
     return results
 
 
-def check_results_file(path: str, kind: str) -> None:
-    """Finds out before the work whether results can be written.
-
-    Raises:
-        ConfigError: unknown format.
-        OutputError: the folder does not exist or cannot be written, or the path is a folder.
-    """
-    if kind not in ('csv', 'json'):
-        raise ConfigError(f'--results-format {kind!r} is unknown: choose csv or json')
-    if not path:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise OutputError(f'--results-file {path!r} cannot be written: choose a file in an existing, writable folder')
+def join_processes(args: argparse.Namespace) -> None:
+    """Joins the processes of torchrun or SLURM, if there are several, and silences all but the first."""
+    args.device = str(setup_device(args))
+    if args.rank != 0:
+        silence_logging()
 
 
-def write_results(path: str, results: dict[str, Any] | Sequence[dict[str, Any]], kind: str = 'csv') -> None:
-    """Writes results in one step; rows need not have the same columns.
-
-    Args:
-        path: the file; a former one is replaced.
-        results: one row or several.
-        kind: csv or json.
-
-    Raises:
-        OutputError: the file cannot be written; a former one is intact.
-    """
-    if kind == 'json':
-        text = json.dumps(results, indent=4) + '\n'
-    else:
-        rows = [results] if isinstance(results, dict) else list(results)
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-        text = out.getvalue()
-    write_atomic(path, lambda file: file.write(text.encode()))
+def _check(args: argparse.Namespace, jobs: Sequence[tuple[str, str]] | None) -> str:
+    kind = results_format(args.results_file, args.results_format)
+    if args.results_file:
+        check_writable(args.results_file, '--results-file')
+    if args.retry and args.distributed:
+        raise ConfigError('--retry works in one process, as others do not learn of a failure: drop it')
+    for name in ('predictions', 'plots'):
+        if jobs is not None and getattr(args, name):
+            raise ConfigError(f'--{name} is for one model, and {len(jobs)} are to be measured: drop it')
+    return kind
 
 
 def run_validation(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
-    """Everything that validate.py does: one model or many, and the results file.
+    """Everything that validate.py does: one model or many, over one process or several, and the results file.
 
     Returns:
-        One row of results, or several, best first.
+        One row of results, or several, best first; the same on every process.
 
     Raises:
         UserError: bad input; see `engine.errors`. With `--retry` or many models, failures become log lines.
-        RuntimeError: `--retry` was given and no batch size worked.
+        RuntimeError: one of several processes failed.
     """
-    check_results_file(args.results_file, args.results_format)
+    join_processes(args)
+    try:
+        return _run(args)
+    finally:
+        if args.distributed and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
     jobs = plan(args)
+    args.results_format = _check(args, jobs)
     if jobs is not None:
         _logger.info('Measuring %d: %s', len(jobs), ', '.join(path or name for name, path in jobs))
         results: Any = validate_many(args, jobs)
@@ -171,6 +162,6 @@ def run_validation(args: argparse.Namespace) -> dict[str, Any] | list[dict[str, 
             raise ConfigError(f'{args.model}: {results["error"]}')
     else:
         results = validate(args)
-    if args.results_file:
+    if args.results_file and args.rank == 0:
         write_results(args.results_file, results, args.results_format)
     return results

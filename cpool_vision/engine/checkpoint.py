@@ -19,7 +19,7 @@ from .seal import check_seal
 
 __all__ = [
     'describe_misfit', 'link_atomic', 'load_weights', 'pick_weights', 'read_checkpoint', 'read_weights', 'to_plain',
-    'write_atomic',
+    'weights_of', 'write_atomic',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -74,17 +74,26 @@ def pick_weights(checkpoint: Mapping[str, Any], use_ema: bool) -> tuple[dict[str
     return clean_state_dict(dict(checkpoint)), False
 
 
+def weights_of(content: Mapping[str, Any], path: str, flag: str, use_ema: bool) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint that is read already; the averaged ones if asked for and present.
+
+    Raises:
+        CheckpointError: it holds no tensors.
+    """
+    weights, is_ema = pick_weights(content, use_ema)
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(f'{flag} {path!r} holds no model weights: expected a state dict')
+    _logger.info('Loaded %s weights from %s.', 'averaged' if is_ema else 'model', path)
+    return weights
+
+
 def read_weights(path: str, flag: str, use_ema: bool) -> dict[str, torch.Tensor]:
     """Weights of a checkpoint file; the averaged ones if asked for and present.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: see `read_checkpoint`; also if the file holds no tensors.
     """
-    weights, is_ema = pick_weights(read_checkpoint(path, flag), use_ema)
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise CheckpointError(f'{flag} {path!r} holds no model weights: expected a state dict')
-    _logger.info('Loaded %s weights from %s.', 'averaged' if is_ema else 'model', path)
-    return weights
+    return weights_of(read_checkpoint(path, flag), path, flag, use_ema)
 
 
 def describe_misfit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:

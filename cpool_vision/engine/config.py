@@ -9,15 +9,10 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
-from .errors import ConfigError, NotYetError
+from .errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 _UNSET = object()
-
-# flag -> (value that switches it off, what is missing); refused rather than ignored
-NOT_YET: dict[str, tuple[Any, str]] = {
-    'tta': (0, 'the validation loader makes one view of each image'),
-}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -141,7 +136,6 @@ def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequen
 
     Raises:
         ConfigError: see `yaml_defaults`.
-        NotYetError: a flag of `NOT_YET` is on.
     """
     parser = build_parser()
     has_config = any(action.dest == 'config' for action in parser._actions)
@@ -162,14 +156,4 @@ def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequen
         args.device = 'cpu'
     if has_config:
         del args.config
-    refuse_not_yet(args)
     return args
-
-
-def refuse_not_yet(args: argparse.Namespace) -> None:
-    """Raises `NotYetError` for a flag that is on but has no machinery behind it."""
-    for name, (off, reason) in NOT_YET.items():
-        value = getattr(args, name, off)
-        if value != off:
-            flag = '--' + name.replace('_', '-')
-            raise NotYetError(f'{flag} {value} is not available yet: {reason}; leave it out')

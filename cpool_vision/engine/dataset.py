@@ -53,7 +53,8 @@ def build_dataset(
     _check_name(name)
     if name in _FOLDER_NAMES or name.lower() in ('torch/image_folder', 'torch/folder'):
         _check_folder(root, split)
-    if args.class_map and not os.path.isfile(args.class_map):
+    # a mapping comes from --class-subset
+    if args.class_map and not isinstance(args.class_map, dict) and not os.path.isfile(args.class_map):
         raise DatasetNotFoundError(f'--class-map {args.class_map!r} does not exist: check the path')
     what = f'data set {name or root!r}, split {split!r}'
     kwargs = {'load_bytes': True} if getattr(args, 'tf_preprocessing', False) else {}

@@ -11,10 +11,6 @@ class ConfigError(UserError, ValueError):
     """A setting on the command line or in a YAML file cannot be used."""
 
 
-class NotYetError(UserError, NotImplementedError):
-    """A flag is known, but the machinery behind it does not exist yet."""
-
-
 class UnknownModelError(UserError, ValueError):
     """No registered model has the requested name, or it cannot be built as requested."""
 

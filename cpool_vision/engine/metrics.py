@@ -131,6 +131,7 @@ class ClassFigures:
     Attributes:
         images: `(C,)` int64, images of each class.
         hits: `(C,)` int64, those of them that top-1 gets right.
+        predicted: `(C,)` int64, images that top-1 takes for the class.
         confusion: `(C, C)` int64, images by true class (row) and predicted class; those with logits that are not
             finite are in no column. None for more than `CONFUSION_LIMIT` classes.
         bin_images: `(15,)` int64, images by confidence: bin b holds b/15 < confidence <= (b + 1)/15.
@@ -140,6 +141,7 @@ class ClassFigures:
 
     images: NDArray[np.int64]
     hits: NDArray[np.int64]
+    predicted: NDArray[np.int64]
     confusion: NDArray[np.int64] | None
     bin_images: NDArray[np.int64]
     bin_hits: NDArray[np.int64]
@@ -149,6 +151,22 @@ class ClassFigures:
     def accuracy(self) -> NDArray[np.float64]:
         """Accuracy of each class in percent, NaN for a class without images: `(C,)`."""
         return np.divide(100. * self.hits, self.images, out=np.full(len(self.images), np.nan), where=self.images > 0)
+
+    def averaged(self, average: str) -> dict[str, float]:
+        """`precision`, `recall` and `f1_score` in percent, as of torchmetrics, which would class NaN.
+
+        Args:
+            average: 'micro' over images; 'macro' over classes that an image has or is taken for; or 'weighted' by the
+                images of each class.
+        """
+        hits, images, predicted = (column.astype(float) for column in (self.hits, self.images, self.predicted))
+        if average == 'micro':
+            hits, images, predicted = (column.sum(keepdims=True) for column in (hits, images, predicted))
+        weight = images if average == 'weighted' else (images + predicted > 0).astype(float)
+        pairs = {'precision': (hits, predicted), 'recall': (hits, images), 'f1_score': (2 * hits, images + predicted)}
+        total = weight.sum()
+        return {name: float(100 * (weight * above / np.maximum(below, 1)).sum() / total) if total else math.nan
+                for name, (above, below) in pairs.items()}
 
 
 class ClassTally(Tally):
@@ -169,7 +187,7 @@ class ClassTally(Tally):
     def __init__(self, device: torch.device, num_classes: int) -> None:
         super().__init__(device)
         self.num_classes = num_classes
-        self._add('class_counts', 2, num_classes)  # images, hits
+        self._add('class_counts', 3, num_classes)  # images, hits, predictions
         self._add('bins', 4, BINS)  # images, hits, confidence in whole parts and fractions
         self.has_confusion = num_classes <= CONFUSION_LIMIT
         if self.has_confusion:
@@ -188,7 +206,8 @@ class ClassTally(Tally):
         hit = valid & (guess == target)
         classes, none = self.num_classes, torch.full_like(target, self.num_classes)
         self.class_counts += torch.stack([
-            torch.bincount(torch.where(rows, target, none), minlength=classes + 1)[:classes] for rows in (known, hit)])
+            torch.bincount(torch.where(rows, label, none), minlength=classes + 1)[:classes]
+            for rows, label in ((known, target), (hit, target), (valid, guess))])
         if self.has_confusion:
             cell = torch.where(valid, target * classes + guess, torch.full_like(target, classes * classes))
             self.confusion += torch.bincount(cell, minlength=classes * classes + 1)[:-1]
@@ -203,13 +222,13 @@ class ClassTally(Tally):
 
     def figures(self) -> ClassFigures:
         """Figures by class and by confidence of the states as they are; see `compute_all`."""
-        images, hits = self.class_counts.cpu().numpy().copy()
+        images, hits, predicted = self.class_counts.cpu().numpy().copy()
         count, correct, whole, fraction = self.bins.tolist()
         confidence = [_mean([w, f], n) for w, f, n in zip(whole, fraction, count, strict=True)]
         matrix = None
         if self.has_confusion:
             matrix = self.confusion.cpu().numpy().reshape(self.num_classes, self.num_classes).copy()
-        return ClassFigures(images, hits, matrix, np.array(count), np.array(correct), np.array(confidence))
+        return ClassFigures(images, hits, predicted, matrix, np.array(count), np.array(correct), np.array(confidence))
 
     def read(self) -> dict[str, float]:
         """Also `macro_accuracy`, `ece` and `mce` in percent and `brier`; and 95 % intervals of top-1 and top-5.

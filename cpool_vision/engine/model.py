@@ -12,7 +12,7 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import create_model, is_model, list_models, resolve_model_input_args
 from timm.models import load_checkpoint as load_numpy_checkpoint
 
-from .checkpoint import load_weights, read_weights
+from .checkpoint import load_weights, read_checkpoint, weights_of
 from .device import Precision
 from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnknownModelError
 
@@ -83,7 +83,7 @@ def resolve_input(model: nn.Module, args: argparse.Namespace, use_test_size: boo
                           '--in-chans, --mean and --std') from error
 
 
-def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_ema: bool) -> None:
+def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_ema: bool) -> dict[str, Any]:
     """Loads a checkpoint into a model and insists on an exact fit.
 
     Args:
@@ -92,6 +92,9 @@ def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_em
         flag: flag that named the file, for messages.
         name: name of the model, for messages.
         use_ema: take averaged weights where the file has them.
+
+    Returns:
+        Content of the file; empty for `.npz` and `.npy`.
 
     Raises:
         CheckpointNotFoundError: no such file.
@@ -104,8 +107,10 @@ def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_em
             load_numpy_checkpoint(model, path)
         except (NotImplementedError, ValueError, KeyError) as error:
             raise CheckpointError(f'{flag} {path!r} cannot be loaded into {name!r} ({error})') from error
-        return
-    load_weights(model, read_weights(path, flag, use_ema=use_ema), path, flag, name)
+        return {}
+    content = read_checkpoint(path, flag)
+    load_weights(model, weights_of(content, path, flag, use_ema), path, flag, name)
+    return content
 
 
 def create_train_model(args: argparse.Namespace) -> nn.Module:
@@ -197,9 +202,15 @@ def create_eval_model(args: argparse.Namespace) -> nn.Module:
     Raises:
         UnknownModelError, CheckpointError, CheckpointNotFoundError, ConfigError: see their docstrings.
     """
+    return load_eval_model(args)[0]
+
+
+def load_eval_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """`create_eval_model`, and the content of its checkpoint, which is read once."""
     model = _build(args)
     if args.num_classes is None:
         args.num_classes = model.num_classes
+    content = {}
     if args.checkpoint:
-        load_model_weights(model, args.checkpoint, '--checkpoint', args.model, use_ema=args.use_ema)
-    return model
+        content = load_model_weights(model, args.checkpoint, '--checkpoint', args.model, use_ema=args.use_ema)
+    return model, content

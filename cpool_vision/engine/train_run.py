@@ -17,7 +17,7 @@ from .augmentation import KEY, RECORD, check_same_pipeline, describe_pipeline, r
 from .checkpointer import Checkpointer, load_process_state
 from .device import Precision, resolve_precision, seed_everything, settle_threads, setup_device
 from .errors import ConfigError
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, check_views, evaluate
 from .model import create_train_model, place_model, resolve_input
 from .position import Position, check_same_batches, read_position
 from .progress import silence_logging
@@ -44,6 +44,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f'--eval-metric {args.eval_metric!r} is unknown: choose {", ".join(_METRICS)}')
     if args.clip_mode not in ('norm', 'value', 'agc'):
         raise ConfigError(f'--clip-mode {args.clip_mode!r} is unknown: choose norm, value or agc')
+    check_views(args.tta, args.naflex_loader)
     if args.dist_bn not in ('', 'reduce', 'broadcast'):
         raise ConfigError(f"--dist-bn {args.dist_bn!r} is unknown: choose reduce, broadcast or ''")
 
@@ -241,7 +242,7 @@ def _evaluate_all(args: argparse.Namespace, run: Run, eval_model: Any, loader: A
     common: dict[str, Any] = dict(
         loader=loader, device=run.device, precision=run.precision, prefetched=not args.no_prefetcher,
         channels_last=args.channels_last, distributed=args.distributed, primary=args.rank == 0,
-        log_interval=args.log_interval)
+        log_interval=args.log_interval, views=args.tta)
     task: Any = run.task
     settle_threads(args.distributed)
     result = evaluate(eval_model, **common)

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from cpool_vision.engine import args_train, args_validate
-from cpool_vision.engine.config import NOT_YET, parse_args
-from cpool_vision.engine.errors import NotYetError
 
 with open(os.path.join(os.path.dirname(__file__), 'timm_flags.json'), encoding='utf-8') as file:
     FACTS = json.load(file)
@@ -88,17 +86,3 @@ def test_help_is_printable(name: str, capsys: pytest.CaptureFixture[str]) -> Non
         PARSERS[name]().parse_args(['--help'])
     assert caught.value.code == 0
     assert '--model' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('flags', [['--tta', '2']])
-def test_flags_without_machinery_are_refused(flags: list[str]) -> None:
-    with pytest.raises(NotYetError, match=flags[0]) as caught:
-        parse_args(args_train.build_parser, flags)
-    assert isinstance(caught.value, NotImplementedError)
-
-
-def test_table_of_missing_machinery_names_real_flags() -> None:
-    known = set(facts_of(args_train.build_parser()))
-    assert set(NOT_YET) <= known
-    for name, (off, _) in NOT_YET.items():
-        assert facts_of(args_train.build_parser())[name]['default'] == off

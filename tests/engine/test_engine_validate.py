@@ -142,6 +142,28 @@ def test_unreadable_images_are_counted_and_refused(validate: Validate, image_roo
         validate('--data-dir', str(root))
 
 
+def test_unreadable_images_may_be_allowed(validate: Validate, image_root: str, tmp_path: Path,
+                                          caplog: pytest.LogCaptureFixture) -> None:
+    root, less = tmp_path / 'broken', tmp_path / 'less'
+    for folder in (root, less):
+        shutil.copytree(image_root, folder)
+    for name in ('dog/1.png', 'cat/2.png'):
+        (root / 'validation' / name).write_bytes(b'garbage')
+        os.remove(less / 'validation' / name)
+    row = validate('--data-dir', str(root), '--max-bad-samples', '2')
+    assert '2 of 7 images cannot be read: cat/2.png, dog/1.png; they are left out' in caplog.text
+    assert (row['images'], row['unreadable']) == (5, 2)
+    expected = validate('--data-dir', str(less))
+    assert [row[key] for key in ('top1', 'brier', 'macro_accuracy')] == pytest.approx(
+        [expected[key] for key in ('top1', 'brier', 'macro_accuracy')])
+    assert validate('--data-dir', str(root), '--max-bad-samples', '0.2')['images'] == 5
+    for limit in ('1', '0.14'):
+        with pytest.raises(DatasetError, match='2 of 7 images cannot be read'):
+            validate('--data-dir', str(root), '--max-bad-samples', limit)
+    with pytest.raises(ConfigError, match='--max-bad-samples must be >= 0, got -1'):
+        validate('--max-bad-samples', '-1')
+
+
 def test_unreadable_validation_images_do_not_enter_the_metrics_of_training(
         run_train: Callable[..., Any], image_root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root, less = tmp_path / 'broken', tmp_path / 'less'
@@ -271,6 +293,7 @@ def test_a_failed_run_leaves_the_former_results(validate: Validate, tmp_path: Pa
     (['--dataset', 'cifar10'], DatasetError, 'leave --dataset empty'),
     (['--dataset', 'hfds/'], DatasetError, 'hfds/NAME'),
     (['--results-format', 'xml'], ConfigError, 'xml'),
+    (['--results-format', 'json', '--results-file', 'r.md'], ConfigError, 'contradicts'),
     (['--results-file', '/none/such/file.csv'], OutputError, '/none/such/file.csv'),
     (['--real-labels', 'none.json'], ConfigError, 'none.json'),
     (['--num-gpu', '9'], ConfigError, '--num-gpu 9'),
@@ -288,48 +311,46 @@ def test_no_data_is_an_error(validate_args: Callable[..., Any], weights: str) ->
                                      '--device', 'cpu'))
 
 
-def test_real_labels_replace_top1(validate: Validate, image_root: str, weights: str, tmp_path: Path,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpool_vision.engine import validate_run
+def test_real_labels_replace_top1(validate: Validate, image_root: str, weights: str, tmp_path: Path) -> None:
+    output, target = by_hand(image_root, weights)
+    guess = output.argmax(1).tolist()
+    names = sorted(str(path.relative_to(Path(image_root) / 'validation'))
+                   for path in Path(image_root).glob('validation/*/*.png'))
+    # names repeat over the classes of this set: 0.png counts for none, 1.png is right as any class
+    real = {'0.png': [], '1.png': [0, 1, 2], '2.png': [(guess[names.index('cat/2.png')] + 1) % 3]}
+    (tmp_path / 'real.json').write_text(json.dumps(real))
+    row = validate('--real-labels', str(tmp_path / 'real.json'))
+    hits = [guess[place] in real[os.path.basename(name)] for place, name in enumerate(names)
+            if real[os.path.basename(name)]]
+    assert row['real_images'] == len(hits) == 4
+    assert row['top1'] == 100 * sum(hits) / len(hits)
+    assert row['original_top1'] == pytest.approx(100 * (output.argmax(1) == target).double().mean().item())
+    assert row['images'] == 7
+    for content, words in (([[0]] * 7, 'no labels for .0.png'), ({'0.png': [3]}, '3 is no class index below 3'),
+                           ({'0.png': [0]}, 'no labels for .1.png'), ({'0.png': 1}, 'list of labels')):
+        (tmp_path / 'real.json').write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=words):
+            validate('--real-labels', str(tmp_path / 'real.json'))
 
-    class Fake:
-        seen = 0
 
-        def add_result(self, output: torch.Tensor) -> None:
-            self.seen += len(output)
-
-        def get_accuracy(self, k: int) -> float:
-            assert self.seen == 7
-            return 10. * k
-
-    monkeypatch.setattr(validate_run, '_real_labels', lambda *_: Fake())
-    row = validate('--real-labels', 'x.json')
-    assert (row['top1'], row['top5']) == (10., 50.)
-    monkeypatch.undo()
-    (tmp_path / 'real.json').write_text(json.dumps([[0]] * 7))
-    with pytest.raises(ConfigError, match='1000 ImageNet classes'):
-        validate('--real-labels', str(tmp_path / 'real.json'))
+def test_mirror_images_in_training_and_validation(
+        validate: Validate, run_train: Callable[..., Any]) -> None:
+    plain, both = validate(), validate('--tta', '2')
+    assert plain['nll'] == validate('--tta', '1')['nll'] != both['nll']
+    one, two = (run_train('--epochs', '1', '--tta', tta, '--experiment', tta)['epochs'][0] for tta in ('0', '2'))
+    assert one['train_loss'] == two['train_loss'] and one['eval_loss'] != two['eval_loss']
+    with pytest.raises(ConfigError, match='--tta 3'):
+        validate('--tta', '3')
+    with pytest.raises(ConfigError, match='--tta 3'):
+        run_train('--tta', '3')
 
 
-def test_real_labels_are_read_by_file_name(tmp_path: Path) -> None:
-    from cpool_vision.engine.validate_run import _real_labels
-
-    class Files:
-        def __init__(self, names: list[str]) -> None:
-            self.names = names
-
-        def filenames(self, basename: bool) -> list[str]:
-            return self.names
-
-    path = tmp_path / 'real.json'
-    path.write_text(json.dumps([[3, 4], [], [1]]))
-    names = [f'ILSVRC2012_val_0000000{index}.JPEG' for index in (3, 1, 2)]
-    real = _real_labels(Files(names), str(path), 1000)
-    real.add_result(torch.eye(10)[[1, 4, 7]])
-    assert real.get_accuracy(k=1) == 100  # the third image has no label and does not count
-    for wrong in (names[:2], ['a.JPEG', 'b.JPEG', 'c.JPEG']):
-        with pytest.raises(ConfigError, match='50,000'):
-            _real_labels(Files(wrong), str(path), 1000)
+def test_the_checkpoint_is_read_once(validate: Validate, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    loads = []
+    real = torch.load
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: loads.append(args[0]) or real(*args, **kwargs))
+    validate('--use-ema')
+    assert loads == [weights]
 
 
 def test_grey_images_for_one_channel(validate_args: Callable[..., Any], image_root: str, tmp_path: Path) -> None:
