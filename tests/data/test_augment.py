@@ -278,6 +278,14 @@ def test_images_own_their_memory(write: Any) -> None:
     assert np.array_equal(np.asarray(image), before)
 
 
+def test_opencv_works_in_one_thread() -> None:
+    import cv2
+
+    cv2.setNumThreads(2)
+    Pipeline('light').build(SIZE)(picture())
+    assert cv2.getNumThreads() == 1
+
+
 def test_warnings_of_transforms_are_logged(write: Any, caplog: pytest.LogCaptureFixture,
                                            recwarn: pytest.WarningsRecorder) -> None:
     Pipeline(write(['ShiftScaleRotate']))

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from loader_tools import INPUT, Build, builder, check_workers_and_positions, same
+from loader_tools import INPUT, Build, Shards, builder, check_workers_and_positions, same
 from resume_tools import break_off, rows, unequal
+from timm.data import IterableImageDataset
 
 from cpool_vision.cli import train as cli_train
 from cpool_vision.data.augment import Augmentation, Pipeline
-from cpool_vision.engine import data, keyed
+from cpool_vision.data.augment_config import list_presets
+from cpool_vision.engine import args_train, data, keyed
 from cpool_vision.engine.augmentation import check_same_pipeline
 from cpool_vision.engine.errors import ConfigError
 
@@ -92,6 +94,14 @@ def test_a_sample_does_not_depend_on_its_batch_or_process(build: Build) -> None:
         return set(images(build('--aug-config', 'light', *flags, **kwargs).take(3)))
 
     assert drawn() == drawn('-b', '8') == drawn(rank=0, world_size=2) | drawn(rank=1, world_size=2, workers=2)
+
+
+def test_streamed_sets_are_augmented_by_epoch(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    one, two = (build('--aug-config', 'strong', workers=2) for _ in range(2))
+    first = one.take(0)
+    assert not same(first, one.take(1)) and same(two.take(1), one.take(1)) and same(two.take(0), first)
+    assert len(set(images(first))) == 24
 
 
 def test_the_prefetcher_gets_bytes_and_normalises_them(build: Build) -> None:
@@ -222,6 +232,8 @@ def test_a_resumed_run_has_the_same_pipeline(run_train: Train, write: Callable[.
         run_train(*flags)
     with open(os.path.join(folder, 'augmentation.json'), encoding='utf-8') as file:
         assert file.read() == before
+    with pytest.raises(ConfigError, match='recovery-0-2.*another --aug-config'):
+        run_train('-b', '4', '--aug-config', 'light', '--resume', os.path.join(folder, 'recovery-0-2.pth.tar'))
     # its own record is the same pipeline
     done = run_train(*flags, '--aug-config', os.path.join(folder, 'augmentation.json'))['folder']
     last = os.path.join(done, 'last.pth.tar')
@@ -234,6 +246,11 @@ def test_a_resumed_run_has_the_same_pipeline(run_train: Train, write: Callable[.
 @pytest.mark.parametrize('content', [{}, {'args': None}, {'args': {'model': 'x'}}])
 def test_checkpoints_that_name_no_pipeline_are_accepted(content: dict[str, Any]) -> None:
     check_same_pipeline(content, 'x', {'transform': {}}, refuse=True)
+
+
+def test_help_names_the_presets() -> None:
+    action = next(each for each in args_train.build_parser()._actions if each.dest == 'aug_config')
+    assert f'({", ".join(list_presets())})' in str(action.help)
 
 
 def test_another_release_counts_as_another_pipeline() -> None:

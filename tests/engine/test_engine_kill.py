@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,18 @@ def test_the_command_prints_a_verdict(tmp_path: pathlib.Path, monkeypatch: pytes
     (tmp_path / 'out' / 'mine').write_text('')
     with pytest.raises(SystemExit):
         kill_test.main(command)
+
+
+def test_the_comparison_of_runs_sees_another_pipeline(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (shutil.copytree(undisturbed(1).folder, tmp_path / name) for name in 'ab')
+    for folder in (one, two):
+        (folder / 'augmentation.json').write_text('{}')
+    assert compare_runs(one, two) == [] and 'augmentation.json: equal' in capsys.readouterr().out
+    (two / 'augmentation.json').write_text('{"p": 1}')
+    assert compare_runs(one, two) == ['augmentation.json']
+    (two / 'augmentation.json').unlink()
+    assert compare_runs(one, two) == ['augmentation.json']
 
 
 def test_the_comparison_of_files_sees_a_bit(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path) -> None:
