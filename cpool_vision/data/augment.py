@@ -33,9 +33,12 @@ _VERSION = '2.0.'
 
 def _import_albumentations() -> Any:
     os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # else its import asks pypi.org for a newer release
-    import albumentations
-
-    version = importlib.metadata.version('albumentations')
+    try:
+        version = importlib.metadata.version('albumentations')
+        import albumentations
+    except ImportError as error:  # also where a fork under the same import name is installed
+        raise AugmentationError(f'albumentations cannot be imported ({error}): pip install albumentations==2.0.8') \
+            from error
     if not version.startswith(_VERSION):
         raise AugmentationError(f'albumentations {version} is installed, and the pipelines are for {_VERSION}x: pip '
                                 'install albumentations==2.0.8')

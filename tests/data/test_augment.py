@@ -300,6 +300,12 @@ def test_another_release_of_albumentations_is_refused(monkeypatch: pytest.Monkey
         Pipeline('light')
 
 
+def test_missing_albumentations_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'albumentations', None)
+    with pytest.raises(AugmentationError, match='cannot be imported.*pip install albumentations==2.0.8'):
+        Pipeline('light')
+
+
 def test_lists_are_disjoint_and_complete() -> None:
     import albumentations
 
