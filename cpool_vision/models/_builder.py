@@ -21,8 +21,9 @@ POSITIONS = {
 }
 DEFAULT_POSITIONS = {family: positions[:1] for family, positions in POSITIONS.items()}
 STAGES = (0, 1, 2, 3)
-# The first stage of a 224-pixel model holds 56 x 56 maps, where a pool can cost more than the rest of its stage.
-DEFAULT_STAGES = STAGES[1:]
+# At 224 pixels the first stage holds 56 x 56 maps, where a pool can cost more than the rest of its stage. The second
+# stage of a ResNet is left out as well: with 512 channels at 28 x 28 it would carry most of the multiply-adds.
+DEFAULT_STAGES = {'resnet': (2, 3), 'convnext': (1, 2, 3), 'vision_transformer': STAGES}
 DEFAULT_RATIO = 0.1
 DEFAULT_FLOOR = 0.1
 DEFAULT_GROUPS = 1
@@ -67,7 +68,7 @@ class PoolConfig:
             if position not in known:
                 raise ValueError(
                     f"unknown position {position!r} for {self.family}: choose from {', '.join(known)}, or 'none'")
-        stages = DEFAULT_STAGES if self.stages is None else _as_tuple(self.stages)
+        stages = DEFAULT_STAGES[self.family] if self.stages is None else _as_tuple(self.stages)
         for stage in stages:
             if stage not in STAGES:
                 raise ValueError(f'cpool_stages must be among {STAGES}, got {stage!r}')

@@ -24,10 +24,10 @@ CASES = [
 PLACES = {
     ('convnext_micro_cpool_32', 'stage'): [f'stages.{i}.blocks.cpool' for i in (1, 2, 3)],
     ('convnext_micro_cpool_32', 'downsample'): [f'stages.{i}.downsample.cpool' for i in (1, 2, 3)],
-    ('resnet18_cpool', 'stage'): ['layer2.1.se', 'layer3.1.se', 'layer4.1.se'],
+    ('resnet18_cpool', 'stage'): ['layer3.1.se', 'layer4.1.se'],
     ('resnet18_cpool', 'stem'): ['maxpool'],
-    ('resnet18_cpool', 'stride'): ['layer2.0.aa', 'layer3.0.aa', 'layer4.0.aa'],
-    ('resnet18_cpool', 'shortcut'): [f'layer{i}.0.downsample.cpool' for i in (2, 3, 4)],
+    ('resnet18_cpool', 'stride'): ['layer3.0.aa', 'layer4.0.aa'],
+    ('resnet18_cpool', 'shortcut'): [f'layer{i}.0.downsample.cpool' for i in (3, 4)],
     ('vit_micro_cpool_patch4_32', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
     ('vit_micro_cpool_patch4_32', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
 }

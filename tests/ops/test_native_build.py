@@ -1,4 +1,7 @@
 """Building the kernels in C: the cache, and machines where they cannot be had."""
+import platform
+import shlex
+
 import pytest
 import torch
 from ops_testing import NO_COMPILER, assert_as_good_as_eager, make_case
@@ -125,3 +128,14 @@ def test_chunks_of_images_give_the_same(threads, set_threads, monkeypatch):
 def test_wide_channels_use_every_block_size():
     for channels in (1, 5, 16, 31, 49, 127):
         assert_as_good_as_eager(make_case(1, channels, 19, 23, sigma=(0.2, 2.0), seed=channels), 'native')
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='vectors of 8 lanes are the only ones elsewhere')
+def test_vectors_of_eight_lanes(cache, monkeypatch):
+    monkeypatch.setenv('CC', f'{shlex.join(build._compiler())} -mno-avx512f')
+    assert _reason() is None
+    for case in (make_case(2, 48, 19, 23, sigma=(0.2, 4.0)), make_case(2, 21, 23, 9, sigma=(0.2, 1.0)),
+                 make_case(1, 112, 14, 14, groups=2, sigma=(0.2, 1.4))):
+        assert_as_good_as_eager(case, 'native')
+    assert_as_good_as_eager(make_case(1, 24, 17, 19, stride=2), 'native', stride=2)

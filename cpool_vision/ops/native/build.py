@@ -12,12 +12,13 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name('kernels.c')
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob('*.h')))
 FLAGS = ('-O3', '-march=native', '-fno-math-errno', '-ffp-contract=fast', '-fopenmp', '-shared', '-fPIC')
 TIMEOUT_S = 120
 
 
 class Shape(ctypes.Structure):
-    """`Shape` of kernels.c."""
+    """`Shape` of tile.h."""
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             'maps', 'groups', 'channels', 'height', 'width', 'out_height', 'out_width', 'stride',
@@ -58,7 +59,7 @@ def _processor() -> str:
 
 
 def _key(compiler: list[str], version: str) -> str:
-    parts = (SOURCE.read_text(encoding='utf-8'), *FLAGS, *compiler, version, _processor())
+    parts = (*(path.read_text(encoding='utf-8') for path in SOURCES), *FLAGS, *compiler, version, _processor())
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:24]
 
 
