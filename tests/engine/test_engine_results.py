@@ -218,14 +218,22 @@ def test_two_processes_give_the_results_of_one(run: Callable[..., Any], base: li
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
-def test_several_processes_refuse_what_cannot_be_exact(validate_args: Callable[..., Any], base: list[str]) -> None:
+class Streamed(torch.utils.data.IterableDataset):
+    dataset = property(lambda self: self)
+
+
+def test_several_processes_refuse_what_cannot_be_exact(validate_args: Callable[..., Any], base: list[str],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     from cpool_vision.engine import bulk, validate_run
     args = validate_args(*base, '--retry')
     args.distributed, args.rank, args.world_size = True, 0, 2
     with pytest.raises(ConfigError, match='--retry works in one process'):
         bulk._check(args, None)
     args.num_gpu = 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, 'device_count', lambda: 2)
-        with pytest.raises(ConfigError, match='--num-gpu 2 splits batches within one process'):
-            validate_run.validate(args)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(ConfigError, match='--num-gpu 2 splits batches within one process'):
+        validate_run.validate(args)
+    args.num_gpu = 1
+    monkeypatch.setattr(validate_run, 'build_eval_loader', lambda *_, **__: Streamed())
+    with pytest.raises(ConfigError, match='a streamed set cannot be shared between processes'):
+        validate_run.validate(args)
