@@ -221,6 +221,9 @@ def test_two_processes_give_the_results_of_one(run: Callable[..., Any], base: li
 class Streamed(torch.utils.data.IterableDataset):
     dataset = property(lambda self: self)
 
+    def __iter__(self) -> Any:
+        raise NotImplementedError
+
 
 def test_several_processes_refuse_what_cannot_be_exact(validate_args: Callable[..., Any], base: list[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
