@@ -149,7 +149,7 @@ class ContextPool2d(nn.Module):
         y = torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
         if self.gamma is not None:
             base = self.base(x)
-            y = base + self.gamma.view(-1, 1, 1).type_as(base) * (y - base)
+            y = torch.lerp(base, y.type_as(base), self.gamma.view(-1, 1, 1).type_as(base))
         return y
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -213,3 +213,11 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_subsample_needs_a_stride():
     with pytest.raises(ValueError, match='stride must be at least 1, got 0'):
         Subsample2d(0)
+
+
+def test_base_may_lower_the_precision_under_autocast():
+    pool = ContextPool2d(8, stride=2, init='identity', base=nn.Conv2d(8, 8, 3, stride=2, padding=1))
+    nn.init.ones_(pool.gamma)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = pool(torch.randn(2, 8, 9, 9))
+    assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
