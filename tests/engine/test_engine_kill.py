@@ -80,6 +80,16 @@ def test_three_processes_killed_at_random_instants(undisturbed: Callable[[int], 
     check_kills(undisturbed(3), tmp_path, 3, seed=30)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_albumentations_under_kills(tmp_path: pathlib.Path, nproc: int) -> None:
+    place = KINDS[nproc].index('--aa')
+    flags = [*KINDS[nproc][:place], '--aug-config', 'strong', *KINDS[nproc][place + 2:]]
+    whole = Run(tmp_path, 'whole', flags, nproc)
+    whole.finish()
+    check_kills(whole, tmp_path, 2, seed=3)
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
