@@ -143,10 +143,14 @@ class ContextPool2d(nn.Module):
         sigma = torch.ops.cpool_vision.support_size(raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
         return weight_logits, sigma
 
+    def mix(self, x: Tensor) -> Tensor:
+        """The pool of the map `x` alone, without base and gate: `(B, C, H, W)` to `(B, C, Ho, Wo)`."""
+        weight_logits, sigma = self.predict_maps(x)
+        return torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
+
     def pool_map(self, x: Tensor) -> Tensor:
         """Pools the map `x`, `(B, C, H, W)` to `(B, C, Ho, Wo)`."""
-        weight_logits, sigma = self.predict_maps(x)
-        y = torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
+        y = self.mix(x)
         if self.gamma is not None:
             base = self.base(x)
             y = torch.lerp(base, y.type_as(base), self.gamma.view(-1, 1, 1).type_as(base))

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import ContextPool2d
+from ..layers import MIXERS, ContextPool2d
 from ._compat import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -28,6 +28,7 @@ DEFAULT_RATIO = 0.1
 DEFAULT_FLOOR = 0.1
 DEFAULT_GROUPS = 1
 DEFAULT_INIT = 'paper'
+DEFAULT_MIXER = 'context'
 PRETRAINED_INIT = 'identity'
 
 _PREDICTOR_KEYS = ('.reduce.weight', '.reduce.bias', '.predict.weight', '.predict.bias')
@@ -46,9 +47,10 @@ class PoolConfig:
         positions: A position or a sequence of them; `'none'` or an empty sequence gives the plain base architecture.
         stages: Index or indices of the stages that pool (staged families only).
         ratio, floor, groups, init, backend: As in `ContextPool2d`.
+        mixer: What stands in the pools' places, for comparisons; one of `cpool_vision.layers.MIXERS`.
 
     Raises:
-        ValueError: An unknown position or a stage out of range.
+        ValueError: An unknown position or mixer, or a stage out of range.
     """
     family: str
     positions: Any = None
@@ -58,6 +60,7 @@ class PoolConfig:
     groups: int = DEFAULT_GROUPS
     init: str = DEFAULT_INIT
     backend: str | None = None
+    mixer: str = DEFAULT_MIXER
 
     def __post_init__(self) -> None:
         known = POSITIONS[self.family]
@@ -68,6 +71,8 @@ class PoolConfig:
             if position not in known:
                 raise ValueError(
                     f"unknown position {position!r} for {self.family}: choose from {', '.join(known)}, or 'none'")
+        if self.mixer not in MIXERS:
+            raise ValueError(f"cpool_mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
         stages = DEFAULT_STAGES[self.family] if self.stages is None else _as_tuple(self.stages)
         for stage in stages:
             if stage not in STAGES:
@@ -78,7 +83,7 @@ class PoolConfig:
     @property
     def layer_args(self) -> dict[str, Any]:
         """Keyword arguments for the layer."""
-        return {k: getattr(self, k) for k in ('ratio', 'floor', 'groups', 'init', 'backend')}
+        return {k: getattr(self, k) for k in ('ratio', 'floor', 'groups', 'init', 'backend', 'mixer')}
 
     def model_args(self) -> dict[str, Any]:
         """The `cpool_*` keywords that rebuild this configuration, JSON-able."""

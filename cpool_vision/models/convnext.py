@@ -10,7 +10,7 @@ import torch
 from timm.models import ConvNeXt
 from torch import nn
 
-from ..layers import ContextPool2d
+from ..layers import make_pool
 from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
 from ._compat import convnext_filter_fn, register_model
 
@@ -37,13 +37,13 @@ class ContextPoolConvNeXt(ConvNeXt):
             stage: Any = self.stages[i]
             dim: Any = self.feature_info[i]['num_chs']
             if 'stage' in positions:
-                pool = ContextPool2d(dim, **pool_args)
+                pool = make_pool(dim, **pool_args)
                 *blocks, last = stage.blocks.named_children()
                 stage.blocks = nn.Sequential(OrderedDict([*blocks, ('cpool', pool), last]))
             if 'downsample' in positions and isinstance(stage.downsample, nn.Sequential):
                 norm, conv = stage.downsample.children()
                 dim = conv.in_channels
-                pool = ContextPool2d(dim, **pool_args)
+                pool = make_pool(dim, **pool_args)
                 # The base's own names stay, so that its weights load.
                 stage.downsample = nn.Sequential(OrderedDict([('0', norm), ('cpool', pool), ('1', conv)]))
         check_placed(context_pools(self), cpool)

@@ -11,7 +11,7 @@ from timm.models import ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from ..layers import ContextPool2d, Subsample2d
+from ..layers import Subsample2d, make_pool
 from ._builder import PoolConfig, build_variant, check_placed, context_pools, init_context_pools, variant_cfgs
 from ._compat import register_model
 
@@ -54,7 +54,7 @@ class ContextPoolResNet(ResNet):
                     f"position 'stem' replaces the stem's max-pool, but this model has {type(self.maxpool).__name__} "
                     f'there: leave the position out')
             dim: Any = self.bn1.num_features
-            pool: nn.Module = ContextPool2d(dim, stride=2, base=self.maxpool, **pool_args)
+            pool: nn.Module = make_pool(dim, stride=2, base=self.maxpool, **pool_args)
             self.maxpool = pool  # type: ignore[assignment]
         for i in cpool.stages:
             stage = getattr(self, f'layer{i + 1}')
@@ -86,7 +86,7 @@ def _pool_branch(block: Any, pool_args: dict[str, Any]) -> None:
             f"position 'stage' needs the attention slot of the block, which holds {type(block.se).__name__}: "
             f'leave attn_layer or the position out')
     norm: Any = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-    block.se = ContextPool2d(norm.num_features, **pool_args)
+    block.se = make_pool(norm.num_features, **pool_args)
 
 
 def _pool_stride(block: Any, pool_args: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ def _pool_stride(block: Any, pool_args: dict[str, Any]) -> None:
     conv: Any = block.conv2 if isinstance(block, Bottleneck) else block.conv1
     conv.stride = (1, 1)
     dim: Any = conv.out_channels
-    block.aa = ContextPool2d(dim, stride=2, base=Subsample2d(2), **pool_args)
+    block.aa = make_pool(dim, stride=2, base=Subsample2d(2), **pool_args)
 
 
 def _pool_shortcut(shortcut: nn.Sequential, pool_args: dict[str, Any]) -> nn.Sequential:
@@ -107,7 +107,7 @@ def _pool_shortcut(shortcut: nn.Sequential, pool_args: dict[str, Any]) -> nn.Seq
                          'or the position out')
     conv.stride = (1, 1)
     dim: Any = conv.in_channels
-    pool = ContextPool2d(dim, stride=2, base=Subsample2d(2), **pool_args)
+    pool = make_pool(dim, stride=2, base=Subsample2d(2), **pool_args)
     # The base's own names stay, so that its weights load.
     return nn.Sequential(OrderedDict([('cpool', pool), *shortcut.named_children()]))
 

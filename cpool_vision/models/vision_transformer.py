@@ -10,7 +10,7 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from ..layers import TokenContextPool
+from ..layers import TokenContextPool, make_pool
 from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
 from ._compat import checkpoint, feature_take_indices, register_model, vit_filter_fn
 
@@ -81,9 +81,9 @@ class ContextPoolVisionTransformer(VisionTransformer):
         )
         for i, block in enumerate(self.blocks):
             if 'pre_attn' in positions:
-                block.cpool_attn = TokenContextPool(self.embed_dim, **pool_args)
+                block.cpool_attn = make_pool(self.embed_dim, tokens=True, **pool_args)
             if 'post_block' in positions and i + 1 < len(self.blocks):
-                block.cpool = TokenContextPool(self.embed_dim, **pool_args)
+                block.cpool = make_pool(self.embed_dim, tokens=True, **pool_args)
         check_placed(context_pools(self), cpool)
 
     def set_input_size(
