@@ -81,6 +81,21 @@ def predict(model: nn.Module, image: Any, precision: Precision, views: int = 0) 
     return (output.float() + mirrored.float()) / 2
 
 
+def fill_batch(image: Any, size: int) -> Any:
+    """A batch of `size`, missing rows being copies of the first: kernels are chosen, and round, by the size of a batch.
+
+    Args:
+        image: images (B, C, H, W) or a dictionary of tensors (B, ...) and other values; B >= 1.
+        size: what to fill up to; a larger batch stays as it is.
+    """
+    if isinstance(image, dict):
+        return {name: fill_batch(part, size) for name, part in image.items()}
+    if not isinstance(image, torch.Tensor):
+        return image
+    missing = size - len(image)
+    return torch.cat([image, image[:1].expand(missing, *image.shape[1:])]) if missing > 0 else image
+
+
 def gather_numbers(numbers: list[int], distributed: bool) -> list[int]:
     """Sorted union of the integers of all processes; every process must call it."""
     if not distributed:
@@ -105,6 +120,7 @@ def evaluate(
         title: str = 'Validate',
         valid_labels: list[int] | None = None,
         views: int = 0,
+        fill: int = 0,
         tally: Tally | None = None,
         on_batch: Callable[[torch.Tensor, torch.Tensor, list[int]], None] | None = None,
 ) -> Evaluation:
@@ -123,6 +139,7 @@ def evaluate(
         title: text of log lines.
         valid_labels: outputs that compete; targets are positions in this list.
         views: 2 to average the logits of each image and its mirror image.
+        fill: size that every batch is filled up to, so that an image gives the same logits in whichever it is.
         tally: takes the metrics; a plain `Tally` if None.
         on_batch: called with logits and targets of each batch and the numbers of its images, padding left out.
 
@@ -144,6 +161,7 @@ def evaluate(
             if not prefetched:
                 image = image.to(device=device, dtype=precision.model_dtype)
                 target = target.to(device=device)
+            image = fill_batch(image, fill)
             if channels_last:
                 image = image.contiguous(memory_format=torch.channels_last)
             output = predict(model, image, precision, views)

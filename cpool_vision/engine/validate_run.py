@@ -240,7 +240,7 @@ def _measure(subject: Subject, args: argparse.Namespace, loader: Any, title: str
         subject.model, loader, device, subject.precision,
         prefetched=not args.no_prefetcher, channels_last=args.channels_last, distributed=args.distributed,
         primary=args.rank == 0, log_interval=args.log_freq, title=title, valid_labels=subject.valid_labels,
-        views=args.tta, tally=tally, on_batch=on_batch)
+        views=args.tta, fill=args.batch_size, tally=tally, on_batch=on_batch)
     total = int(result.metrics['images'] + result.metrics['unreadable'])
     _logger.info('%d images in %.1f s.', total, time.perf_counter() - started)
     limit = args.max_bad_samples

@@ -251,6 +251,23 @@ def test_labels_that_are_no_class_are_an_error() -> None:
         measure(torch.rand(3, CLASSES), torch.tensor([0, -1, CLASSES]))
 
 
+def test_filled_batches_are_all_of_one_size() -> None:
+    class Sized(torch.nn.Module):
+        def forward(self, image: Any) -> torch.Tensor:
+            sizes.append(len(image['patches'] if isinstance(image, dict) else image))
+            return (image['patches'] if isinstance(image, dict) else image) * sizes[-1]
+
+    images, labels = torch.rand(10, CLASSES), torch.zeros(10, dtype=torch.long)
+    for fill, expected in ((0, [4, 4, 2]), (4, [4, 4, 4]), (3, [4, 4, 3])):
+        for pack in (lambda image: image, lambda image: {'patches': image, 'length': 5}):
+            sizes: list[int] = []
+            seen: list[torch.Tensor] = []
+            loader: Any = [(pack(image), label) for image, label in zip(images.split(4), labels.split(4), strict=True)]
+            evaluate(Sized(), loader, CPU, PLAIN, fill=fill, on_batch=lambda output, *_: seen.append(output))  # noqa: B023
+            assert sizes == expected and [len(output) for output in seen] == [4, 4, 2]
+            assert torch.equal(torch.cat(seen), images * 4) == (fill == 4)
+
+
 def test_mirror_images() -> None:
     images = torch.rand(4, CLASSES, 2, 6)
 

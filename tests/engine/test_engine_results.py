@@ -21,6 +21,7 @@ from cpool_vision.cli.validate import main
 from cpool_vision.engine.bulk import run_validation
 from cpool_vision.engine.cost import count_macs
 from cpool_vision.engine.errors import ConfigError, OutputError
+from cpool_vision.engine.evaluate import fill_batch
 from cpool_vision.engine.metrics import ClassFigures
 from cpool_vision.engine.results import finite, write_results
 from cpool_vision.engine.results_plots import draw_plots
@@ -240,3 +241,18 @@ def test_several_processes_refuse_what_cannot_be_exact(validate_args: Callable[.
     monkeypatch.setattr(validate_run, 'build_eval_loader', lambda *_, **__: Streamed())
     with pytest.raises(ConfigError, match='a streamed set cannot be shared between processes'):
         validate_run.validate(args)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32',
+                                  'convnext_micro_cpool_32'])
+def test_logits_do_not_depend_on_the_batch(name: str) -> None:
+    import cpool_vision  # noqa: F401 - registers the variants
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    side = model.pretrained_cfg['input_size'][-1]
+    images = torch.randn(24, 3, side, side)
+    with torch.inference_mode():
+        whole = model(images)
+        for _ in range(3):
+            part = torch.randperm(24)[:9]
+            assert torch.equal(model(fill_batch(images[part], 24))[:9], whole[part])
