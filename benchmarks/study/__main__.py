@@ -1,0 +1,72 @@
+"""Runs a study and reports on it: `python -m benchmarks.study FILE.yaml --data-dir DIR -o OUT`.
+
+Every run is train.py with exact resume: stop the command at any time and call it again, it goes on where it was. Runs
+with results are not repeated. The table and the plot are made of what is finished.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from cpool_vision.profile.measure import machine
+
+from ..markers import write_between
+from .report import draw, format_table, summarise
+from .runner import read_results, run_missing, write_text
+from .spec import read_study
+from .timing import step_ratios
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m benchmarks.study', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('study', type=Path)
+    parser.add_argument('--data-dir', type=Path, help='holds train/CLASS/* and validation/CLASS/*; without it nothing is run')
+    parser.add_argument('-o', '--output', type=Path, required=True, help='folder for runs, results, table and plot')
+    parser.add_argument('-j', '--jobs', type=int, default=1, help='trainings at a time')
+    parser.add_argument('--threads', type=int, default=1, help='of each training')
+    parser.add_argument('--time', action='store_true', help='time training steps of all arms first, on an idle machine')
+    parser.add_argument('--batch', type=int, default=32, help='of the timed steps')
+    parser.add_argument('--repeats', type=int, default=9, help='of the timed steps')
+    parser.add_argument('--results', type=Path, help='copies the figures and the machine to this JSON file')
+    parser.add_argument('--plot', type=Path, help='draws here; OUT/study.png if not given')
+    parser.add_argument('--write', type=Path, help='Markdown file with the markers <!-- study STEM --> and <!-- /study STEM -->')
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    study = read_study(args.study)
+    timing = args.output / 'timing.json'
+    if args.time:
+        write_text(timing, json.dumps(
+            {'machine': machine(), 'batch': args.batch, 'ratios': step_ratios(study, args.batch, args.repeats)}, indent=1))
+    failed = []
+    if args.data_dir:
+        try:
+            failed = run_missing(study, args.output, args.data_dir.resolve(), args.jobs, args.threads)
+        except KeyboardInterrupt:
+            print('interrupted: call again to go on')
+            return 143
+    results = read_results(study, args.output)
+    if not results:
+        print('no run is finished yet')
+        return 1
+    ratios = json.loads(timing.read_text(encoding='utf-8'))['ratios'] if timing.exists() else {}
+    rows = summarise(study, results, ratios)
+    table = format_table(rows)
+    print(f'\n{study.title}\n\n{table}')
+    total = sum(len(arm.seeds) for arm in study.arms.values())
+    if len(results) < total:
+        print(f'\n{len(results)} of {total} runs are finished')
+    write_text(args.output / 'table.md', table + '\n')
+    if args.results:
+        write_text(args.results, json.dumps({'machine': machine(), 'ratios': ratios, 'runs': results}, indent=1) + '\n')
+    draw(study.title, rows, args.plot or args.output / 'study.png')
+    if args.write:
+        write_between(args.write, f'<!-- study {args.study.stem} -->', f'<!-- /study {args.study.stem} -->', table)
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The table of a study and its plots: differences to the base are paired by seed."""
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .spec import Study
+
+CONFIDENCE = 0.95
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Mean and half width of Student's 95 % interval; None with fewer than two differences."""
+    if len(differences) < 2:
+        return None
+    from scipy import stats
+    error = statistics.stdev(differences) / len(differences) ** .5
+    return statistics.mean(differences), float(stats.t.ppf(.5 + CONFIDENCE / 2, len(differences) - 1)) * error
+
+
+def summarise(study: Study, results: Sequence[dict[str, Any]], ratios: dict[str, float]) -> list[dict[str, Any]]:
+    """One row per arm that has results: accuracy over seeds, paired difference to its base, costs."""
+    scores: dict[str, dict[int, float]] = {}
+    costs = {}
+    for r in results:
+        scores.setdefault(r['arm'], {})[r['seed']] = r['top1']
+        costs[r['arm']] = (r['params'], r['macs'])
+    rows = []
+    for name, arm in study.arms.items():
+        if name not in scores:
+            continue
+        values = list(scores[name].values())
+        base = scores.get(arm.base or '', {})
+        shared = [seed for seed in scores[name] if seed in base]
+        rows.append({
+            'arm': name,
+            'base': arm.base,
+            'seeds': len(values),
+            'top1': statistics.mean(values),
+            'deviation': statistics.stdev(values) if len(values) > 1 else None,
+            'pairs': len(shared),
+            'difference': statistics.mean(scores[name][s] - base[s] for s in shared) if shared else None,
+            'interval': paired_interval([scores[name][s] - base[s] for s in shared]),
+            'params': costs[name][0],
+            'macs': costs[name][1],
+            'step_ratio': ratios.get(name),
+        })
+    return rows
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if row['base'] is None:
+        return 'base'
+    if row['difference'] is None:
+        return '-'
+    if row['interval'] is None:
+        return f'{row["difference"]:+.2f} (one seed)'
+    mean, half = row['interval']
+    verdict = '' if abs(mean) > half else ', no effect'
+    return f'{mean:+.2f} ± {half:.2f}{verdict}'
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown; an interval that holds zero is called no effect."""
+    lines = [
+        '| arm | seeds | top-1 (%) | difference to base, 95 % interval | parameters (M) | MACs (M) | step time / base |',
+        '|---|---:|---:|---|---:|---:|---:|',
+    ]
+    for r in rows:
+        deviation = '' if r['deviation'] is None else f' ± {r["deviation"]:.2f}'
+        ratio = '-' if r['step_ratio'] is None else f'{r["step_ratio"]:.2f}'
+        lines.append(
+            f'| {r["arm"]} | {r["seeds"]} | {r["top1"]:.2f}{deviation} | {_difference(r)} | {r["params"] / 1e6:.3f} '
+            f'| {r["macs"] / 1e6:.1f} | {ratio} |')
+    return '\n'.join(lines)
+
+
+def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against MACs, and against step time where it was measured, with standard deviations over seeds.
+
+    Raises:
+        PlotDependencyError: matplotlib is not installed.
+    """
+    from cpool_vision.profile.plot import check_plot
+    check_plot(str(path))
+    from matplotlib.figure import Figure
+    axes_of = [('macs', 1e-6, 'multiply-adds per image (M)')]
+    if any(r['step_ratio'] is not None for r in rows):
+        axes_of.append(('step_ratio', 1., 'training step, time over that of the base'))
+    figure = Figure(figsize=(5.5 * len(axes_of), 4.2), layout='constrained')
+    for axes, (key, scale, label) in zip(figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of, strict=True):
+        for i, r in enumerate(rows):
+            if r[key] is None:
+                continue
+            axes.errorbar(
+                r[key] * scale, r['top1'], yerr=r['deviation'] or 0, fmt='osD^vP*X'[i % 8], color=f'C{i % 10}', capsize=3,
+                markersize=6, label=r['arm'])
+        axes.set_xlabel(label)
+        axes.set_ylabel('top-1 (%)')
+        axes.grid(alpha=.3)
+        axes.spines[['top', 'right']].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=5, frameon=False, fontsize='small')
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,132 @@
+"""Runs what is missing of a study, some runs at a time, and scores what is finished."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cpool_vision.engine.atomic import write_atomic
+
+from ..results import measure
+from .spec import Study
+
+ROOT = Path(__file__).resolve().parents[2]
+_POLL_S = 0.5
+
+
+class StaleRunError(ValueError):
+    """A run in the output folder was made with other settings than the study's."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` as a whole, so that an interruption leaves what was there; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(str(path), lambda file: file.write(text.encode()))
+
+
+def run_name(arm: str, seed: int) -> str:
+    return f'{arm}-s{seed}'
+
+
+def prepare(study: Study, output: Path, data_dir: Path) -> list[str]:
+    """Writes the config of every run and returns the names of those without a result.
+
+    Raises:
+        StaleRunError: a run was begun with other settings; nothing is overwritten.
+    """
+    missing = []
+    for arm, seed in study.runs():
+        name = run_name(arm.name, seed)
+        config = output / 'configs' / f'{name}.yaml'
+        text = yaml.safe_dump(dict(study.run_settings(arm, seed), data_dir=str(data_dir)))
+        if config.exists() and config.read_text(encoding='utf-8') != text:
+            raise StaleRunError(
+                f'{config} holds other settings than the study: name another output folder, or remove '
+                f'{config}, {output / "runs" / name} and its result')
+        write_text(config, text)
+        if not result_file(output, name).exists():
+            missing.append(name)
+    return missing
+
+
+def result_file(output: Path, name: str) -> Path:
+    return output / 'results' / f'{name}.json'
+
+
+def _start(output: Path, name: str, threads: int) -> subprocess.Popen[bytes]:
+    log = output / 'logs' / f'{name}.log'
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, str(ROOT / 'train.py'), '--config', str(output / 'configs' / f'{name}.yaml'),
+        '--output', str(output / 'runs'), '--experiment', name, '--resume', 'auto']
+    with open(log, 'ab') as file:
+        return subprocess.Popen(  # noqa: S603  our own script
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+
+
+def score(output: Path, name: str, data_dir: Path) -> None:
+    """Scores the last checkpoint of a finished run on the validation split and keeps the figures."""
+    arm, _, seed = name.rpartition('-s')
+    row = measure(output / 'runs' / name, data_dir)
+    row.update(arm=arm, seed=int(seed))
+    write_text(result_file(output, name), json.dumps(row, indent=1) + '\n')
+
+
+def run_missing(
+        study: Study, output: Path, data_dir: Path, jobs: int, threads: int,
+        report: Callable[[str], None] = print) -> list[str]:
+    """Trains and scores every run that has no result. Interrupted, it stops the runs at a step and keeps their place.
+
+    Returns:
+        Names of the runs that failed; their output is in `output/logs`.
+
+    Raises:
+        KeyboardInterrupt: on SIGINT or SIGTERM, once the running trainings have saved and ended.
+        StaleRunError: see `prepare`.
+    """
+    waiting = prepare(study, output, data_dir)
+    report(f'{len(waiting)} runs to do')
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed = []
+    before = signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = _start(output, name, threads)
+                report(f'{name}: started')
+            time.sleep(_POLL_S)
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    failed.append(name)
+                    report(f'{name}: failed with status {process.returncode}, see {output / "logs" / name}.log')
+                    continue
+                score(output, name, data_dir)
+                top1 = json.loads(result_file(output, name).read_text(encoding='utf-8'))['top1']
+                report(f'{name}: top-1 {top1:.2f} %, {len(waiting) + len(running)} runs left')
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def read_results(study: Study, output: Path) -> list[dict[str, Any]]:
+    """Figures of the finished runs, in the order of the study."""
+    files = (result_file(output, run_name(arm.name, seed)) for arm, seed in study.runs())
+    return [json.loads(f.read_text(encoding='utf-8')) for f in files if f.exists()]
