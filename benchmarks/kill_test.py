@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from cpool_vision.engine.checkpoint import read_checkpoint
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = ('undisturbed', 'killed')
 _PATIENCE = 3600.
@@ -172,7 +174,7 @@ def compare_checkpoints(one: pathlib.Path, two: pathlib.Path) -> tuple[int, list
     """
     sides = []
     for path in (one, two):
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        content = read_checkpoint(str(path), 'checkpoint')
         sides.append(flatten({key: value for key, value in content.items() if key != 'args'}))
     names = set(sides[0]) | set(sides[1])
     missing = object()

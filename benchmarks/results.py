@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 
 import cpool_vision  # noqa: F401  registers the variants
 from cpool_vision.engine import args_validate
-from cpool_vision.engine.config import parse_args
+from cpool_vision.engine.config import parse_args, read_yaml
 from cpool_vision.engine.validate_run import validate
 
 from .markers import write_between
@@ -25,7 +24,7 @@ BEGIN, END = '<!-- results -->', '<!-- /results -->'
 
 def read_settings(run: Path) -> dict[str, Any]:
     """Settings of a run, by the names of train.py's flags."""
-    settings = yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8'))
+    settings = read_yaml(str(run / 'args.yaml'))
     return dict(settings, model_kwargs=settings['model_kwargs'] or {})
 
 

@@ -1,6 +1,7 @@
 """Opening the data set of one split."""
 import argparse
 import os
+import pickle
 from typing import Any
 
 from cpool_vision.data import create_dataset
@@ -56,7 +57,8 @@ def build_dataset(
     # a mapping comes from --class-subset
     if args.class_map and not isinstance(args.class_map, dict) and not os.path.isfile(args.class_map):
         raise DatasetNotFoundError(f'--class-map {args.class_map!r} does not exist: check the path')
-    what = f'data set {name or root!r}, split {split!r}'
+    where = f'{name!r} in {root!r}' if name and root else repr(name or root)
+    what = f'data set {where}, split {split!r}'
     kwargs = {'load_bytes': True} if getattr(args, 'tf_preprocessing', False) else {}
     try:
         dataset = create_dataset(
@@ -78,7 +80,7 @@ def build_dataset(
         )
     except FileNotFoundError as error:
         raise DatasetNotFoundError(f'{what}: {error}; check --data-dir') from error
-    except (AssertionError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise DatasetError(f'{what} cannot be opened ({" ".join(str(error).split())}): check --dataset, --data-dir and '
                            'the split') from error
     if hasattr(dataset, '__len__') and len(dataset) == 0:

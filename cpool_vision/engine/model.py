@@ -5,6 +5,7 @@ import logging
 import os
 from typing import Any
 
+import safetensors
 import torch
 import torch.nn as nn
 from timm.data import resolve_input_data_config
@@ -61,7 +62,7 @@ def _build(args: argparse.Namespace, **kwargs: Any) -> Any:
             raise
         raise UnknownModelError(f'model {args.model!r} cannot be built as requested ({error}): '
                                 'check --model-kwargs, the --bn- and the --drop- flags') from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         if not args.pretrained and ':' not in args.model:
             raise
         reason = ' '.join(str(error).split())[:300]

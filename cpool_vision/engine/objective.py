@@ -3,6 +3,7 @@ import argparse
 import logging
 from typing import Any
 
+import safetensors
 import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
@@ -60,7 +61,7 @@ def build_task(
                 **common)
         return TokenDistillationTask(
             distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **common)
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise ConfigError(f'distillation from {args.kd_model_name!r} cannot be set up '
                           f'({" ".join(str(error).split())[:300]}): check the --kd- flags') from error
 
