@@ -1,4 +1,4 @@
-"""Links the first or last N images of every class of an image folder: `python -m benchmarks.subset SRC DST -n N [--last]`.
+"""Links the first or last N images of every class of an image folder: `python -m benchmarks.subset SRC DST -n N`.
 
 The images of a class are taken in the order of their names, so that the subset is the same everywhere.
 """

@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m benchmarks.study', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('study', type=Path)
-    parser.add_argument('--data-dir', type=Path, help='holds train/CLASS/* and validation/CLASS/*; without it nothing is run')
+    parser.add_argument(
+        '--data-dir', type=Path, help='holds train/CLASS/* and validation/CLASS/*; without it nothing is run')
     parser.add_argument('-o', '--output', type=Path, required=True, help='folder for runs, results, table and plot')
     parser.add_argument('-j', '--jobs', type=int, default=1, help='trainings at a time')
     parser.add_argument('--threads', type=int, default=1, help='of each training')
@@ -30,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--repeats', type=int, default=9, help='of the timed steps')
     parser.add_argument('--results', type=Path, help='copies the figures and the machine to this JSON file')
     parser.add_argument('--plot', type=Path, help='draws here; OUT/study.png if not given')
-    parser.add_argument('--write', type=Path, help='Markdown file with the markers <!-- study STEM --> and <!-- /study STEM -->')
+    parser.add_argument(
+        '--write', type=Path, help='Markdown file with the markers <!-- study STEM --> and <!-- /study STEM -->')
     return parser
 
 
@@ -39,8 +41,8 @@ def main() -> int:
     study = read_study(args.study)
     timing = args.output / 'timing.json'
     if args.time:
-        write_text(timing, json.dumps(
-            {'machine': machine(), 'batch': args.batch, 'ratios': step_ratios(study, args.batch, args.repeats)}, indent=1))
+        ratios = step_ratios(study, args.batch, args.repeats)
+        write_text(timing, json.dumps({'machine': machine(), 'batch': args.batch, 'ratios': ratios}, indent=1))
     failed = []
     if args.data_dir:
         try:

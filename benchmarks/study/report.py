@@ -63,7 +63,7 @@ def _difference(row: dict[str, Any]) -> str:
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown; an interval that holds zero is called no effect."""
     lines = [
-        '| arm | seeds | top-1 (%) | difference to base, 95 % interval | parameters (M) | MACs (M) | step time / base |',
+        '| arm | seeds | top-1 (%) | difference to base (95 %) | parameters (M) | MACs (M) | step time / base |',
         '|---|---:|---:|---|---:|---:|---:|',
     ]
     for r in rows:
@@ -93,8 +93,8 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
             if r[key] is None:
                 continue
             axes.errorbar(
-                r[key] * scale, r['top1'], yerr=r['deviation'] or 0, fmt='osD^vP*X'[i % 8], color=f'C{i % 10}', capsize=3,
-                markersize=6, label=r['arm'])
+                r[key] * scale, r['top1'], yerr=r['deviation'] or 0, fmt='osD^vP*X'[i % 8], color=f'C{i % 10}',
+                capsize=3, markersize=6, label=r['arm'])
         axes.set_xlabel(label)
         axes.set_ylabel('top-1 (%)')
         axes.grid(alpha=.3)

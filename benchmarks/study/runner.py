@@ -66,8 +66,9 @@ def _start(output: Path, name: str, threads: int) -> subprocess.Popen[bytes]:
         sys.executable, str(ROOT / 'train.py'), '--config', str(output / 'configs' / f'{name}.yaml'),
         '--output', str(output / 'runs'), '--experiment', name, '--resume', 'auto']
     with open(log, 'ab') as file:
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
         return subprocess.Popen(  # noqa: S603  our own script
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
 def score(output: Path, name: str, data_dir: Path) -> None:

@@ -85,9 +85,9 @@ def _seeds(given: Any, where: str) -> tuple[int, ...]:
 def read_study(path: Path) -> Study:
     """Reads a study from YAML.
 
-    Keys of the file: `title`; `base`, the arm that the others are compared with; `config`, a YAML of train.py's settings
-    relative to the working directory, and `flags` over it; `model`, `model_kwargs` and `seeds` of every arm; `arms`, by
-    name, each with `model`, `model_kwargs` (merged over the study's), `flags`, `seeds` or `base` of its own.
+    Keys of the file: `title`; `base`, the arm that the others are compared with; `config`, a YAML of train.py's
+    settings relative to the working directory, and `flags` over it; `model`, `model_kwargs` and `seeds` of every arm;
+    `arms`, by name, each with `model`, `model_kwargs` (merged over the study's), `flags`, `seeds` or `base` of its own.
 
     Raises:
         FileNotFoundError: `path` or the config does not exist.
