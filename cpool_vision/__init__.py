@@ -8,11 +8,20 @@ from .version import __version__
 
 try:
     from . import models
+    from .retrofit import add_context_pool
 except ModuleNotFoundError as e:
     if e.name != 'timm':
         raise
 
-__all__ = ['ContextPool2d', 'TokenContextPool', '__version__', 'context_pool2d', 'list_models', 'models']
+__all__ = [
+    'ContextPool2d',
+    'TokenContextPool',
+    '__version__',
+    'add_context_pool',
+    'context_pool2d',
+    'list_models',
+    'models',
+]
 
 
 def list_models(filter: str = '*cpool*') -> list[str]:

@@ -25,9 +25,10 @@ ARROWS = {
     'layers': {'ops'},
     'models': {'layers', 'ops'},
     'inspect': {'layers', 'ops'},
+    'retrofit': {'layers', 'models'},
     'data': set(),
     'engine': {'data', 'inspect'},
-    'cli': {'data', 'engine', 'inspect'},
+    'cli': {'data', 'engine', 'inspect', 'retrofit'},
     'profile': {'ops', 'engine', 'inspect', 'cli'},
 }
 WITHOUT_TIMM = ('ops', 'layers', 'inspect')

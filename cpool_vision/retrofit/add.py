@@ -1,0 +1,214 @@
+"""Puts context pools into an existing model: `add_context_pool`."""
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..layers import ContextPool2d
+from .attach import attach, detach
+from .places import POSITIONS, Finder, NoPlaceError, Place, Shapes
+from .pools import GridContextPool, make_pool
+from .probe import equal, finite, probe_image, reaches_output, run, runs_children
+
+_logger = logging.getLogger(__name__)
+
+ARCHITECTURE = 'contextpool_retrofit'
+# Maps of finer stages hold so many pixels that a pool can cost more than the rest of the stage.
+MIN_REDUCTION = 8
+
+
+def _as_tuple(value: Any) -> tuple:
+    return (value,) if isinstance(value, (str, int)) else tuple(value)
+
+
+def _choose(model: nn.Module, finder: Finder, size: tuple[int, int], positions: tuple | None,
+            stages: tuple | None) -> tuple[list[Place], tuple]:
+    if positions is None:
+        positions = ('post_block',) if finder.columnar else ('stage',)
+    for position in positions:
+        if position not in POSITIONS:
+            raise ValueError(f"unknown position {position!r}: choose from {', '.join(POSITIONS)}")
+    if not positions:
+        raise ValueError(f"positions is empty: choose from {', '.join(POSITIONS)}")
+    count = len(finder.stages)
+    for stage in stages or ():
+        if not isinstance(stage, int) or not 0 <= stage < count:
+            raise ValueError(f'stages must be among 0 to {count - 1} for {type(model).__name__}, got {stage!r}')
+    found = {position: finder.places(position) for position in positions}
+    for position, places in found.items():
+        if not places:
+            others = [other for other in POSITIONS if other not in positions and finder.places(other)]
+            raise NoPlaceError(f'{type(model).__name__} has no place {position!r}: ' + (
+                f"choose from {', '.join(others)}" if others else
+                'no module of it returns a map (B, C, H, W), (B, H, W, C) or a grid of tokens; put ContextPool2d into '
+                'the network by hand'))
+    places = [place for each in found.values() for place in each]
+    if stages is not None:
+        places = [place for place in places if place.stage in stages]
+    else:
+        coarse = [place for place in places if size[0] / place.features.grid[0] > MIN_REDUCTION - 1]
+        places = coarse or places
+        # what leaves the last block of a columnar network is read by the head alone
+        if finder.columnar and len(places) > 1:
+            places = [place for place in places if place.side == 'input' or place.name != finder.stages[-1]]
+    unique = {place.name: place for place in places}
+    if not unique:
+        raise NoPlaceError(f'{type(model).__name__} has no place {positions} in stages {stages}: name other stages')
+    return list(unique.values()), positions
+
+
+def context_pools(model: nn.Module) -> dict[str, ContextPool2d]:
+    """Name and module of every context pool in `model`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ContextPool2d)}
+
+
+def add_context_pool(
+        model: Any,
+        positions: str | Sequence[str] | None = None,
+        stages: int | Sequence[int] | None = None,
+        ratio: float = 0.1,
+        floor: float = 0.1,
+        groups: int = 1,
+        init: str = 'identity',
+        hidden_dim: int | None = None,
+        backend: str | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        in_chans: int | None = None,
+) -> Any:
+    """Puts context pools into a model, in place, and keeps its weights and their names.
+
+    The places are found by running the model on a probe image (batch 1), so any network of blocks or stages will do:
+    maps `(B, C, H, W)` or `(B, H, W, C)`, or tokens on a grid behind prefix tokens, which are not pooled. With
+    `init='identity'` the output stays equal to the bit until the pools are trained; this is checked on the probe image.
+    The state dict keeps all its keys and gains those of the pools, which contain `.cpool.`. Places whose map does not
+    reach the output (behind the last block of a network read through its class token) are left out.
+
+    Args:
+        model: A network that takes images `(B, C, H, W)`; timm's are what this was made for.
+        positions: One or several of `stage` (what the last block of a stage returns), `post_block` (what every block
+            returns), `pre_attn` (what the attention of a block reads, behind its norm). By default `post_block` for
+            networks of one grid, but for the last block, and `stage` for others.
+        stages: Indices of the stages, or of the blocks of a network of one grid, that pool. By default those whose
+            maps are at least 8 times coarser than the image; all if there are none.
+        ratio, floor, groups, init, hidden_dim, backend: As in `ContextPool2d`. With `init='paper'` the pools change
+            the output at once.
+        img_size: Size of the probe image; the model's own by default. Token pools take their grid from it.
+        in_chans: Channels of the probe image; the model's own by default.
+
+    Returns:
+        `model`.
+
+    Raises:
+        NoPlaceError: The model has no such place, or does not run on images.
+        ValueError: An argument is out of range, or the model holds context pools already.
+        Nothing has been added to the model in either case.
+    """
+    if context_pools(model):
+        raise ValueError(
+            f'{type(model).__name__} holds context pools already (the first is {next(iter(context_pools(model)))!r}): '
+            'pass a model without, or call remove_context_pool first')
+    x = probe_image(model, img_size, in_chans)
+    expected = run(model, x)
+    finder = Finder(model, x)
+    places, positions = _choose(
+        model, finder, (x.shape[-2], x.shape[-1]), None if positions is None else _as_tuple(positions),
+        None if stages is None else _as_tuple(stages))
+    del finder
+    native = runs_children(model, x, places)
+    if not x.is_meta:
+        reached = reaches_output(model, x, places, native)
+        for place, reaches in zip(places, reached, strict=True):
+            if not reaches:
+                _logger.info('no pool at %s: its map does not reach the output', place.name)
+        native = [runs for runs, reaches in zip(native, reached, strict=True) if reaches]
+        places = [place for place, reaches in zip(places, reached, strict=True) if reaches]
+        if not places:
+            raise NoPlaceError(f'no map at {positions} of {type(model).__name__} reaches the output: '
+                               f"choose another of {', '.join(POSITIONS)}, or other stages")
+    options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'hidden_dim': hidden_dim,
+               'backend': backend}
+    attached: list[nn.Module] = []
+    try:
+        for place, runs in zip(places, native, strict=True):
+            module = model.get_submodule(place.name)
+            parameter = next(p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point())
+            pool = make_pool(place.features.layout, place.features.dim, place.features.prefix, place.features.grid,
+                             device=parameter.device, dtype=parameter.dtype, **options)
+            pool.train(module.training)
+            attach(module, pool, place.side, runs)
+            attached.append(module)
+        result = run(model, x)
+        if init == 'identity' and finite(expected) and not equal(expected, result):
+            raise NoPlaceError(
+                f'{type(model).__name__} does not give the same output with untrained pools at '
+                f"{', '.join(place.name for place in places)}: choose other positions or stages")
+    except BaseException:
+        for module in attached:
+            detach(module)
+        raise
+    args = {f'cpool_{key}': value for key, value in options.items() if value is not None}
+    args['cpool_positions'] = list(positions)
+    if stages is not None:
+        args['cpool_stages'] = list(_as_tuple(stages))
+    _record_args(model, args)
+    return model
+
+
+def _record_args(model: Any, args: dict[str, Any]) -> None:
+    """Makes timm's own saving write a folder that rebuilds the model with its pools."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if not isinstance(cfg, dict) or not cfg.get('architecture'):
+        return
+    model._base_cfg = cfg, dict(getattr(model, '_model_args', {}))
+    base = cfg['architecture']
+    model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=ARCHITECTURE)
+    model._model_args = dict(getattr(model, '_model_args', {}), base=base, **args)
+
+
+def remove_context_pool(model: Any) -> Any:
+    """Takes out, in place, what `add_context_pool` put in; a trained pool's effect is gone with it.
+
+    Raises:
+        ValueError: The model holds no pool of `add_context_pool`.
+    """
+    names = [name.rpartition('.')[0] for name in context_pools(model) if name.rpartition('.')[2] == 'cpool']
+    if not names:
+        raise ValueError(f'{type(model).__name__} holds no context pool that add_context_pool put in')
+    for name in names:
+        detach(model.get_submodule(name))
+    if hasattr(model, '_base_cfg'):
+        cfg, args = model._base_cfg
+        model.pretrained_cfg = model.default_cfg = cfg
+        model._model_args = args
+        del model._base_cfg
+    return model
+
+
+def set_image_size(model: Any, img_size: int | tuple[int, int]) -> None:
+    """Tells the token pools of a retrofitted model the grid that images of `img_size` make.
+
+    Needed for images of another aspect ratio only. The model must take images of that size: call its own
+    `set_input_size` first where it has one.
+
+    Raises:
+        NoPlaceError: The model does not run on such images.
+        ValueError: The tokens of a pool form no grid in the proportions of the image.
+    """
+    x = probe_image(model, img_size, None)
+    shapes = Shapes(model, x)
+    pools = {name: pool for name, pool in context_pools(model).items() if isinstance(pool, GridContextPool)}
+
+    def set_grid(pool: Any, args: tuple) -> None:
+        shapes.prefixes = [pool.num_prefix_tokens]
+        features = shapes.read(args[0])
+        if features is None:
+            raise ValueError(f'{args[0].shape[1]} tokens form no grid in the proportions of {img_size}')
+        pool.grid_size = features.grid
+
+    handles = [pool.register_forward_pre_hook(set_grid) for pool in pools.values()]
+    try:
+        run(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,238 @@
+"""Finds where a model can pool, from one run over a probe image: no knowledge of the families is needed."""
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .pools import solve_grid
+
+POSITIONS = ('stage', 'post_block', 'pre_attn')
+_ATTENTION = ('attn', 'token_mixer', 'self_attn', 'attention', 'mixer', 'attn_block')
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_MAX_PREFIX = 4
+
+
+class NoPlaceError(ValueError):
+    """The model holds no place for a context pool at the requested positions."""
+
+
+@dataclasses.dataclass
+class Features:
+    """Shape of features that one module reads or returns.
+
+    Attributes:
+        layout: `NCHW`, `NHWC` or `NLC`.
+        dim: Channels.
+        grid: `(H, W)` in pixels or tokens.
+        prefix: Leading tokens that are not part of the grid.
+    """
+    layout: str
+    dim: int
+    grid: tuple[int, int]
+    prefix: int = 0
+
+
+@dataclasses.dataclass
+class Place:
+    """Where one pool goes: on `side` of the module `name`, in the stage of index `stage`."""
+    name: str
+    side: str
+    features: Features
+    stage: int
+
+
+@dataclasses.dataclass
+class _Record:
+    calls: int = 0
+    read: Tensor | None = None
+    returned: Tensor | None = None
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
+
+
+def run_eval(model: nn.Module, x: Tensor) -> Any:
+    """`model(x)` in eval mode without gradients; the mode of every module is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            return model(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _record(model: nn.Module, x: Tensor) -> dict[str, _Record]:
+    records: dict[str, _Record] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            record = records.setdefault(name, _Record())
+            record.calls += 1
+            # the first argument by either way; an in-place module may have changed its values, never its shape
+            record.read = _first_tensor(args) if args else _first_tensor(list(kwargs.values()))
+            record.returned = _first_tensor(output)
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(name), with_kwargs=True)
+               for name, module in model.named_modules() if name]
+    try:
+        run_eval(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return records
+
+
+class Shapes:
+    """Reads layout, channels and grid off a tensor, for images of one size."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.height, self.width = x.shape[-2:]
+        self.batch = x.shape[0]
+        self.output_fmt = getattr(getattr(model, 'output_fmt', None), 'value', getattr(model, 'output_fmt', None))
+        prefix = getattr(model, 'num_prefix_tokens', 0)
+        self.prefixes = [prefix] if isinstance(prefix, int) else []
+        self.prefixes += [n for n in range(_MAX_PREFIX + 1) if n not in self.prefixes]
+
+    def _is_grid(self, rows: int, columns: int) -> bool:
+        return 1 < rows * columns and rows <= self.height and columns <= self.width and \
+            abs(rows * self.width - columns * self.height) <= max(self.height, self.width)
+
+    def read(self, t: Tensor | None) -> Features | None:
+        """Features of a tensor, None where it holds no single map per image."""
+        if t is None or not t.is_floating_point() or t.shape[0] != self.batch:
+            return None
+        if t.ndim == 4:
+            first, last = self._is_grid(*t.shape[2:]), self._is_grid(*t.shape[1:3])
+            if first and last:
+                first = self.output_fmt != 'NHWC'
+            if first:
+                return Features('NCHW', t.shape[1], (t.shape[2], t.shape[3]))
+            return Features('NHWC', t.shape[3], (t.shape[1], t.shape[2])) if last else None
+        if t.ndim == 3:
+            for prefix in self.prefixes:
+                grid = solve_grid(t.shape[1] - prefix, self.height, self.width) if t.shape[1] > prefix else None
+                if grid is not None and self._is_grid(*grid):
+                    return Features('NLC', t.shape[2], grid, prefix)
+        return None
+
+
+def _composite(module: nn.Module) -> bool:
+    """Whether a module is more than one layer: two or more of its descendants own parameters."""
+    owners = 0
+    for child in module.modules():
+        owners += child is not module and next(child.parameters(recurse=False), None) is not None
+        if owners > 1:
+            return True
+    return False
+
+
+class Finder:
+    """Places of a model, by position.
+
+    Args:
+        model: The model.
+        x: A probe image on the model's device.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.modules = dict(model.named_modules())
+        self.shapes = Shapes(model, x)
+        self.records = _record(model, x)
+        self.names = [name for name, record in self.records.items() if record.calls == 1]
+        self.stages = self._stages(model)
+
+    def features(self, name: str, side: str = 'output') -> Features | None:
+        """Features that a module returns, or reads; None where they are no map or the module runs not just once."""
+        record = self.records.get(name)
+        if record is None or record.calls != 1:
+            return None
+        return self.shapes.read(record.returned if side == 'output' else record.read)
+
+    @property
+    def columnar(self) -> bool:
+        """Whether all stages have one grid, as in a plain vision transformer."""
+        grids = {self.found(name).grid for name in self.stages}
+        return len(grids) == 1
+
+    def found(self, name: str) -> Features:
+        """Features that the module of a place returns."""
+        features = self.features(name)
+        if features is None:
+            raise NoPlaceError(f'{name} returns no map')
+        return features
+
+    def _stages(self, model: nn.Module) -> list[str]:
+        """Modules whose output ends a stage, in order of execution: those that the model lists, else found."""
+        listed = []
+        info = getattr(model, 'feature_info', None) or []
+        for entry in getattr(info, 'info', info):
+            name = entry.get('module', '') if isinstance(entry, dict) else ''
+            # a feature list names the modules of the network it was made of
+            name = name if name in self.modules else name.replace('.', '_')
+            if name in self.modules and self.features(name) is not None:
+                listed.append(name)
+        return [self._block(name) for name in listed] or self._stages_found()
+
+    def _stages_found(self) -> list[str]:
+        outermost: list[str] = []
+        for name, module in self.modules.items():
+            if not name or isinstance(module, _CONTAINERS) or any(name.startswith(f'{o}.') for o in outermost):
+                continue
+            if self.features(name) is not None and _composite(module):
+                outermost.append(name)
+        outermost = [name for name in self.names if name in outermost]
+        last = {self.found(name).grid: name for name in outermost}
+        ends = [name for name in outermost if name in last.values()]
+        return outermost if len(ends) < 2 else ends
+
+    def _block(self, stage: str) -> str:
+        """The last block of a stage: the outermost composite module in it that returns the very same tensor."""
+        output = self.records[stage].returned
+        for name, module in self.modules.items():
+            if not name.startswith(f'{stage}.') or isinstance(module, _CONTAINERS) or not _composite(module):
+                continue
+            record = self.records.get(name)
+            if record is not None and record.calls == 1 and record.returned is output:
+                return name
+        return stage
+
+    def _blocks(self, stage: str) -> Iterator[str]:
+        """A stage's last block and the blocks beside it, in order."""
+        parent = stage.rpartition('.')[0]
+        if not parent:
+            yield stage
+            return
+        for child in self.modules[parent]._modules:
+            name = f'{parent}.{child}'
+            module = self.modules.get(name)
+            if name == stage or module is not None and not isinstance(module, _CONTAINERS) and _composite(module):
+                if self.features(name) is not None:
+                    yield name
+
+    def places(self, position: str) -> list[Place]:
+        """Every place at a position, in order."""
+        if position == 'stage':
+            return [Place(name, 'output', self.found(name), i) for i, name in enumerate(self.stages)]
+        blocks: dict[str, int] = {}
+        for i, stage in enumerate(self.stages):
+            # where every block is listed as a stage it counts as its own
+            for name in self._blocks(stage):
+                blocks.setdefault(name, i)
+        blocks.update({name: i for i, name in enumerate(self.stages)})
+        if position == 'post_block':
+            return [Place(name, 'output', self.found(name), i) for name, i in blocks.items()]
+        places = []
+        for block, i in blocks.items():
+            for child in _ATTENTION:
+                features = self.features(f'{block}.{child}', 'input')
+                if features is not None:
+                    places.append(Place(f'{block}.{child}', 'input', features, i))
+        return places
