@@ -58,7 +58,11 @@ def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> Any:
     axes = figure.subplots()
     total = confusion.sum(axis=1, keepdims=True)
     share = np.divide(100. * confusion, total, out=np.zeros(confusion.shape), where=total > 0)
-    image = axes.imshow(share, cmap='Blues', vmin=0, vmax=100, interpolation='nearest')
+    if classes <= _NAMED:
+        image = axes.imshow(share, cmap='Blues', vmin=0, vmax=100, interpolation='nearest')
+    else:  # a few percent in cells of a pixel would be lost on a linear scale
+        shown = np.ma.masked_less_equal(share, 0)
+        image = axes.imshow(shown, cmap='magma_r', norm='log', clim=(0.5, 100), interpolation='nearest')
     if classes <= _NAMED:
         axes.set_xticks(range(classes), names, rotation=90)
         axes.set_yticks(range(classes), names)

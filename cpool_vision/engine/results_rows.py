@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import timm
+import torch
 
+from cpool_vision.version import __version__
+
+from .device import Precision
 from .metrics import ClassFigures
 
 _MATRIX_IN_JSON = 100  # classes
@@ -47,6 +52,17 @@ def class_details(measured: Measurement) -> dict[str, Any]:
         if len(names) <= _MATRIX_IN_JSON:
             details['confusion_matrix'] = figures.confusion.tolist()
     return details
+
+
+def environment(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Any]:
+    """What the last digits of the figures may depend on."""
+    dtype = precision.amp_dtype or precision.model_dtype or torch.float32
+    return {
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+        'dtype': str(dtype).removeprefix('torch.') + (' by autocast' if precision.amp_dtype else ''),
+        'batch_size': args.batch_size,
+        'versions': {'cpool_vision': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
+    }
 
 
 def head_of_row(args: argparse.Namespace, parameters: int, data_config: dict[str, Any], crop_pct: float,

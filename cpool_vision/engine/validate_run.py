@@ -27,7 +27,7 @@ from .labels import ClassSubset, read_class_subset, read_real_labels, read_valid
 from .metrics import ClassTally, MultiLabelTally
 from .model import load_eval_model, resolve_input
 from .naflex import build_naflex_eval_loader
-from .results_rows import Measurement, class_details, head_of_row, row_of
+from .results_rows import Measurement, class_details, environment, head_of_row, row_of
 from .unreadable import refuse_unreadable, sample_name
 
 _logger = logging.getLogger(__name__)
@@ -284,7 +284,8 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         `img_size`, `crop_pct`, `interpolation`, `loss` (natural logarithm), `images`, `images_per_sec`; not rounded:
         `top1_low` and so on (95 % intervals), `nll`, `macro_accuracy`, `ece`, `mce`, `brier` (0 to 2), `nonfinite` and
         `unreadable` (images); lists `per_class`, `reliability`, `top_confusions` and, up to 100 classes,
-        `confusion_matrix`; `cost` with `--measure-cost`. With `--corruptions` see `corruption.summarise`.
+        `confusion_matrix`; `environment`; `cost` with `--measure-cost`. With `--corruptions` see
+        `corruption.summarise`.
 
     Raises:
         DatasetError: images that cannot be read; also see `data.build_dataset`.
@@ -313,6 +314,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         _compile(subject)
         measured = _measure(subject, args, loader)
         row = row_of(args, about, measured) | class_details(measured)
+    row['environment'] = environment(args, subject.device, subject.precision)
     if subject.cost is not None:
         row['cost'] = subject.cost
     _logger.info(' * %s', '  '.join(f'{key} {value}' for key, value in results.scalars(row).items() if key != 'model'))

@@ -98,7 +98,7 @@ def test_train_then_validate_by_script(base_flags: list[str], image_root: str, t
     assert checked.returncode == 0, checked.stderr
     row = json.loads(checked.stdout.split('--result\n')[1])
     saved = json.loads((tmp_path / 'r.json').read_text())
-    assert row == {key: value for key, value in saved.items() if not isinstance(value, list)}
+    assert row == {key: value for key, value in saved.items() if not isinstance(value, (list, dict))}
     assert row['top1'] == pytest.approx(result['epochs'][-1]['eval_top1'], abs=1e-3)
     assert row['loss'] == pytest.approx(result['epochs'][-1]['eval_loss'], abs=1e-3)
 

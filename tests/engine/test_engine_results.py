@@ -48,6 +48,9 @@ def test_json_holds_everything(run: Callable[..., Any], tmp_path: Path) -> None:
     row = run('--results-file', str(path))
     saved = json.loads(path.read_text())
     assert saved == finite(row)
+    assert saved['environment']['versions']['torch'] == torch.__version__ and saved['environment']['batch_size'] == 4
+    assert saved['environment']['dtype'] == 'float32'
+    assert run('--amp', '--amp-dtype', 'bfloat16')['environment']['dtype'] == 'bfloat16 by autocast'
     assert [each['name'] for each in saved['per_class']] == ['cat', 'dog', 'owl']
     assert np.sum(saved['confusion_matrix']) == 7 == sum(each['images'] for each in saved['reliability'])
     assert np.sum(saved['confusion_matrix'], axis=1).tolist() == [3, 3, 1]
