@@ -28,12 +28,12 @@ def read_settings(run: Path) -> dict[str, Any]:
     return dict(settings, model_kwargs=settings['model_kwargs'] or {})
 
 
-def measure(run: Path, data_dir: Path) -> dict[str, Any]:
-    """What the run was, and what its last checkpoint scores on all validation images."""
+def measure(run: Path, data_dir: Path, split: str = 'validation') -> dict[str, Any]:
+    """What the run was, and what its last checkpoint scores on all images of a split."""
     settings = read_settings(run)
     kwargs = settings['model_kwargs']
     argv = ['--model', settings['model'], '--checkpoint', str(run / 'last.pth.tar'), '--data-dir', str(data_dir),
-            '--num-classes', str(settings['num_classes']), '--workers', '0', '--log-freq', '1000']
+            '--split', split, '--num-classes', str(settings['num_classes']), '--workers', '0', '--log-freq', '1000']
     for flag in ('mean', 'std', 'input_size'):
         if settings[flag]:
             argv += [f'--{flag.replace("_", "-")}', *map(str, settings[flag])]

@@ -12,7 +12,7 @@ from cpool_vision.profile.measure import machine
 
 from ..markers import write_between
 from .report import draw, format_table, summarise
-from .runner import read_results, run_missing, write_text
+from .runner import read_results, run_missing, score_once, write_text
 from .spec import read_study
 from .timing import step_ratios
 
@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('-o', '--output', type=Path, required=True, help='folder for runs, results, table and plot')
     parser.add_argument('-j', '--jobs', type=int, default=1, help='trainings at a time')
     parser.add_argument('--threads', type=int, default=1, help='of each training')
+    parser.add_argument('--final-split', help='scores all runs on this split of DIR, once, and tabulates that')
     parser.add_argument('--time', action='store_true', help='time training steps of all arms first, on an idle machine')
     parser.add_argument('--batch', type=int, default=32, help='of the timed steps')
     parser.add_argument('--repeats', type=int, default=9, help='of the timed steps')
@@ -44,6 +45,8 @@ def main() -> int:
         ratios = step_ratios(study, args.batch, args.repeats)
         write_text(timing, json.dumps({'machine': machine(), 'batch': args.batch, 'ratios': ratios}, indent=1))
     failed = []
+    if args.final_split and not args.data_dir:
+        raise SystemExit('--final-split needs --data-dir')
     if args.data_dir:
         try:
             failed = run_missing(study, args.output, args.data_dir.resolve(), args.jobs, args.threads)
@@ -51,6 +54,8 @@ def main() -> int:
             print('interrupted: call again to go on')
             return 143
     results = read_results(study, args.output)
+    if args.final_split and not failed:
+        results = score_once(study, args.output, args.data_dir, args.final_split)
     if not results:
         print('no run is finished yet')
         return 1

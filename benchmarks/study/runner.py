@@ -71,12 +71,29 @@ def _start(output: Path, name: str, threads: int) -> subprocess.Popen[bytes]:
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
-def score(output: Path, name: str, data_dir: Path) -> None:
-    """Scores the last checkpoint of a finished run on the validation split and keeps the figures."""
+def score(output: Path, name: str, data_dir: Path, split: str = 'validation') -> dict[str, Any]:
+    """What the last checkpoint of a finished run scores on a split."""
     arm, _, seed = name.rpartition('-s')
-    row = measure(output / 'runs' / name, data_dir)
-    row.update(arm=arm, seed=int(seed))
-    write_text(result_file(output, name), json.dumps(row, indent=1) + '\n')
+    return dict(measure(output / 'runs' / name, data_dir, split), arm=arm, seed=int(seed))
+
+
+def score_once(study: Study, output: Path, data_dir: Path, split: str) -> list[dict[str, Any]]:
+    """Scores every run on a split that nothing was chosen by, once: the figures are kept and never made again.
+
+    Raises:
+        RuntimeError: a run has no result yet, or the split was scored before.
+    """
+    names = [run_name(arm.name, seed) for arm, seed in study.runs()]
+    missing = [name for name in names if not result_file(output, name).exists()]
+    if missing:
+        raise RuntimeError(
+            f'{split!r} is scored when all runs are done, and {missing[0]} is not: finish the study first')
+    kept = output / f'{split}.json'
+    if kept.exists():
+        raise RuntimeError(f'{split!r} was scored before: its figures are in {kept}')
+    results = [score(output, name, data_dir, split) for name in names]
+    write_text(kept, json.dumps(results, indent=1) + '\n')
+    return results
 
 
 def run_missing(
@@ -111,9 +128,9 @@ def run_missing(
                     failed.append(name)
                     report(f'{name}: failed with status {process.returncode}, see {output / "logs" / name}.log')
                     continue
-                score(output, name, data_dir)
-                top1 = json.loads(result_file(output, name).read_text(encoding='utf-8'))['top1']
-                report(f'{name}: top-1 {top1:.2f} %, {len(waiting) + len(running)} runs left')
+                row = score(output, name, data_dir)
+                write_text(result_file(output, name), json.dumps(row, indent=1) + '\n')
+                report(f'{name}: top-1 {row["top1"]:.2f} %, {len(waiting) + len(running)} runs left')
     finally:
         for process in running.values():
             process.terminate()
