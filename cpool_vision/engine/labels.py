@@ -81,6 +81,13 @@ def _read_folders(path: str) -> dict[str, Any]:
     return folders
 
 
+def describe_classes(names: list[str]) -> list[str]:
+    """Names to show: those of ImageNet synsets (n01440764) followed by what they mean, others as they are."""
+    info = ImageNetInfo('imagenet-1k')
+    known = set(info.label_names())
+    return [f'{name} {info.label_name_to_description(name).split(",")[0]}' if name in known else name for name in names]
+
+
 def read_class_subset(name: str, num_classes: int) -> ClassSubset:
     """Classes of `--class-subset`.
 

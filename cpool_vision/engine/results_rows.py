@@ -11,6 +11,7 @@ import torch
 from cpool_vision.version import __version__
 
 from .device import Precision
+from .labels import describe_classes
 from .metrics import ClassFigures
 
 _MATRIX_IN_JSON = 100  # classes
@@ -30,7 +31,7 @@ class Measurement:
 
 def class_details(measured: Measurement) -> dict[str, Any]:
     """Figures by class and by confidence, as lists of plain values."""
-    figures, names = measured.figures, measured.names
+    figures, names = measured.figures, describe_classes(measured.names)
     accuracy = figures.accuracy.tolist()
     details: dict[str, Any] = {'per_class': [
         {'class': index, 'name': name, 'images': int(figures.images[index]), 'accuracy': accuracy[index]}

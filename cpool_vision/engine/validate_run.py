@@ -23,7 +23,7 @@ from .data import build_eval_loader
 from .device import Precision, resolve_precision, seed_everything, settle_threads, setup_device
 from .errors import ConfigError, DatasetError
 from .evaluate import check_views, evaluate
-from .labels import ClassSubset, read_class_subset, read_real_labels, read_valid_labels
+from .labels import ClassSubset, describe_classes, read_class_subset, read_real_labels, read_valid_labels
 from .metrics import ClassTally, MultiLabelTally
 from .model import load_eval_model, resolve_input
 from .naflex import build_naflex_eval_loader
@@ -266,7 +266,7 @@ def _measure(subject: Subject, args: argparse.Namespace, loader: Any, title: str
                 arrays['confusion_matrix'] = figures.confusion
             results.write_predictions(args.predictions, arrays)
         if args.plots:
-            paths = results_plots.draw_plots(args.plots, figures, measured.names, metrics['ece'])
+            paths = results_plots.draw_plots(args.plots, figures, describe_classes(measured.names), metrics['ece'])
             _logger.info('Drawn: %s.', ', '.join(paths))
     return measured
 

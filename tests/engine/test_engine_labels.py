@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo
 
 from cpool_vision.engine.bulk import run_validation
 from cpool_vision.engine.errors import ConfigError, DatasetError, DatasetNotFoundError
-from cpool_vision.engine.labels import read_class_subset, read_real_labels, read_valid_labels
+from cpool_vision.engine.labels import describe_classes, read_class_subset, read_real_labels, read_valid_labels
 
 WNIDS = ImageNetInfo('imagenet-1k').label_names()
 
@@ -35,6 +35,10 @@ def test_named_subsets_agree_with_the_indices_of_timm(name: str) -> None:
     from importlib import resources
     text = (resources.files('timm.data') / '_info' / f'imagenet_{name}_indices.txt').read_text()
     assert read_class_subset(f'imagenet-{name}', 1000).valid_labels == [int(line) for line in text.split()]
+
+
+def test_synsets_are_shown_with_their_meaning() -> None:
+    assert describe_classes(['n01440764', 'cat', '7']) == ['n01440764 tench', 'cat', '7']
 
 
 def test_folders_of_v2_are_numbers() -> None:
