@@ -1,12 +1,21 @@
 """Context pools in models that were made without them."""
 from .add import add_context_pool, context_pools, remove_context_pool, set_image_size
+from .entrypoint import contextpool_retrofit
+from .finetune import freeze_base, param_groups, pool_parameters, unfreeze_base
 from .places import POSITIONS, NoPlaceError
+from .save import save_model
 
 __all__ = [
     'POSITIONS',
     'NoPlaceError',
     'add_context_pool',
     'context_pools',
+    'contextpool_retrofit',
+    'freeze_base',
+    'param_groups',
+    'pool_parameters',
     'remove_context_pool',
+    'save_model',
     'set_image_size',
+    'unfreeze_base',
 ]

@@ -23,7 +23,7 @@ def _as_tuple(value: Any) -> tuple:
 
 
 def _choose(model: nn.Module, finder: Finder, size: tuple[int, int], positions: tuple | None,
-            stages: tuple | None) -> tuple[list[Place], tuple]:
+            stages: tuple | None) -> list[Place]:
     if positions is None:
         positions = ('post_block',) if finder.columnar else ('stage',)
     for position in positions:
@@ -55,7 +55,25 @@ def _choose(model: nn.Module, finder: Finder, size: tuple[int, int], positions: 
     unique = {place.name: place for place in places}
     if not unique:
         raise NoPlaceError(f'{type(model).__name__} has no place {positions} in stages {stages}: name other stages')
-    return list(unique.values()), positions
+    return list(unique.values())
+
+
+def _named(model: nn.Module, finder: Finder, names: tuple) -> list[Place]:
+    places = []
+    for entry in names:
+        name, _, side = str(entry).partition(':')
+        side = side or 'output'
+        if side not in ('input', 'output') or name not in finder.modules:
+            raise ValueError(f"places must name modules of {type(model).__name__}, with ':input' behind those whose "
+                             f'input is to be pooled, got {entry!r}')
+        features = finder.features(name, side)
+        if features is None:
+            raise NoPlaceError(f'the {side} of {name!r} of {type(model).__name__} is no single map (B, C, H, W), '
+                               '(B, H, W, C) or grid of tokens: name another module')
+        places.append(Place(name, side, features, -1))
+    if len({place.name for place in places}) != len(names) or not places:
+        raise ValueError(f'places must name one or more modules, each once, got {list(names)}')
+    return places
 
 
 def context_pools(model: nn.Module) -> dict[str, ContextPool2d]:
@@ -67,6 +85,7 @@ def add_context_pool(
         model: Any,
         positions: str | Sequence[str] | None = None,
         stages: int | Sequence[int] | None = None,
+        places: str | Sequence[str] | None = None,
         ratio: float = 0.1,
         floor: float = 0.1,
         groups: int = 1,
@@ -91,6 +110,8 @@ def add_context_pool(
             networks of one grid, but for the last block, and `stage` for others.
         stages: Indices of the stages, or of the blocks of a network of one grid, that pool. By default those whose
             maps are at least 8 times coarser than the image; all if there are none.
+        places: Names of the modules whose output is pooled (`'layer2.1'`), or input (`'blocks.0.attn:input'`), in place
+            of `positions` and `stages`.
         ratio, floor, groups, init, hidden_dim, backend: As in `ContextPool2d`. With `init='paper'` the pools change
             the output at once.
         img_size: Size of the probe image; the model's own by default. Token pools take their grid from it.
@@ -108,29 +129,34 @@ def add_context_pool(
         raise ValueError(
             f'{type(model).__name__} holds context pools already (the first is {next(iter(context_pools(model)))!r}): '
             'pass a model without, or call remove_context_pool first')
+    if places is not None and (positions is not None or stages is not None):
+        raise ValueError('places stands alone: leave out positions and stages')
     x = probe_image(model, img_size, in_chans)
     expected = run(model, x)
     finder = Finder(model, x)
-    places, positions = _choose(
-        model, finder, (x.shape[-2], x.shape[-1]), None if positions is None else _as_tuple(positions),
-        None if stages is None else _as_tuple(stages))
+    if places is not None:
+        chosen = _named(model, finder, _as_tuple(places))
+    else:
+        chosen = _choose(
+            model, finder, (x.shape[-2], x.shape[-1]), None if positions is None else _as_tuple(positions),
+            None if stages is None else _as_tuple(stages))
     del finder
-    native = runs_children(model, x, places)
-    if not x.is_meta:
-        reached = reaches_output(model, x, places, native)
-        for place, reaches in zip(places, reached, strict=True):
+    native = runs_children(model, x, chosen)
+    if places is None and not x.is_meta:
+        reached = reaches_output(model, x, chosen, native)
+        for place, reaches in zip(chosen, reached, strict=True):
             if not reaches:
                 _logger.info('no pool at %s: its map does not reach the output', place.name)
         native = [runs for runs, reaches in zip(native, reached, strict=True) if reaches]
-        places = [place for place, reaches in zip(places, reached, strict=True) if reaches]
-        if not places:
-            raise NoPlaceError(f'no map at {positions} of {type(model).__name__} reaches the output: '
+        chosen = [place for place, reaches in zip(chosen, reached, strict=True) if reaches]
+        if not chosen:
+            raise NoPlaceError(f'no map at the requested places of {type(model).__name__} reaches the output: '
                                f"choose another of {', '.join(POSITIONS)}, or other stages")
     options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'hidden_dim': hidden_dim,
                'backend': backend}
     attached: list[nn.Module] = []
     try:
-        for place, runs in zip(places, native, strict=True):
+        for place, runs in zip(chosen, native, strict=True):
             module = model.get_submodule(place.name)
             parameter = next(p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point())
             pool = make_pool(place.features.layout, place.features.dim, place.features.prefix, place.features.grid,
@@ -142,15 +168,14 @@ def add_context_pool(
         if init == 'identity' and finite(expected) and not equal(expected, result):
             raise NoPlaceError(
                 f'{type(model).__name__} does not give the same output with untrained pools at '
-                f"{', '.join(place.name for place in places)}: choose other positions or stages")
+                f"{', '.join(place.name for place in chosen)}: choose other positions or stages")
     except BaseException:
         for module in attached:
             detach(module)
         raise
     args = {f'cpool_{key}': value for key, value in options.items() if value is not None}
-    args['cpool_positions'] = list(positions)
-    if stages is not None:
-        args['cpool_stages'] = list(_as_tuple(stages))
+    # the places themselves are kept: a saved model stays rebuildable whatever the choice of places depends on
+    args['cpool_places'] = [place.name if place.side == 'output' else f'{place.name}:input' for place in chosen]
     _record_args(model, args)
     return model
 

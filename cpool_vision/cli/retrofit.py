@@ -1,0 +1,87 @@
+"""Command line of retrofitting: `cpool-retrofit BASE -o DIR`."""
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import common
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A fresh parser with every flag of `cpool-retrofit`."""
+    from timm.utils import ParseKwargs
+
+    parser = argparse.ArgumentParser(
+        prog='cpool-retrofit',
+        description='Put context pools into a model of timm and write it as a folder that local-dir: names. The model '
+                    'predicts what its base predicts until it is trained.')
+    add = parser.add_argument
+    add('base', metavar='BASE', help='registered name, local-dir:FOLDER or hf-hub:OWNER/NAME')
+    add('-o', '--output', required=True, metavar='DIR', help='folder for config.json and model.safetensors')
+    add('--force', action='store_true', help='replace a model that DIR holds')
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument('--pretrained', action='store_true',
+                        help='weights of the base from the hub or its folder (default: random ones)')
+    source.add_argument('--checkpoint', default='', metavar='FILE', help='weights of the base from a file')
+    add('--use-ema', action='store_true', help='take the averaged weights from the checkpoint if it has them')
+    add('--positions', nargs='+', default=None, metavar='NAME',
+        help='stage, post_block, pre_attn (default: by the kind of network)')
+    add('--stages', nargs='+', type=int, default=None, metavar='N',
+        help='indices of the stages that pool (default: those at least 8 times coarser than the image)')
+    add('--places', nargs='+', default=None, metavar='MODULE',
+        help='names of modules whose output (or, with :input behind it, input) is pooled, in place of the two above')
+    add('--ratio', type=float, default=0.1, metavar='R',
+        help='largest support relative to the side of the map (default: 0.1)')
+    add('--floor', type=float, default=0.1, metavar='S', help='smallest support in pixels (default: 0.1)')
+    add('--groups', type=int, default=1, metavar='G',
+        help='groups of channels with supports of their own (default: 1)')
+    add('--init', default='identity', choices=('identity', 'paper'),
+        help='identity predicts as the base does; paper pools at once (default: identity)')
+    add('--num-classes', type=int, default=None, metavar='N', help='number of classes (model default if left out)')
+    add('--in-chans', type=int, default=None, metavar='N', help='channels of the images (model default if left out)')
+    add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+        help='further arguments of the base')
+    return parser
+
+
+def _retrofit(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    from cpool_vision.engine.args_validate import build_parser as build_validate_parser
+    from cpool_vision.engine.errors import ConfigError, OutputError
+    from cpool_vision.engine.model import create_eval_model
+    from cpool_vision.retrofit import add_context_pool, context_pools, save_model
+
+    settings = build_validate_parser().parse_args([])
+    for key in ('pretrained', 'checkpoint', 'use_ema', 'num_classes', 'in_chans', 'img_size', 'model_kwargs'):
+        setattr(settings, key, getattr(args, key))
+    settings.model = args.base
+    model: Any = create_eval_model(settings)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        add_context_pool(
+            model, positions=args.positions, stages=args.stages, places=args.places, ratio=args.ratio,
+            floor=args.floor, groups=args.groups, init=args.init)
+    except ValueError as error:
+        raise ConfigError(f'{args.base}: {error}') from error
+    try:
+        save_model(model, args.output, force=args.force)
+    except FileExistsError as error:
+        raise OutputError(str(error).replace('force it', 'pass --force')) from error
+    except OSError as error:
+        raise OutputError(f'--output {args.output!r} cannot be written ({error.strerror or error}): name another '
+                          'folder') from error
+    after = sum(parameter.numel() for parameter in model.parameters())
+    for name in context_pools(model):
+        print(name)
+    print(f'{len(context_pools(model))} context pools, {before:,} + {after - before:,} parameters')
+    print(f'local-dir:{args.output}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Retrofits a model; see `--help`. Returns the exit code."""
+    return common.run(_retrofit, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Fine-tuning of a model with context pools: parameter groups for pools and base, and a base that stays as it is."""
+import fnmatch
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..layers import ContextPool2d
+
+# Running statistics may move in training although no parameter does.
+_STATISTICS = ('running_mean', 'running_var')
+
+
+def pool_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name and parameter of every context pool in `model`; what a pool replaced (its `base`) is not counted."""
+    own: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ContextPool2d):
+            prefix = f'{name}.' if name else ''
+            own.update({f'{prefix}{key}': p for key, p in module.named_parameters() if not key.startswith('base.')})
+    return own
+
+
+def param_groups(
+        model: Any,
+        pool_lr_scale: float = 1.0,
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        pool_weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: pools and base apart, each with and without weight decay.
+
+    Vectors, biases and what the model's `no_weight_decay()` names are not decayed. Frozen parameters are left out.
+    Every group has `lr_scale`, by which timm's schedulers multiply the learning rate; with `lr` the groups also carry
+    the scaled `lr` itself, as needed without such a scheduler. Usable as timm's `param_group_fn`::
+
+        create_optimizer_v2(model, 'adamw', lr=1e-3, param_group_fn=partial(param_groups, pool_lr_scale=10, lr=1e-3))
+
+    Args:
+        model: A model with context pools.
+        pool_lr_scale: Learning rate of the pools as a multiple of the base's.
+        lr: Learning rate of the base.
+        weight_decay: Of the base.
+        pool_weight_decay: Of the pools; that of the base if None.
+
+    Raises:
+        ValueError: `pool_lr_scale` is not positive, the model holds no context pool, or nothing is to be trained.
+    """
+    if not pool_lr_scale > 0:
+        raise ValueError(f'pool_lr_scale must be > 0, got {pool_lr_scale}: to leave the pools as they are, set '
+                         'requires_grad_(False) on them')
+    pools = pool_parameters(model)
+    if not pools:
+        raise ValueError(f'{type(model).__name__} holds no context pool: call add_context_pool first')
+    patterns = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    decays = {'base': weight_decay, 'pool': weight_decay if pool_weight_decay is None else pool_weight_decay}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim <= 1 or name.endswith('.bias') or any(fnmatch.fnmatch(name, p) for p in patterns)
+        groups.setdefault(('pool' if name in pools else 'base', not plain), []).append(parameter)
+    if not groups:
+        raise ValueError(f'no parameter of {type(model).__name__} requires a gradient: call unfreeze_base')
+    result = []
+    for (kind, decayed), parameters in sorted(groups.items()):
+        scale = pool_lr_scale if kind == 'pool' else 1.0
+        group: dict[str, Any] = {
+            'params': parameters,
+            'group_name': f"{kind}_{'decay' if decayed else 'no_decay'}",
+            'lr_scale': scale,
+            'weight_decay': decays[kind] if decayed else 0.0,
+        }
+        if lr is not None:
+            group['lr'] = lr * scale
+        result.append(group)
+    return result
+
+
+class _FixedStatistics:
+    """Keeps a normalisation in eval mode whatever mode the model is in."""
+
+    cpool_base: type
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
+        return _restore, (self.cpool_base,), state
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _fixed_class(base: type) -> type:
+    if base not in _CLASSES:
+        body = {'cpool_base': base, '__doc__': base.__doc__, '__module__': base.__module__}
+        _CLASSES[base] = type(f'Fixed{base.__name__}', (_FixedStatistics, base), body)
+    return _CLASSES[base]
+
+
+def _restore(base: type) -> nn.Module:
+    cls: Any = _fixed_class(base)
+    return cls.__new__(cls)
+
+
+def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if any(module._buffers.get(name) is not None for name in _STATISTICS):
+            yield module
+
+
+def freeze_base(model: Any, train_head: bool = False) -> Any:
+    """Freezes, in place, all but the context pools; also running statistics of normalisations stay put.
+
+    Normalisations with running statistics stay in eval mode, also after `model.train()`; class and state-dict keys
+    otherwise stay theirs. Dropout and stochastic depth follow `model.train()` as ever. Convert to synchronised batch
+    norm, which makes new modules, before freezing.
+
+    Args:
+        model: A model with context pools.
+        train_head: Leave the classifier (`model.get_classifier()`) trainable, as for new classes.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: The model holds no context pool, or has no classifier to train.
+    """
+    pools = {id(parameter) for parameter in pool_parameters(model).values()}
+    if not pools:
+        raise ValueError(f'{type(model).__name__} holds no context pool: call add_context_pool first')
+    heads: list[nn.Parameter] = []
+    if train_head:
+        head = model.get_classifier() if hasattr(model, 'get_classifier') else None
+        for part in head if isinstance(head, (tuple, list)) else [head]:
+            heads += part.parameters() if isinstance(part, nn.Module) else []
+        if not heads:
+            raise ValueError(f'{type(model).__name__} has no classifier with parameters: pass train_head=False, or '
+                             'call reset_classifier first')
+    trained = pools | {id(parameter) for parameter in heads}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    for module in list(_with_statistics(model)):
+        if not isinstance(module, _FixedStatistics):
+            module.__class__ = _fixed_class(type(module))
+        module.train(False)
+    return model
+
+
+def unfreeze_base(model: Any) -> Any:
+    """Undoes `freeze_base`, in place: every parameter is trained, normalisations follow the mode of the model again."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, _FixedStatistics):
+            module.__class__ = module.cpool_base
+            module.train(model.training)
+    return model
