@@ -235,11 +235,29 @@ class CheckpointSaver:
         except OSError as error:
             _logger.warning('Old checkpoint %s cannot be removed (%s).', os.path.basename(path), error.strerror)
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Takes over history and best metric from a checkpoint of this folder; lost files are forgotten."""
+    def _complete(self, content: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Gives `last` the further names that a kill right after it was written kept it from getting."""
+        last, epoch = self.path('last'), content.get('epoch')
+        name = f'checkpoint-{epoch}{EXTENSION}'
+        names = [name] if any(entry[0] == name for entry in saved.get('checkpoint_files', [])) else []
+        if saved.get('best_epoch') == epoch:
+            names.append(f'model_best{EXTENSION}')
+        for target in (os.path.join(self.folder, each) for each in names):
+            if not os.path.exists(target) or not os.path.samefile(last, target):
+                link_atomic(last, target)
+
+    def restore(self, content: dict[str, Any], path: str = '') -> None:
+        """Takes over history and best metric from a checkpoint of this folder; lost files are forgotten.
+
+        Args:
+            content: its dictionary.
+            path: its file; what a kill left undone after writing `last` is made up for.
+        """
         saved = content.get('saver')
         if not isinstance(saved, dict):
             return
+        if os.path.realpath(path) == os.path.realpath(self.path('last')):
+            self._complete(content, saved)
         self.files = [
             (os.path.basename(str(name)), float(metric)) for name, metric in saved.get('checkpoint_files', [])
             if metric is not None and os.path.isfile(os.path.join(self.folder, os.path.basename(str(name))))

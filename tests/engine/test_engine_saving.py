@@ -111,7 +111,11 @@ def test_a_process_that_dies_at_any_call_of_a_save_leaves_the_old_or_the_new_che
         saw.add(str(found.content['at']))
         kept = [each for each in list_candidates(folder) if read_seal(each) is not None]
         assert len(kept) >= 2 and all(check_seal(each, '') for each in kept)
-        assert os.path.exists(os.path.join(folder, 'model_best.pth.tar'))
+        keeper = CheckpointSaver(folder, max_history=1)
+        keeper.restore(found.content, found.path)
+        for name in ('model_best', f'checkpoint-{keeper.best_epoch}'):  # every epoch is better than the one before
+            best = torch.load(os.path.join(folder, f'{name}.pth.tar'), weights_only=True)
+            assert best['epoch'] == keeper.best_epoch
         if status == 0:
             assert found.content['at'] == ['new']
             break
