@@ -5,8 +5,8 @@
 Flags after `--` go to train.py; they should contain `--recovery-interval`, or every kill costs an epoch. A kill hits
 all processes of the run, the data loading workers included, or one training process alone, which torchrun answers by
 ending the others. Instants are drawn over the time that the undisturbed run took. Compared are the last and the best
-checkpoint (weights, average, optimizer, scaler, schedule, position), summary.csv without what a clock measured, and the
-pipeline of `--aug-config` in augmentation.json.
+checkpoint (weights, average, optimizer, scaler, schedule, position), the pipeline of `--aug-config` in
+augmentation.json, and summary.csv, updates.csv and supports.csv without what a clock measured.
 Exit status 0 if they are equal and all kills hit. Needs /proc (Linux).
 """
 import argparse
@@ -182,9 +182,11 @@ def compare_checkpoints(one: pathlib.Path, two: pathlib.Path) -> tuple[int, list
         name for name in names if not _same(sides[0].get(name, missing), sides[1].get(name, missing)))
 
 
-def read_rows(folder: pathlib.Path) -> list[dict[str, str]]:
-    """Rows of summary.csv without the images per second."""
-    with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
+def read_rows(folder: pathlib.Path, name: str) -> list[dict[str, str]]:
+    """Rows of a table without the images per second; none if there is no such file."""
+    if not (folder / name).exists():
+        return []
+    with open(folder / name, newline='', encoding='utf-8') as file:
         return [{key: value for key, value in row.items() if 'per_sec' not in key} for row in csv.DictReader(file)]
 
 
@@ -200,9 +202,13 @@ def compare_runs(one: pathlib.Path, two: pathlib.Path) -> list[str]:
     if any(records):
         print(f'augmentation.json: {"equal" if records[0] == records[1] else "different"}')
     wrong += ['augmentation.json'] if records[0] != records[1] else []
-    rows = read_rows(one), read_rows(two)
-    print(f'summary.csv: {len(rows[0])} epochs, {"equal" if rows[0] == rows[1] else "different"}')
-    return wrong if rows[0] == rows[1] else [*wrong, 'summary.csv']
+    for name in ('summary.csv', 'updates.csv', 'supports.csv'):
+        rows = read_rows(one, name), read_rows(two, name)
+        equal = rows[0] == rows[1]
+        if rows[0] or rows[1]:
+            print(f'{name}: {len(rows[0])} rows, {"equal" if equal else "different"}')
+        wrong += [] if equal else [name]
+    return wrong
 
 
 def run_killed(run: Run, kills: int, seconds: float, rng: random.Random) -> int:

@@ -17,6 +17,7 @@ from .args_common import (
 from .args_fault import add_numerics_args
 from .args_loader import add_bad_sample_args
 from .args_objective import add_loss_args, add_schedule_args
+from .args_track import add_tracking_args
 from .args_train_more import add_distillation_args, add_ema_args, add_naflex_args, add_norm_args, add_sized_batch_args
 
 
@@ -42,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_numerics_args(parser.add_argument_group('numerics'))
     add_norm_args(parser.add_argument_group('batch norm'))
     add_ema_args(parser.add_argument_group('weight averaging'))
-    _add_run(parser.add_argument_group('run, checkpoints and logs'))
+    logs = parser.add_argument_group('run, checkpoints and logs')
+    _add_run(logs)
+    add_tracking_args(logs)
     add_sized_batch_args(parser.add_argument_group('batches of several image sizes'))
     add_naflex_args(parser.add_argument_group('NaFlex loader'))
     add_distillation_args(parser.add_argument_group('knowledge distillation'))

@@ -1,10 +1,7 @@
 """The folder of one training run: its name, args.yaml and summary.csv."""
 import argparse
-import csv
 import glob
-import io
 import os
-import shutil
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -16,7 +13,9 @@ from .atomic import write_atomic
 from .checkpoint import to_plain
 from .errors import OutputError
 from .resume import EXTENSION
+from .table import EpochTable, keep_copy
 
+_WRITTEN = (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'augmentation.json', 'tracking.json', '*.csv')
 _MARKS = ('args.yaml', 'summary.csv', 'last' + EXTENSION)
 
 
@@ -51,16 +50,6 @@ def check_free(folder: str, resume: str, auto: bool = False) -> bool:
     return False
 
 
-def _backup(path: str) -> str:
-    stem, extension = os.path.splitext(path)
-    number = 1
-    while os.path.exists(f'{stem}.{number}{extension}'):
-        number += 1
-    backup = f'{stem}.{number}{extension}'
-    shutil.copy2(path, backup)
-    return backup
-
-
 def settings_text(args: argparse.Namespace) -> str:
     """The settings as YAML that `--config` accepts."""
     return yaml.safe_dump(to_plain(vars(args)), default_flow_style=False)
@@ -80,18 +69,18 @@ class RunFolder:
 
     def __init__(self, path: str, settings: str, resume_epoch: int | None = None) -> None:
         self.path = path
-        self.summary = os.path.join(path, 'summary.csv')
+        self.summary = EpochTable(os.path.join(path, 'summary.csv'))
         try:
             os.makedirs(path, exist_ok=True)
         except OSError as error:
             raise OutputError(f'output folder {path!r} cannot be created ({error.strerror}): choose another '
                               '--output') from error
-        for name in (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'summary.csv', 'augmentation.json'):
+        for name in _WRITTEN:
             for leftover in glob.glob(os.path.join(glob.escape(path), f'.{name}.*tmp')):
                 os.remove(leftover)
         self.keep('args.yaml', settings)
         if resume_epoch is not None:
-            self._trim(resume_epoch)
+            self.summary.trim(resume_epoch)
 
     def keep(self, name: str, text: str | None) -> None:
         """Writes a file of the folder, or removes it for None; a different former one is kept as NAME.N.EXTENSION.
@@ -103,32 +92,11 @@ class RunFolder:
         if os.path.exists(target):
             with open(target, encoding='utf-8') as file:
                 if file.read() != text:
-                    _backup(target)
+                    keep_copy(target)
         if text is not None:
             write_atomic(target, lambda file: file.write(text.encode()))
         elif os.path.exists(target):
             os.remove(target)
-
-    def _read(self) -> list[dict[str, str]]:
-        if not os.path.exists(self.summary):
-            return []
-        with open(self.summary, newline='', encoding='utf-8') as file:
-            return [row for row in csv.DictReader(file) if row.get('epoch')]
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=columns, restval='', lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(self.summary, lambda file: file.write(text.getvalue().encode()))
-
-    def _trim(self, first_epoch: int) -> None:
-        rows = self._read()
-        kept = [row for row in rows if int(float(row['epoch'])) < first_epoch]
-        if len(kept) < len(rows):
-            _backup(self.summary)
-            self._write(kept) if kept else os.remove(self.summary)
 
     def add_epoch(self, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Adds a row to summary.csv, in place of an earlier row of the same epoch.
@@ -140,7 +108,4 @@ class RunFolder:
         Returns:
             The row.
         """
-        row = {'epoch': int(epoch), **{key: to_plain(value) for key, value in metrics.items()}}
-        rows: list[dict[str, Any]] = [old for old in self._read() if int(float(old['epoch'])) != epoch]
-        self._write([*rows, row])
-        return row
+        return self.summary.add(epoch, [metrics])[0]

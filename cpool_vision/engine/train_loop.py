@@ -42,6 +42,7 @@ class Run:
         mean_batch: mean images per batch, to which `--variable-batch-loss-scale` refers.
         folder: run folder on the first process, '' elsewhere.
         position: where the run stands.
+        on_report: called at each log line with the updates made so far, the epoch, and the figures.
         after_update: called between updates with how many the epoch has had, whether that was the last one, and the
             verdict on it.
         meter: loss of the epoch so far.
@@ -61,6 +62,7 @@ class Run:
     mean_batch: float = 1.
     folder: str = ''
     position: Position = Position()
+    on_report: Callable[[int, int, dict[str, float]], None] = lambda *_: None
     after_update: Callable[[int, bool, Verdict], None] = lambda *_: None
     meter: LossMeter = field(init=False)
     vote: Vote = field(init=False)
@@ -74,6 +76,10 @@ class Run:
     def updates_per_epoch(self) -> int:
         """Optimizer updates per epoch: ceil(batches / accumulation)."""
         return count_updates(len(self.loader), self.args.grad_accum_steps)
+
+    def updates_before(self, position: Position) -> int:
+        """Optimizer updates from the start of the run to a position, skipped ones included."""
+        return position.epoch * self.updates_per_epoch + count_updates(position.batch, self.args.grad_accum_steps)
 
 
 def count_updates(batches: int, accum_steps: int) -> int:
@@ -206,6 +212,7 @@ def train_one_epoch(run: Run, epoch: int, num_epochs: int) -> dict[str, float]:
                         f'Train: {epoch} [{index + 1:>4d}/{updates}]  loss {recent:.4f} (mean {mean:.4f})  '
                         f'lr {lr:.3e}  {rate:.1f} img/s  data {data_share:.0f}%  left {left}',
                         f'loss {recent:.4f} lr {lr:.2e} {rate:.0f} img/s, run {left} left')
+                    run.on_report(done, epoch, {'loss': recent, 'lr': lr, 'images_per_sec': rate})
                     if args.save_images and run.folder:
                         torchvision.utils.save_image(
                             image, os.path.join(run.folder, f'train-batch-{step}.jpg'), padding=0, normalize=True)

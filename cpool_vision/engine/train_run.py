@@ -11,6 +11,7 @@ from timm import utils
 from timm.models import safe_model_name
 
 import cpool_vision  # noqa: F401 - registers the variants
+from cpool_vision.inspect import SupportStatistics
 
 from . import data, naflex, objective
 from .augmentation import KEY, RECORD, check_same_pipeline, describe_pipeline, record_text
@@ -24,8 +25,9 @@ from .progress import silence_logging
 from .resume import check_agreement, open_resume, set_aside
 from .run_folder import RunFolder, check_free, run_path, settings_text
 from .saver import CheckpointSaver, TrainState
-from .tracking import import_wandb, start_wandb
-from .train_loop import Run, count_updates, current_lr, train_one_epoch
+from .support_log import keep_first_input, measure_supports
+from .track import Trackers, check_services, open_trackers
+from .train_loop import Run, current_lr, train_one_epoch
 from .unreadable import LIST_NAME
 
 _logger = logging.getLogger(__name__)
@@ -82,7 +84,8 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     precision = resolve_precision(args, device)
     if args.data and not args.data_dir:
         args.data_dir = args.data
-    wandb = import_wandb(args) if primary else None
+    if primary:
+        check_services(args)
     found = open_resume(args, run_path(args))
     resume, content = found.path, found.content
     check_agreement(resume, device, args.distributed)
@@ -140,25 +143,26 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     run.position = start
     _place_schedule(run, start, restored=content is not None and not args.no_resume_opt)
 
-    opened, saver = None, None
+    opened, saver, trackers = None, None, Trackers({})
     if primary:
         opened = RunFolder(folder, settings, start.epoch if continuing else None)
         opened.keep(RECORD, record_text(getattr(args, KEY)))
         run.folder = folder
         saver = CheckpointSaver(folder, args.checkpoint_hist, decreasing=metric_name == 'loss')
         if continuing and content is not None:
-            saver.restore(content)
+            saver.restore(content, resume)
         set_aside(found.damaged)
+        trackers = open_trackers(args, folder, start.epoch, run.updates_before(start), continuing)
+        run.on_report = trackers.log_update
     del found, content  # as large as model and optimizer
     data.list_unreadable(loader, run.folder)
-    log_row = start_wandb(wandb, args, folder) if wandb is not None else None
     _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', folder, start.epoch, num_epochs - 1,
                  run.updates_per_epoch, _describe(precision))
 
     checkpointer = Checkpointer(run, state, saver, args.recovery_interval)
     run.after_update = checkpointer.after_update
     rows: list[dict[str, Any]] = []
-    with _closing(loader), run.vote.signals:
+    with _closing(loader), trackers, run.vote.signals:
         for epoch in range(start.epoch, num_epochs):
             batch = start.batch if epoch == start.epoch else 0
             data.set_position(loader, epoch, batch)
@@ -173,8 +177,9 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
             columns = {'train_loss': metrics['loss']}
             final = epoch + 1 == num_epochs
             due = (epoch + 1) % args.val_interval == 0 or final
+            supports: list[SupportStatistics] = []
             if due and eval_loader is not None:
-                evaluation = _evaluate_all(args, run, eval_model, eval_loader)
+                evaluation, supports = _evaluate_all(args, run, eval_model, eval_loader)
                 columns.update({f'eval_{key}': evaluation.metrics[key] for key in ('loss', 'top1', 'top5')})
             columns['lr'] = current_lr(optimizer)
             columns['train_images_per_sec'] = metrics['images_per_sec']
@@ -185,8 +190,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
                 run.scheduler.step(epoch + 1, latest)
             if opened is not None:
                 rows.append(opened.add_epoch(epoch, columns))
-                if log_row is not None:
-                    log_row(rows[-1])
+                trackers.log_epoch(rows[-1], run.updates_before(run.position), supports)
                 _logger.info('Epoch %d: %s', epoch, '  '.join(f'{key} {value:.5g}' for key, value in columns.items()))
             checkpointer.after_epoch(None if latest is None else float(latest), final)
     if saver is None:
@@ -211,7 +215,7 @@ def _place_schedule(run: Run, start: Position, restored: bool) -> None:
     """Sets the learning rate of a position; that of `plateau` depends on the past and came with the optimizer."""
     if run.scheduler is None or restored and hasattr(run.scheduler, 'lr_scheduler'):
         return
-    updates = start.epoch * run.updates_per_epoch + count_updates(start.batch, run.args.grad_accum_steps)
+    updates = run.updates_before(start)
     if run.args.sched_on_updates and updates:
         run.scheduler.step_update(updates)
     elif not run.args.sched_on_updates and start.epoch:
@@ -237,22 +241,27 @@ def _compile_and_distribute(args: argparse.Namespace, task: Any, device: torch.d
     return eval_model
 
 
-def _evaluate_all(args: argparse.Namespace, run: Run, eval_model: Any, loader: Any) -> Evaluation:
-    """Validates the model and, if there is one, its average, whose metrics then count."""
+def _evaluate_all(args: argparse.Namespace, run: Run, eval_model: Any, loader: Any,
+                  ) -> tuple[Evaluation, list[SupportStatistics]]:
+    """Validates the model and, if there is one, its average, whose metrics and supports then count."""
     common: dict[str, Any] = dict(
         loader=loader, device=run.device, precision=run.precision, prefetched=not args.no_prefetcher,
         channels_last=args.channels_last, distributed=args.distributed, primary=args.rank == 0,
         log_interval=args.log_interval, views=args.tta)
     task: Any = run.task
     settle_threads(args.distributed)
-    result = evaluate(eval_model, **common)
+    measured = eval_model
+    with keep_first_input(measured) as images:
+        result = evaluate(measured, **common)
     if task.has_ema() and not args.model_ema_force_cpu:
         _logger.info('Without averaging: loss %.4f  top1 %.3f', result.metrics['loss'], result.metrics['top1'])
         average = task.get_trainable_module(ema=True)
         if args.distributed and args.dist_bn:
             utils.distribute_bn(average, args.world_size, args.dist_bn == 'reduce')
-        result = evaluate(task.get_eval_model(ema=True), title='Validate average', **common)
+        measured = task.get_eval_model(ema=True)
+        result = evaluate(measured, title='Validate average', **common)
     if result.metrics['unreadable']:
         _logger.warning('%d validation images could not be read and are left out of the metrics.',
                         result.metrics['unreadable'])
-    return result
+    supports = measure_supports(measured, images[0], run.precision) if images and args.rank == 0 else []
+    return result, supports

@@ -38,7 +38,9 @@ def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
     Raises:
         ValueError: The model holds no context pool.
     """
-    pools = {name: module for name, module in model.named_modules() if isinstance(module, ContextPool2d)}
+    # controls that are plain convolutions or means stand in the same places and predict nothing
+    pools = {name: module for name, module in model.named_modules()
+             if isinstance(module, ContextPool2d) and hasattr(module, 'predict')}
     if not pools:
         raise ValueError(
             f'{type(model).__name__} holds no context pool: build a cpool variant with at least one position')

@@ -20,11 +20,11 @@ Load = Callable[..., dict[str, Any]]
 
 
 def test_a_run_leaves_settings_summary_and_checkpoints(run_train: Train, load: Load) -> None:
-    result = run_train('--experiment', 'one', '--model-ema', '--model-ema-decay', '0.5')
+    result = run_train('--experiment', 'one', '--model-ema', '--model-ema-decay', '0.5', '--no-tensorboard')
     folder = result['folder']
     assert sorted(os.listdir(folder)) == [
         'args.yaml', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar',
-        'previous.pth.tar', 'summary.csv']
+        'previous.pth.tar', 'summary.csv', 'updates.csv']
     with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
         settings = yaml.safe_load(file)
     assert settings['experiment'] == 'one' and settings['lr'] == 1e-3
@@ -277,20 +277,6 @@ def test_resume_of_another_run_is_refused(run_train: Train, flags: list[str], wo
     folder = run_train('--experiment', 'run', '--epochs', '1')['folder']
     with pytest.raises(CheckpointError, match=words):
         run_train('--resume', os.path.join(folder, 'last.pth.tar'), '--experiment', 'other', *flags)
-
-
-def test_log_wandb_logs_the_rows(run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    import types
-    logged: list[Any] = []
-    fake = types.SimpleNamespace(init=lambda **kw: logged.append(kw), log=logged.append)
-    monkeypatch.setitem(sys.modules, 'wandb', fake)
-    result = run_train('--log-wandb', '--wandb-project', 'p', '--wandb-tags', 'a', 'b')
-    assert logged[0]['project'] == 'p' and logged[0]['tags'] == ['a', 'b']
-    assert logged[1:] == result['epochs']
-    monkeypatch.setitem(sys.modules, 'wandb', None)
-    with pytest.raises(ConfigError, match='pip install wandb'):
-        run_train('--log-wandb')
 
 
 TINY_VIT = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2']
