@@ -1,0 +1,47 @@
+"""Command line of the curves of runs: `cpool-plot RUN [RUN ...] -o curves.png`."""
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import common
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A fresh parser with every flag of `cpool-plot`."""
+    parser = argparse.ArgumentParser(
+        prog='cpool-plot',
+        description='Draw loss, accuracy and learning rate of runs, and the supports of each context pool over time '
+                    '(mean, and a band from the 5 % to the 95 % quantile).')
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='RUN', help='folder of a run of train.py, finished or not')
+    add('-o', '--output', required=True, metavar='FILE', help='picture to write: .png, .pdf or .svg')
+    add('--dpi', type=int, default=200, help='dots per inch (default: 200)')
+    return parser
+
+
+def _plot(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    from cpool_vision.engine.errors import ConfigError, OutputError
+    from cpool_vision.engine.run_plots import read_run, runs_figure
+    from cpool_vision.inspect.draw import PlotDependencyError, save_figure
+
+    if args.dpi < 1:
+        raise ConfigError(f'--dpi must be >= 1, got {args.dpi}')
+    runs = [read_run(folder) for folder in args.runs]
+    try:
+        save_figure(runs_figure(runs), args.output, args.dpi)
+    except (PlotDependencyError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise OutputError(f'--output {args.output!r} cannot be written ({error.strerror}): name another file') \
+            from error
+    print(args.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws the curves of runs; see `--help`. Returns the exit code."""
+    return common.run(_plot, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
