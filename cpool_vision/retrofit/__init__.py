@@ -1,6 +1,6 @@
 """Context pools in models that were made without them."""
-from .add import add_context_pool, context_pools, remove_context_pool, set_image_size
-from .entrypoint import contextpool_retrofit
+from .add import add_context_pool, context_pools, remove_context_pool
+from .contextpool_retrofit import contextpool_retrofit
 from .finetune import freeze_base, param_groups, pool_parameters, unfreeze_base
 from .places import POSITIONS, NoPlaceError
 from .save import save_model
@@ -16,6 +16,5 @@ __all__ = [
     'pool_parameters',
     'remove_context_pool',
     'save_model',
-    'set_image_size',
     'unfreeze_base',
 ]

@@ -3,13 +3,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import ContextPool2d
 from .attach import attach, detach
-from .places import POSITIONS, Finder, NoPlaceError, Place, Shapes
-from .pools import GridContextPool, make_pool
-from .probe import equal, finite, probe_image, reaches_output, run, runs_children
+from .places import POSITIONS, Finder, NoPlaceError, Place
+from .pools import GridContextPool, follow_images, make_pool, unfollow_images
+from .probe import equal, finite, in_raster_order, probe_image, reaches_output, run, runs_children
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +76,45 @@ def _named(model: nn.Module, finder: Finder, names: tuple) -> list[Place]:
     return places
 
 
+def _fit(model: nn.Module, x: Tensor, finder: Finder, places: list[Place],
+         explicit: bool) -> tuple[list[Place], list[bool]]:
+    """The places at which a pool works, and for each whether its module runs an added child by itself."""
+    runs = runs_children(model, x, places)
+    fitted: list[tuple[Place, bool]] = []
+    for place, native in zip(places, runs, strict=True):
+        if native is None:
+            # the map is then pooled where it is read
+            reader = finder.reader(place.name)
+            features = None if reader is None else finder.features(reader, 'input')
+            if reader is None or features is None or runs_children(model, x, [Place(reader, 'input', features, 0)])[0]:
+                _logger.info('no pool at %s: the module runs its children with something else', place.name)
+                continue
+            place, native = Place(reader, 'input', features, place.stage), False
+        fitted.append((place, native))
+    if not fitted:
+        raise NoPlaceError(f'the modules at the requested places of {type(model).__name__} use their children in ways '
+                           'of their own: name other places')
+    places, native_runs = [place for place, _ in fitted], [native for _, native in fitted]
+    if x.is_meta:
+        return places, native_runs
+    ordered = in_raster_order(model, x, places)
+    if not all(ordered):
+        name = places[ordered.index(False)].name
+        raise NoPlaceError(f'the tokens of {type(model).__name__} at {name!r} are not in the order of the image, row '
+                           'by row, and a pool would mix far parts of it: name other positions or places')
+    if explicit:
+        return places, native_runs
+    reached = reaches_output(model, x, places, native_runs)
+    for place, reaches in zip(places, reached, strict=True):
+        if not reaches:
+            _logger.info('no pool at %s: its map does not reach the output', place.name)
+    if not any(reached):
+        raise NoPlaceError(f'no map at the requested places of {type(model).__name__} reaches the output: '
+                           f"choose another of {', '.join(POSITIONS)}, or other stages")
+    kept = [(place, native) for place, native, reaches in zip(places, native_runs, reached, strict=True) if reaches]
+    return [place for place, _ in kept], [native for _, native in kept]
+
+
 def context_pools(model: nn.Module) -> dict[str, ContextPool2d]:
     """Name and module of every context pool in `model`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ContextPool2d)}
@@ -114,7 +153,7 @@ def add_context_pool(
             of `positions` and `stages`.
         ratio, floor, groups, init, hidden_dim, backend: As in `ContextPool2d`. With `init='paper'` the pools change
             the output at once.
-        img_size: Size of the probe image; the model's own by default. Token pools take their grid from it.
+        img_size: Size of the probe image; the model's own by default.
         in_chans: Channels of the probe image; the model's own by default.
 
     Returns:
@@ -140,18 +179,9 @@ def add_context_pool(
         chosen = _choose(
             model, finder, (x.shape[-2], x.shape[-1]), None if positions is None else _as_tuple(positions),
             None if stages is None else _as_tuple(stages))
+    chosen, native = _fit(model, x, finder, chosen, explicit=places is not None)
+    image_reader = finder.image_reader()
     del finder
-    native = runs_children(model, x, chosen)
-    if places is None and not x.is_meta:
-        reached = reaches_output(model, x, chosen, native)
-        for place, reaches in zip(chosen, reached, strict=True):
-            if not reaches:
-                _logger.info('no pool at %s: its map does not reach the output', place.name)
-        native = [runs for runs, reaches in zip(native, reached, strict=True) if reaches]
-        chosen = [place for place, reaches in zip(chosen, reached, strict=True) if reaches]
-        if not chosen:
-            raise NoPlaceError(f'no map at the requested places of {type(model).__name__} reaches the output: '
-                               f"choose another of {', '.join(POSITIONS)}, or other stages")
     options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'hidden_dim': hidden_dim,
                'backend': backend}
     attached: list[nn.Module] = []
@@ -164,12 +194,16 @@ def add_context_pool(
             pool.train(module.training)
             attach(module, pool, place.side, runs)
             attached.append(module)
+        followers = [pool for pool in context_pools(model).values() if isinstance(pool, GridContextPool)]
+        if followers and image_reader is not None:
+            follow_images(model.get_submodule(image_reader), followers)
         result = run(model, x)
         if init == 'identity' and finite(expected) and not equal(expected, result):
             raise NoPlaceError(
                 f'{type(model).__name__} does not give the same output with untrained pools at '
                 f"{', '.join(place.name for place in chosen)}: choose other positions or stages")
     except BaseException:
+        unfollow_images(model)
         for module in attached:
             detach(module)
         raise
@@ -200,6 +234,7 @@ def remove_context_pool(model: Any) -> Any:
     names = [name.rpartition('.')[0] for name in context_pools(model) if name.rpartition('.')[2] == 'cpool']
     if not names:
         raise ValueError(f'{type(model).__name__} holds no context pool that add_context_pool put in')
+    unfollow_images(model)
     for name in names:
         detach(model.get_submodule(name))
     if hasattr(model, '_base_cfg'):
@@ -208,32 +243,3 @@ def remove_context_pool(model: Any) -> Any:
         model._model_args = args
         del model._base_cfg
     return model
-
-
-def set_image_size(model: Any, img_size: int | tuple[int, int]) -> None:
-    """Tells the token pools of a retrofitted model the grid that images of `img_size` make.
-
-    Needed for images of another aspect ratio only. The model must take images of that size: call its own
-    `set_input_size` first where it has one.
-
-    Raises:
-        NoPlaceError: The model does not run on such images.
-        ValueError: The tokens of a pool form no grid in the proportions of the image.
-    """
-    x = probe_image(model, img_size, None)
-    shapes = Shapes(model, x)
-    pools = {name: pool for name, pool in context_pools(model).items() if isinstance(pool, GridContextPool)}
-
-    def set_grid(pool: Any, args: tuple) -> None:
-        shapes.prefixes = [pool.num_prefix_tokens]
-        features = shapes.read(args[0])
-        if features is None:
-            raise ValueError(f'{args[0].shape[1]} tokens form no grid in the proportions of {img_size}')
-        pool.grid_size = features.grid
-
-    handles = [pool.register_forward_pre_hook(set_grid) for pool in pools.values()]
-    try:
-        run(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,5 @@
 """Finds where a model can pool, from one run over a probe image: no knowledge of the families is needed."""
+import collections
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -144,6 +145,7 @@ class Finder:
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.modules = dict(model.named_modules())
+        self.image = x
         self.shapes = Shapes(model, x)
         self.records = _record(model, x)
         self.names = [name for name, record in self.records.items() if record.calls == 1]
@@ -182,16 +184,40 @@ class Finder:
         return [self._block(name) for name in listed] or self._stages_found()
 
     def _stages_found(self) -> list[str]:
+        """Blocks in rows of their like, else whatever is more than one layer; the last of each grid if there are some.
+        """
+        candidates = [name for name, module in self.modules.items()
+                      if name and not isinstance(module, _CONTAINERS) and _composite(module)
+                      and self.features(name) is not None]
+        kinds = collections.Counter((name.rpartition('.')[0], type(self.modules[name])) for name in candidates)
+        in_rows = [name for name in candidates
+                   if isinstance(self.modules[name.rpartition('.')[0]], _CONTAINERS)
+                   and kinds[name.rpartition('.')[0], type(self.modules[name])] > 1]
         outermost: list[str] = []
-        for name, module in self.modules.items():
-            if not name or isinstance(module, _CONTAINERS) or any(name.startswith(f'{o}.') for o in outermost):
-                continue
-            if self.features(name) is not None and _composite(module):
+        for name in in_rows or candidates:
+            if not any(name.startswith(f'{other}.') for other in outermost):
                 outermost.append(name)
         outermost = [name for name in self.names if name in outermost]
         last = {self.found(name).grid: name for name in outermost}
         ends = [name for name in outermost if name in last.values()]
         return outermost if len(ends) < 2 else ends
+
+    def reader(self, name: str) -> str | None:
+        """The outermost module that reads what the module `name` returns; None where no module does as it is."""
+        output = self.records[name].returned
+        for other, record in self.records.items():
+            if record.calls == 1 and record.read is output and not other.startswith(f'{name}.') \
+                    and not name.startswith(f'{other}.') and not isinstance(self.modules[other], _CONTAINERS):
+                return other
+        return None
+
+    def image_reader(self) -> str | None:
+        """The first module that reads the images themselves; None where no module does."""
+        for name in self.modules:
+            record = self.records.get(name)
+            if record is not None and record.calls == 1 and record.read is self.image:
+                return name
+        return None
 
     def _block(self, stage: str) -> str:
         """The last block of a stage: the outermost composite module in it that returns the very same tensor."""

@@ -2,7 +2,7 @@
 import math
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..layers import ContextPool2d, TokenContextPool
 
@@ -45,34 +45,57 @@ class ChannelsLastContextPool(ContextPool2d):
 
 
 class GridContextPool(TokenContextPool):
-    """`TokenContextPool` that follows the number of tokens: other sizes of the same aspect ratio need no setting.
+    """`TokenContextPool` that follows the size of the images, where `follow_images` tells it.
 
-    The grid of a call is `grid_size` where the tokens fit it, else the multiple of it that has as many tokens. Images
-    of another aspect ratio need `set_image_size`. Under `torch.fx` the grid is `grid_size`.
+    The grid of a call is the one with as many tokens whose sides are in the proportions of the last image seen. Where
+    no image was seen, and under `torch.fx`, it is `grid_size`.
 
     Raises:
-        ValueError: On call: no grid in the proportions of `grid_size` has as many tokens.
+        ValueError: On call: the tokens form no such grid.
     """
+
+    image_size: tuple[int, int] | None = None
 
     def grid_of(self, num_tokens: int) -> tuple[int, int]:
         """The grid of a call with `num_tokens` tokens, prefix tokens counted."""
-        rows, columns = self.grid_height, self.grid_width
         num = num_tokens - self.num_prefix_tokens
-        if num == rows * columns:
-            return rows, columns
-        if num > 0 and rows * columns > 0:
-            height = math.isqrt(num * rows // columns)
-            width = num // max(height, 1)
-            if height * width == num and height * columns == width * rows:
-                return height, width
-        raise ValueError(
-            f'{num} tokens (and {self.num_prefix_tokens} prefix tokens) do not form a grid in the proportions of '
-            f'{rows} x {columns}: call cpool_vision.retrofit.set_image_size(model, (height, width)) first')
+        size = self.image_size
+        grid = self.grid_size if size is None else solve_grid(num, *size)
+        if grid is None or num != grid[0] * grid[1]:
+            seen = f'the {self.grid_height} x {self.grid_width} grid' if size is None else \
+                f'a grid in the proportions of images of {size[0]} x {size[1]} pixels'
+            raise ValueError(f'{num} tokens (and {self.num_prefix_tokens} prefix tokens) do not form {seen}: set '
+                             'grid_size of the pool, and image_size to None, for a grid of another kind')
+        return grid
 
     def to_map(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
         if height is None and width is None and not isinstance(x, fx.Proxy):
             height, width = self.grid_of(x.shape[1])
         return super().to_map(x, height, width)
+
+
+def _tell_image_size(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(x, Tensor) and x.ndim == 4:
+        for pool in module.cpool_listeners:  # type: ignore[union-attr]
+            pool.image_size = (x.shape[-2], x.shape[-1])
+
+
+def follow_images(reader: nn.Module, pools: list[GridContextPool]) -> None:
+    """Makes `reader`, the module that reads the images, tell their size to token pools."""
+    # a tuple, which is no submodule: the pools keep their one name, and a deep copy gets its own
+    reader.cpool_listeners = tuple(pools)  # type: ignore[assignment]
+    reader.register_forward_pre_hook(_tell_image_size, with_kwargs=True)
+
+
+def unfollow_images(model: nn.Module) -> None:
+    """Undoes `follow_images` wherever it was done in `model`."""
+    for module in model.modules():
+        if hasattr(module, 'cpool_listeners'):
+            del module.cpool_listeners
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _tell_image_size]:
+                module._forward_pre_hooks.pop(key)
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def make_pool(layout: str, dim: int, num_prefix_tokens: int, grid: tuple[int, int], **kwargs: Any) -> ContextPool2d:

@@ -1,6 +1,7 @@
 """Runs of a model on one probe image, by which it is found out how a pool fits in."""
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,11 +59,16 @@ class _Counter(nn.Module):
         super().__init__()
         self.features = features
         self.calls = 0
+        self.fits = True
         self.shift: Tensor | None = None
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        if self.shift is None or not isinstance(x, Tensor):
+        channels = {'NCHW': 1, 'NHWC': -1, 'NLC': -1}[self.features.layout]
+        ndim = 3 if self.features.layout == 'NLC' else 4
+        self.fits = self.fits and not args and not kwargs and isinstance(x, Tensor) and x.ndim == ndim \
+            and x.shape[channels] == self.features.dim
+        if self.shift is None or not self.fits:
             return x
         generator = torch.Generator().manual_seed(1)
         y = x + self.shift * torch.randn(x.shape, generator=generator).to(x)
@@ -71,24 +77,54 @@ class _Counter(nn.Module):
         return y
 
 
-def runs_children(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool]:
-    """For each place, whether its module runs an added child by itself, exactly once."""
-    counters = [_Counter(place.features) for place in places]
+def _native(model: nn.Module, x: Tensor, place: Place) -> bool | None:
+    module, counter = model.get_submodule(place.name), _Counter(place.features)
+    module.add_module(NAME, counter)
+    try:
+        run_eval(model, x)
+    except Exception:  # the module hands its children something else than the map
+        return None
+    finally:
+        detach(module)
+    return None if counter.calls > 1 or not counter.fits else counter.calls == 1
+
+
+def runs_children(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool | None]:
+    """For each place, whether its module runs an added child by itself; None where it does so wrongly."""
     modules = [model.get_submodule(place.name) for place in places]
-    answers = []
+    counters = [_Counter(place.features) for place in places]
     for module, counter, place in zip(modules, counters, places, strict=True):
-        if place.side == 'output' and not isinstance(module, nn.ModuleList):
+        if place.side == 'output':
             module.add_module(NAME, counter)
     try:
-        try:
-            run_eval(model, x)
-            answers = [counter.calls == 1 for counter in counters]
-        except Exception:  # a module that hands its children something else cannot run a pool by itself
-            answers = [False] * len(places)
+        run_eval(model, x)
+        odd = any(counter.calls > 1 or not counter.fits for counter in counters)
+    except Exception:
+        odd = True
     finally:
         for module in modules:
             detach(module)
-    return answers
+    if not odd:
+        return [counter.calls == 1 for counter in counters]
+    return [_native(model, x, place) if place.side == 'output' else False for place in places]
+
+
+@contextmanager
+def _fixed(model: nn.Module) -> Iterator[None]:
+    """Eval mode and gradients for no parameter; both are restored."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
 
 
 def reaches_output(model: nn.Module, x: Tensor, places: list[Place], native: list[bool]) -> list[bool]:
@@ -96,35 +132,72 @@ def reaches_output(model: nn.Module, x: Tensor, places: list[Place], native: lis
     counters = [_Counter(place.features) for place in places]
     shifts = [torch.zeros((), device=x.device, dtype=x.dtype, requires_grad=True) for _ in places]
     modules = [model.get_submodule(place.name) for place in places]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
         for module, counter, place, runs in zip(modules, counters, places, native, strict=True):
             attach(module, counter, place.side, runs)
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
         for counter, shift in zip(counters, shifts, strict=True):
             counter.shift = shift
-        with torch.enable_grad():
-            output = model(x)
+        with _fixed(model):
+            image = x.clone().requires_grad_()
+            output = model(image)
             while isinstance(output, (tuple, list)):
                 output = output[0]
             pattern = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
-            grads = torch.autograd.grad((output * pattern).sum(), shifts, allow_unused=True)
+            of_image, *grads = torch.autograd.grad((output * pattern).sum(), [image, *shifts], allow_unused=True)
     except Exception as error:
         _logger.debug('the places of %s cannot be told apart by gradients (%s)', type(model).__name__, error)
         return [True] * len(places)
     finally:
         for module in modules:
             detach(module)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
-    reached = [grad is not None and bool(grad != 0) for grad in grads]
-    # a classifier that starts at zero hides everything
-    return reached if any(reached) else [grad is not None for grad in grads]
+    # a classifier that starts at zero hides everything, the image too
+    blind = of_image is None or not bool(of_image.any())
+    return [grad is not None and (blind or bool(grad != 0)) for grad in grads]
+
+
+def in_raster_order(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool]:
+    """For each place of tokens, whether a token sees the part of the image where its index puts it on the grid.
+
+    A token off the centre is followed back to the image; its own surroundings must count for more than the mean. Some
+    networks keep their tokens in another order, on which a pool would mix far parts of the image.
+    """
+    tokens = [i for i, place in enumerate(places) if place.features.layout == 'NLC']
+    firsts = {places[i].features.grid: i for i in reversed(tokens)}
+    seen: dict[int, Tensor | None] = {}
+
+    def hook_of(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            value: Any = output if places[i].side == 'output' else args[0] if args else next(iter(kwargs.values()))
+            seen[i] = value[0] if isinstance(value, (tuple, list)) else value
+        return hook
+
+    answer = [True] * len(places)
+    handles = [model.get_submodule(places[i].name).register_forward_hook(hook_of(i), with_kwargs=True)
+               for i in firsts.values()]
+    try:
+        with _fixed(model):
+            image = x.clone().requires_grad_()
+            model(image)
+            for grid, i in firsts.items():
+                (rows, columns), (height, width) = grid, x.shape[-2:]
+                row, column = rows // 3, columns * 3 // 4
+                value: Any = seen[i]
+                token = value[0, places[i].features.prefix + row * columns + column]
+                grad, = torch.autograd.grad(token.square().sum(), image, retain_graph=True, allow_unused=True)
+                if grad is None or not grad.any():
+                    continue
+                energy = grad[0].abs().sum(0)
+                top, left = max(row - 1, 0) * height // rows, max(column - 1, 0) * width // columns
+                near = energy[top:-(-(row + 2) * height // rows), left:-(-(column + 2) * width // columns)]
+                if near.mean() < energy.mean():
+                    for j in tokens:
+                        answer[j] = answer[j] and places[j].features.grid != grid
+    except Exception as error:
+        _logger.debug('the tokens of %s cannot be followed to the image (%s)', type(model).__name__, error)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return answer
 
 
 @torch.no_grad()
