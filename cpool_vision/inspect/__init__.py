@@ -1,5 +1,11 @@
 """Looking into trained models."""
+from .footprints import Footprints, gaussian_footprints, grid_points
+from .histogram import SupportHistogram, support_histogram
 from .maps import ContextMaps, context_maps
+from .receptive_field import ReceptiveField, effective_receptive_field, without_pools
 from .supports import SupportStatistics, support_statistics
 
-__all__ = ['ContextMaps', 'SupportStatistics', 'context_maps', 'support_statistics']
+__all__ = [
+    'ContextMaps', 'Footprints', 'ReceptiveField', 'SupportHistogram', 'SupportStatistics', 'context_maps',
+    'effective_receptive_field', 'gaussian_footprints', 'grid_points', 'support_histogram', 'support_statistics',
+    'without_pools']

@@ -56,8 +56,7 @@ def support_in_pixels(maps: 'ContextMaps', image_size: tuple[int, int], group: i
     """
     sigma = maps.sigma.detach().float().cpu()
     sigma = sigma.mean(1) if group is None else sigma[:, group]
-    cell = math.sqrt(image_size[0] * image_size[1] / (maps.grid[0] * maps.grid[1]))
-    return sigma * cell
+    return sigma * maps.cell(image_size)
 
 
 def relative_weight(maps: 'ContextMaps', group: int | None = None) -> Tensor:

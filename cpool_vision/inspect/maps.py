@@ -1,4 +1,7 @@
 """What a model pooled with: weight logits and supports of every context pool for a batch of images."""
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +18,31 @@ class ContextMaps(NamedTuple):
         sigma: `(B, G, Ho, Wo)`, supports in pixels (or tokens) of the map that was pooled.
         grid: `(H, W)` of the map that was pooled.
         stride: Output cells are `stride` pixels apart.
+        windows: Maps per image: B is that many times the number of images where windows are pooled, not whole maps.
+        limits: Smallest and largest support that the pool can have on this grid; None if not known.
     """
     weight_logits: Tensor
     sigma: Tensor
     grid: tuple[int, int]
     stride: int
+    windows: int = 1
+    limits: tuple[float, float] | None = None
+
+    def cell(self, image_size: tuple[int, int]) -> float:
+        """Side of a pixel of the pooled map in pixels of an image of `(height, width)`: the geometric mean of both."""
+        return math.sqrt(image_size[0] * image_size[1] / (self.grid[0] * self.grid[1] * self.windows))
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and every module of it back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
@@ -50,18 +73,16 @@ def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
         def hook(pool: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             weight_logits, sigma = pool.maps(*args, **kwargs)
             height, width = weight_logits.shape[-2:]
-            found[name] = ContextMaps(weight_logits, sigma, (height, width), pool.stride)
+            windows = len(sigma) // len(images) if len(images) and len(sigma) % len(images) == 0 else 1
+            limits = pool.floor, pool.floor + pool.ratio * math.sqrt(height * width)
+            found[name] = ContextMaps(weight_logits, sigma, (height, width), pool.stride, windows, limits)
         return hook
 
-    modes = [(module, module.training) for module in model.modules()]
     handles = [pool.register_forward_pre_hook(record(name), with_kwargs=True) for name, pool in pools.items()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with kept_modes(model), torch.no_grad():
             model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return found

@@ -1,0 +1,140 @@
+"""Which pixels an output cell of a context pool reads, and with what weight."""
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.reference import squared_offsets
+from .maps import ContextMaps, context_maps
+
+
+class Footprints(NamedTuple):
+    """Pooling weights of chosen output cells of one context pool.
+
+    Attributes:
+        weights: `(B, G, P, H, W)`, fp32 or fp64: the share of every pixel of the pooled map in each of P output cells.
+        cells: (row, column) of the P output cells.
+        sigma: `(B, G, P)`, their supports in pixels of the pooled map, in the dtype of `weights`.
+        grid: `(H, W)` of the map that was pooled.
+        stride: Output cells are `stride` pixels apart.
+    """
+
+    weights: Tensor
+    cells: list[tuple[int, int]]
+    sigma: Tensor
+    grid: tuple[int, int]
+    stride: int
+
+    def centres(self) -> Tensor:
+        """Centres of the output cells in pixels of the pooled map, `(P, 2)` fp64; pixel 0 reaches from 0 to 1."""
+        return (torch.tensor(self.cells, dtype=torch.float64).view(-1, 2) + 0.5) * self.stride
+
+    def reach(self) -> Tensor:
+        """Root of the weighted mean of squared distances from the cell's centre, `(B, G, P)`, per axis, in map pixels.
+
+        That of an unbounded Gaussian under equal weights is sigma, so the two show what weights and borders change.
+        """
+        height, width = self.grid
+        centres = self.centres().to(self.weights)
+        rows = torch.arange(height).to(self.weights) + 0.5
+        columns = torch.arange(width).to(self.weights) + 0.5
+        squares = (rows - centres[:, :1]).square()[:, :, None] + (columns - centres[:, 1:]).square()[:, None]
+        return ((self.weights * squares).sum((-2, -1)) / 2).sqrt()
+
+
+def grid_points(image_size: tuple[int, int], side: int = 3) -> list[tuple[float, float]]:
+    """`side` x `side` points (y, x) at the centres of equal parts of an image, in pixels, row by row."""
+    height, width = image_size
+    return [((i + 0.5) * height / side, (j + 0.5) * width / side) for i in range(side) for j in range(side)]
+
+
+def cells_at(
+        maps: ContextMaps, image_size: tuple[int, int], points: Sequence[Sequence[float]],
+) -> list[tuple[int, int]]:
+    """Output cells (row, column) of a context pool that hold the given points.
+
+    Args:
+        maps: maps of one context pool.
+        image_size: (height, width) of the images.
+        points: (y, x) in pixels of the image, whose first pixel reaches from 0 to 1.
+
+    Raises:
+        ValueError: no points, or a point that is no pair of numbers inside the image.
+    """
+    if not len(points):
+        raise ValueError('points must hold at least one (y, x), got none')
+    cells = []
+    for point in points:
+        if len(point) != 2 or not all(0 <= value < size for value, size in zip(point, image_size, strict=True)):
+            raise ValueError(f'point {tuple(point)} is no (y, x) inside an image of {image_size[0]} x {image_size[1]} '
+                             'pixels (height x width): choose 0 <= y < height and 0 <= x < width')
+        pixel = (value * extent / size for value, extent, size in zip(point, maps.grid, image_size, strict=True))
+        row, column = (math.floor(value / maps.stride) for value in pixel)
+        cells.append((row, column))
+    return cells
+
+
+def footprints_of(
+        maps: ContextMaps, image_size: tuple[int, int], points: Sequence[Sequence[float]], name: str = 'the pool',
+) -> Footprints:
+    """`gaussian_footprints` of one context pool from its maps; `name` is for messages.
+
+    Raises:
+        ValueError: a point outside the image, or a pool of windows.
+    """
+    if maps.windows != 1:
+        raise ValueError(f'{name!r} pools {maps.windows} windows of an image, in which a point has no one place: '
+                         'choose layers that pool whole maps')
+    cells = cells_at(maps, image_size, points)
+    dtype = torch.promote_types(maps.sigma.dtype, torch.float32)
+    sigma = maps.sigma.detach().to(dtype)
+    (rows, columns), (height, width) = zip(*cells, strict=True), maps.grid
+    chosen = sigma[:, :, list(rows), list(columns)]
+    # the definition in ops.reference, for these rows of the matrix of weights only
+    dy = squared_offsets(sigma.shape[2], height, maps.stride, dtype, sigma.device)[list(rows)]
+    dx = squared_offsets(sigma.shape[3], width, maps.stride, dtype, sigma.device)[list(columns)]
+    distance = (dy[:, :, None] + dx[:, None, :]).flatten(1)
+    logits = maps.weight_logits.detach().to(dtype).flatten(2)[:, :, None]
+    weights = (logits - distance / (2 * chosen.square()[..., None])).softmax(-1)
+    return Footprints(weights.unflatten(-1, (height, width)), cells, chosen, maps.grid, maps.stride)
+
+
+def gaussian_footprints(
+        model: nn.Module, images: Tensor, points: Sequence[Sequence[float]], layers: Sequence[str] | None = None,
+) -> dict[str, Footprints]:
+    """The pooling weights with which the output cells at chosen points read the map, for every context pool.
+
+    These are the weights of the operator, `softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2))` over all pixels j: they sum
+    to one, and the pool's output at the cell is the mean of its input under them. The gate of a pool with
+    `init='identity'`, which blends that with the input, is not part of them.
+
+    Args:
+        model: any eager model that holds context pools; see `context_maps`.
+        images: `(B, C, H, W)`, input of the model, on its device.
+        points: (y, x) in pixels of the images, whose first pixel reaches from 0 to 1.
+        layers: names of pools; all if None.
+
+    Returns:
+        Footprints by the name of the pool, in order of execution.
+
+    Raises:
+        ValueError: the model holds no context pool, or none of a wanted name; a point lies outside the images; or a
+            wanted pool reads windows and not whole maps.
+    """
+    maps = context_maps(model, images)
+    size = images.shape[-2], images.shape[-1]
+    return {name: footprints_of(each, size, points, name) for name, each in chosen_layers(maps, layers).items()}
+
+
+def chosen_layers(maps: Mapping[str, ContextMaps], layers: Sequence[str] | None) -> dict[str, ContextMaps]:
+    """The maps of the named layers, or all.
+
+    Raises:
+        ValueError: a name that is not there.
+    """
+    for name in layers or ():
+        if name not in maps:
+            raise ValueError(f'no context pool is named {name!r}: choose from {", ".join(maps)}')
+    return {name: each for name, each in maps.items() if layers is None or name in layers}

@@ -1,0 +1,191 @@
+"""The effective receptive field: how strongly a unit of a feature map depends on each pixel of the input."""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import ContextPool2d
+from .maps import kept_modes
+
+
+class ReceptiveField(NamedTuple):
+    """Effective receptive field of one unit.
+
+    Attributes:
+        map: `(H, W)` fp64 on the CPU, sums to one: root mean square of the gradient at each pixel of the input.
+        unit: (row, column) of the unit in the feature map.
+        grid: (rows, columns) of the feature map.
+        centre: (y, x) of the unit in pixels of the input, whose first pixel reaches from 0 to 1.
+    """
+
+    map: Tensor
+    unit: tuple[int, int]
+    grid: tuple[int, int]
+    centre: tuple[float, float]
+
+    def mass_within(self) -> tuple[Tensor, Tensor]:
+        """Distances from the centre that occur, ascending, in pixels, and the mass up to each: both fp64, 1-D."""
+        height, width = self.map.shape
+        y = torch.arange(height, dtype=torch.float64) + 0.5 - self.centre[0]
+        x = torch.arange(width, dtype=torch.float64) + 0.5 - self.centre[1]
+        # rounded, so that pixels at one distance are one step whatever the last bit says
+        distance = (y[:, None].square() + x[None].square()).sqrt().round(decimals=9)
+        radii, index = distance.flatten().unique(return_inverse=True)
+        mass = torch.zeros_like(radii).index_add_(0, index, self.map.flatten()).cumsum(0)
+        return radii, mass
+
+    def radius(self, share: float) -> float:
+        """Smallest distance from the centre, in pixels, within which at least `share` of the mass lies.
+
+        Raises:
+            ValueError: `share` is not in (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f'share must be in (0, 1], got {share}')
+        radii, mass = self.mass_within()
+        # sums of floats: the whole may come out a little under one
+        index = int(torch.searchsorted(mass, share - 1e-12))
+        return float(radii[min(index, len(radii) - 1)])
+
+
+@contextmanager
+def without_pools(model: nn.Module) -> Iterator[None]:
+    """Switches every context pool of a model off: each returns what it started from.
+
+    That is `base(x)` where the pool has a gate (`init='identity'`), else its input, of which a strided pool keeps every
+    `stride`-th pixel. Nothing is left behind, also when the body raises.
+
+    Raises:
+        ValueError: the model holds no context pool.
+    """
+    pools = [module for module in model.modules() if isinstance(module, ContextPool2d)]
+    if not pools:
+        raise ValueError(
+            f'{type(model).__name__} holds no context pool: build a cpool variant with at least one position')
+
+    def off(pool: ContextPool2d) -> Any:
+        if pool.gamma is not None:
+            return pool.base
+        return lambda x: x[..., ::pool.stride, ::pool.stride]
+
+    try:
+        for pool in pools:
+            # of the instance: tokens and maps of both layouts all go through it
+            object.__setattr__(pool, 'pool_map', off(pool))
+        yield
+    finally:
+        for pool in pools:
+            pool.__dict__.pop('pool_map', None)
+
+
+def _features(model: nn.Module, images: Tensor, layer: str | int | None) -> Tensor:
+    """The feature map `(B, C, h, w)` that `layer` names."""
+    if layer is None and not hasattr(model, 'forward_intermediates'):
+        return model(images)
+    if isinstance(layer, str):
+        modules = dict(model.named_modules())
+        if layer not in modules or not layer:
+            raise ValueError(f'the model has no layer {layer!r}: name a module, or a number of forward_intermediates')
+        seen: list[Any] = []
+        handle = modules[layer].register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            model(images)
+        finally:
+            handle.remove()
+        if not seen:
+            raise ValueError(f'layer {layer!r} did not run: name a module of the forward pass')
+        return seen[-1]
+    if not hasattr(model, 'forward_intermediates'):
+        raise ValueError(f'{type(model).__name__} has no forward_intermediates to take layer {layer} from: name a '
+                         'module')
+    forward: Any = model.forward_intermediates
+    try:
+        return forward(
+            images, indices=[-1 if layer is None else layer], stop_early=True, output_fmt='NCHW',
+            intermediates_only=True)[0]
+    except (AssertionError, IndexError) as error:
+        raise ValueError(f'the model has no layer number {layer} ({error}): take a smaller one') from error
+
+
+def _unit(point: tuple[float, float] | None, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    if point is None:
+        return grid[0] // 2, grid[1] // 2
+    if len(point) != 2 or not all(0 <= value < side for value, side in zip(point, size, strict=True)):
+        raise ValueError(f'point {tuple(point)} is no (y, x) inside an image of {size[0]} x {size[1]} pixels '
+                         '(height x width): choose 0 <= y < height and 0 <= x < width')
+    return int(point[0] * grid[0] / size[0]), int(point[1] * grid[1] / size[1])
+
+
+def effective_receptive_field(
+        model: nn.Module,
+        images: Tensor,
+        layer: str | int | None = None,
+        point: tuple[float, float] | None = None,
+        pools: bool = True,
+        probes: int = 8,
+        seed: int = 0,
+) -> ReceptiveField:
+    """The input pixels that one unit of a feature map depends on, averaged over images and channels.
+
+    At each pixel stands the root mean square, over images, input channels and channels of the unit, of the gradient of
+    the unit with respect to the pixel (after Luo et al., 2016, https://arxiv.org/abs/1701.04128). The mean over the
+    unit's channels is taken with random signs: the gradient of `sum_c v_c f_c` with independent `v_c` of +1 and -1 has
+    the sum of squared channel gradients as its expected square, while without signs channels would cancel each other.
+    With one channel the map is exact. Gradients through weights and supports count: they too depend on the input.
+
+    The model runs in eval mode; its modes, parameters and gradients are left as they were.
+
+    Args:
+        model: an eager model.
+        images: `(B, C, H, W)` float, input of the model, on its device.
+        layer: a number as in timm's `forward_intermediates`, the name of a module that returns `(B, C, h, w)`, or None
+            for the last feature map (of a model without `forward_intermediates`: its output).
+        point: (y, x) in pixels of the images, whose first pixel reaches from 0 to 1; the unit that holds it is taken.
+            None is the middle unit, `(h // 2, w // 2)`.
+        pools: False switches the context pools off for the measurement; see `without_pools`.
+        probes: random vectors of signs per image.
+        seed: of the signs.
+
+    Raises:
+        ValueError: no such layer, its output is no map, the point is outside, `probes` below 1, no images, the unit
+            does not depend on the input, the gradient is not finite, or `pools=False` and the model has none.
+    """
+    if probes < 1:
+        raise ValueError(f'probes must be >= 1, got {probes}')
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f'images must be (B, C, H, W) with B >= 1, got {tuple(images.shape)}')
+    if not pools:
+        with without_pools(model):
+            return effective_receptive_field(model, images, layer, point, True, probes, seed)
+    size = images.shape[-2], images.shape[-1]
+    total = torch.zeros(size, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for image in images:  # one at a time, so that memory does not grow with their number
+        with kept_modes(model), torch.enable_grad():
+            leaf = image.detach()[None].clone().requires_grad_()
+            features = _features(model, leaf, layer)
+            if not isinstance(features, Tensor) or features.ndim != 4:
+                shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+                raise ValueError(f'layer {layer!r} returns {shape}, no map (B, C, h, w): name another module, or a '
+                                 'number of forward_intermediates')
+            grid = features.shape[-2], features.shape[-1]
+            unit = _unit(point, size, grid)
+            channels = features[0, :, unit[0], unit[1]]
+            if not channels.requires_grad:
+                raise ValueError(f'layer {layer!r} does not depend on the images: name a layer behind the input')
+            for probe in range(probes):
+                signs = torch.randint(2, channels.shape, generator=generator).mul(2).sub(1).to(channels)
+                gradient, = torch.autograd.grad(
+                    channels, leaf, signs, retain_graph=probe + 1 < probes, allow_unused=True)
+                if gradient is None:
+                    raise ValueError(f'layer {layer!r} does not depend on the images: name a layer behind the input')
+                total += gradient[0].detach().double().square().sum(0).cpu()
+    rms = total.sqrt()
+    mass = float(rms.sum())
+    if not 0 < mass < float('inf'):
+        raise ValueError(f'the gradient of layer {layer!r} sums to {mass}: its unit {unit} depends on no pixel, or the '
+                         'model is not finite')
+    centre = (unit[0] + 0.5) * size[0] / grid[0], (unit[1] + 0.5) * size[1] / grid[1]
+    return ReceptiveField(rms / mass, unit, grid, centre)
