@@ -110,9 +110,10 @@ def check(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **kwargs).eval()
     x = torch.randn(2, *timm.data.resolve_model_data_config(model)['input_size'])
-    for part in model.get_classifier() if isinstance(model.get_classifier(), tuple) else [model.get_classifier()]:
+    head = model.get_classifier()
+    for part in torch.nn.ModuleList(head if isinstance(head, (tuple, list)) else [head]).modules():
         # a classifier that starts at zero hides everything
-        if isinstance(getattr(part, 'weight', None), torch.Tensor) and not part.weight.any():
+        if isinstance(part, torch.nn.Linear) and not part.weight.any():
             torch.nn.init.trunc_normal_(part.weight, std=.02)
     weights = copy.deepcopy(model.state_dict())
     with torch.no_grad():

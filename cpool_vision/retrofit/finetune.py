@@ -31,8 +31,8 @@ def param_groups(
     """Parameter groups for an optimizer: pools and base apart, each with and without weight decay.
 
     Vectors, biases and what the model's `no_weight_decay()` names are not decayed. Frozen parameters are left out.
-    Every group has `lr_scale`, by which timm's schedulers multiply the learning rate; with `lr` the groups also carry
-    the scaled `lr` itself, as needed without such a scheduler. Usable as timm's `param_group_fn`::
+    With `lr` every group carries its own, which any scheduler scales. Without it the groups carry `lr_scale`, by which
+    timm's schedulers, and they only, multiply the learning rate. Usable as timm's `param_group_fn`::
 
         create_optimizer_v2(model, 'adamw', lr=1e-3, param_group_fn=partial(param_groups, pool_lr_scale=10, lr=1e-3))
 
@@ -68,11 +68,10 @@ def param_groups(
         group: dict[str, Any] = {
             'params': parameters,
             'group_name': f"{kind}_{'decay' if decayed else 'no_decay'}",
-            'lr_scale': scale,
             'weight_decay': decays[kind] if decayed else 0.0,
         }
-        if lr is not None:
-            group['lr'] = lr * scale
+        # not both: a scheduler of timm would apply the factor twice
+        group.update({'lr_scale': scale} if lr is None else {'lr': lr * scale})
         result.append(group)
     return result
 
