@@ -1,7 +1,5 @@
 """Pictures of what a model pools with: images with their supports drawn over them, and maps of supports and weights."""
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,41 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .canvas import STYLE, PlotDependencyError, Sheet, check_images, require_matplotlib, save_figure, show
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .maps import ContextMaps
 
-_STYLE = {
-    'font.family': 'sans-serif',
-    'font.size': 7,
-    'axes.labelsize': 7,
-    'axes.linewidth': 0.5,
-    'xtick.labelsize': 6,
-    'ytick.labelsize': 6,
-    'xtick.major.width': 0.5,
-    'xtick.major.size': 2,
-    'pdf.fonttype': 42,
-    'svg.fonttype': 'none',
-}
+__all__ = [
+    'PlotDependencyError', 'pick_layers', 'relative_weight', 'save_figure', 'support_in_pixels', 'supports_figure']
+
 _MAX_CIRCLES = 7  # per side
-# inches
-_CELL, _GAP = 1.15, 0.05
-_LEFT, _TOP, _BOTTOM = 0.22, 0.42, 0.45
-
-
-class PlotDependencyError(ImportError):
-    """matplotlib is not installed."""
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-    except ImportError as error:
-        raise PlotDependencyError("drawing needs matplotlib: pip install 'cpool_vision[plot]'") from error
-    return matplotlib
 
 
 def support_in_pixels(maps: 'ContextMaps', image_size: tuple[int, int], group: int | None = None) -> Tensor:
@@ -108,12 +82,6 @@ def _circles(axes: Any, sigma: NDArray[Any], maps: 'ContextMaps', size: tuple[in
             offset_transform=axes.transData, facecolors='none', edgecolors=colours, linewidths=width))
 
 
-def _show(axes: Any, picture: NDArray[Any], size: tuple[int, int], **options: Any) -> Any:
-    shown = axes.imshow(picture, extent=(0, size[1], size[0], 0), interpolation='nearest', **options)
-    axes.set(xlim=(0, size[1]), ylim=(size[0], 0), xticks=[], yticks=[])
-    return shown
-
-
 def _limits(values: NDArray[Any]) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     # a nearly constant map gets a scale of a tenth of its value, not of its rounding errors
@@ -148,21 +116,18 @@ def supports_figure(
         PlotDependencyError: matplotlib is not installed.
         ValueError: images of another shape or number than the maps, or an unknown layer.
     """
-    matplotlib = _matplotlib()
+    matplotlib = require_matplotlib()
     names = pick_layers(list(maps), layers)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f'images must be (B, H, W, 3) uint8, got {images.shape} {images.dtype}')
+    check_images(images, row_labels)
     rows, size = len(images), images.shape[1:3]
     for name in names:
         if len(maps[name].sigma) != rows:
             raise ValueError(f'layer {name!r} has maps of {len(maps[name].sigma)} images, got {rows} images')
-    if row_labels is not None and len(row_labels) != rows:
-        raise ValueError(f'got {len(row_labels)} row_labels for {rows} images')
-    with matplotlib.rc_context(_STYLE):
-        sheet = _Sheet(rows, len(names), size[0] / size[1])
+    with matplotlib.rc_context(STYLE):
+        sheet = Sheet(rows, len(names), size[0] / size[1])
         for row in range(rows):
             axes = sheet.panel(row, 0)
-            _show(axes, images[row], size)
+            show(axes, images[row], size)
             if row_labels is not None:
                 axes.set_ylabel(row_labels[row])
         sheet.heading(0, 1, 'image', 'normal')
@@ -171,41 +136,8 @@ def supports_figure(
     return sheet.figure
 
 
-class _Sheet:
-    """A figure with panels at exact places: one column for the image, then three a layer, colour bars underneath."""
-
-    def __init__(self, rows: int, layers: int, aspect: float) -> None:
-        matplotlib = _matplotlib()
-        self.rows, self.height = rows, _CELL * aspect
-        columns = 1 + 3 * layers
-        # inches: each layer stands a little apart
-        self.left = [_LEFT + i * (_CELL + _GAP) + (i + 2) // 3 * 2 * _GAP for i in range(columns)]
-        self.width_in = self.left[-1] + _CELL + _GAP
-        self.height_in = _TOP + rows * (self.height + _GAP) + _BOTTOM
-        self.figure = matplotlib.figure.Figure(figsize=(self.width_in, self.height_in))
-        matplotlib.backends.backend_agg.FigureCanvasAgg(self.figure)
-
-    def _add(self, left: float, top: float, width: float, height: float) -> Any:
-        return self.figure.add_axes((
-            left / self.width_in, 1 - (top + height) / self.height_in, width / self.width_in, height / self.height_in))
-
-    def panel(self, row: int, column: int) -> Any:
-        """Axes of one picture."""
-        return self._add(self.left[column], _TOP + row * (self.height + _GAP), _CELL, self.height)
-
-    def bar(self, column: int) -> Any:
-        """Axes of a colour bar under a column."""
-        return self._add(self.left[column] + 0.06, self.height_in - _BOTTOM + 0.04, _CELL - 0.12, 0.07)
-
-    def heading(self, first: int, last: int, text: str, weight: str) -> None:
-        """Text over the columns `first` to `last - 1`; the normal weight stands lower than the bold one."""
-        x = (self.left[first] + self.left[last - 1] + _CELL) / 2 / self.width_in
-        y = 1 - (_TOP - (0.06 if weight == 'normal' else 0.21)) / self.height_in
-        self.figure.text(x, y, text, ha='center', va='bottom', fontweight=weight)
-
-
 def _draw_layer(
-        sheet: _Sheet, column: int, images: NDArray[np.uint8], maps: 'ContextMaps', name: str, group: int | None,
+        sheet: Sheet, column: int, images: NDArray[np.uint8], maps: 'ContextMaps', name: str, group: int | None,
 ) -> None:
     import matplotlib
     from matplotlib.cm import ScalarMappable
@@ -219,38 +151,13 @@ def _draw_layer(
     for row, image in enumerate(images):
         pale = 0.25 * 255 + 0.75 * image.astype(np.float32)
         overlay = sheet.panel(row, column)
-        _show(overlay, pale.astype(np.uint8), size)
+        show(overlay, pale.astype(np.uint8), size)
         _circles(overlay, sigma[row], maps, size, scale.to_rgba)
-        _show(sheet.panel(row, column + 1), sigma[row], size, norm=scale.norm, cmap=scale.cmap)
-        shown = _show(sheet.panel(row, column + 2), weight[row], size, vmin=-reach, vmax=reach, cmap='RdBu_r')
+        show(sheet.panel(row, column + 1), sigma[row], size, norm=scale.norm, cmap=scale.cmap)
+        shown = show(sheet.panel(row, column + 2), weight[row], size, vmin=-reach, vmax=reach, cmap='RdBu_r')
     sheet.heading(column, column + 3, f'{name}: mean σ {sigma.mean():.3g} px', 'bold')
     for offset, title in enumerate(('supports, radius 1 σ', 'support map', 'pooling weight')):
         sheet.heading(column + offset, column + offset + 1, title, 'normal')
     for offset, (values, label) in enumerate(((scale, 'σ (px)'), (shown, 'log₂ (weight / uniform)')), start=1):
         sheet.figure.colorbar(
             values, cax=sheet.bar(column + offset), orientation='horizontal', label=label, ticks=MaxNLocator(3))
-
-
-def save_figure(figure: 'Figure', path: str, dpi: int = 200) -> None:
-    """Writes a figure in the format of the suffix (png, pdf, svg); an earlier file is replaced only by a whole new one.
-
-    Raises:
-        ValueError: matplotlib does not write files of this suffix.
-        OSError: the folder cannot be written.
-    """
-    suffix = os.path.splitext(path)[1]
-    known = figure.canvas.get_supported_filetypes()
-    if suffix[1:].lower() not in known:
-        raise ValueError(f'cannot draw into {path!r}: its suffix must be one of {", ".join(sorted(known))}')
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=suffix, prefix='.draw-', dir=folder)
-    os.close(handle)
-    try:
-        with _matplotlib().rc_context(_STYLE):
-            figure.savefig(temporary, dpi=dpi)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

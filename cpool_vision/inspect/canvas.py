@@ -1,0 +1,133 @@
+"""What the pictures have in common: style, panels at exact places, and writing them whole."""
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = {
+    'font.family': 'sans-serif',
+    'font.size': 7,
+    'axes.labelsize': 7,
+    'axes.linewidth': 0.5,
+    'xtick.labelsize': 6,
+    'ytick.labelsize': 6,
+    'xtick.major.width': 0.5,
+    'xtick.major.size': 2,
+    'pdf.fonttype': 42,
+    'svg.fonttype': 'none',
+}
+# inches
+CELL, GAP = 1.15, 0.05
+_LEFT, _TOP, _BOTTOM = 0.22, 0.42, 0.45
+
+
+class PlotDependencyError(ImportError):
+    """matplotlib is not installed."""
+
+
+def require_matplotlib() -> Any:
+    """matplotlib with what a figure needs, imported on first use.
+
+    Raises:
+        PlotDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
+        import matplotlib.lines
+        import matplotlib.patches
+    except ImportError as error:
+        raise PlotDependencyError("drawing needs matplotlib: pip install 'cpool_vision[plot]'") from error
+    return matplotlib
+
+
+def new_figure(width: float, height: float, **options: Any) -> 'Figure':
+    """An empty figure of a size in inches that no window system knows of."""
+    matplotlib = require_matplotlib()
+    figure = matplotlib.figure.Figure(figsize=(width, height), **options)
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+    return figure
+
+
+def show(axes: Any, picture: NDArray[Any], size: tuple[int, int], **options: Any) -> Any:
+    """Shows a picture so that its axes count pixels of an image of `size` (height, width)."""
+    shown = axes.imshow(picture, extent=(0, size[1], size[0], 0), interpolation='nearest', **options)
+    axes.set(xlim=(0, size[1]), ylim=(size[0], 0), xticks=[], yticks=[])
+    return shown
+
+
+def check_images(images: NDArray[np.uint8], row_labels: Sequence[str] | None) -> None:
+    """Insists on `(B, H, W, 3)` uint8 images and as many labels, if any.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f'images must be (B, H, W, 3) uint8, got {images.shape} {images.dtype}')
+    if row_labels is not None and len(row_labels) != len(images):
+        raise ValueError(f'got {len(row_labels)} row_labels for {len(images)} images')
+
+
+class Sheet:
+    """A figure with panels at exact places: one column for the image, then some a layer, colour bars underneath."""
+
+    def __init__(self, rows: int, layers: int, aspect: float, per_layer: int = 3) -> None:
+        self.rows, self.height = rows, CELL * aspect
+        columns = 1 + per_layer * layers
+        # inches: each layer stands a little apart
+        self.left = [_LEFT + i * (CELL + GAP) + -(-i // per_layer) * 2 * GAP for i in range(columns)]
+        self.width_in = self.left[-1] + CELL + GAP
+        self.height_in = _TOP + rows * (self.height + GAP) + _BOTTOM
+        self.figure = new_figure(self.width_in, self.height_in)
+
+    def _add(self, left: float, top: float, width: float, height: float) -> Any:
+        return self.figure.add_axes((
+            left / self.width_in, 1 - (top + height) / self.height_in, width / self.width_in, height / self.height_in))
+
+    def panel(self, row: int, column: int) -> Any:
+        """Axes of one picture."""
+        return self._add(self.left[column], _TOP + row * (self.height + GAP), CELL, self.height)
+
+    def bar(self, column: int, last: int | None = None) -> Any:
+        """Axes of a colour bar under a column, or in the middle under the columns to `last`, two cells wide at most."""
+        left, right = self.left[column], self.left[column if last is None else last] + CELL
+        width = min(right - left, 2 * CELL) - 0.12
+        return self._add((left + right - width) / 2, self.height_in - _BOTTOM + 0.04, width, 0.07)
+
+    def heading(self, first: int, last: int, text: str, weight: str) -> None:
+        """Text over the columns `first` to `last - 1`; the normal weight stands lower than the bold one."""
+        x = (self.left[first] + self.left[last - 1] + CELL) / 2 / self.width_in
+        y = 1 - (_TOP - (0.06 if weight == 'normal' else 0.21)) / self.height_in
+        self.figure.text(x, y, text, ha='center', va='bottom', fontweight=weight)
+
+
+def save_figure(figure: 'Figure', path: str, dpi: int = 200) -> None:
+    """Writes a figure in the format of the suffix (png, pdf, svg); an earlier file is replaced only by a whole new one.
+
+    Raises:
+        ValueError: matplotlib does not write files of this suffix.
+        OSError: the folder cannot be written.
+    """
+    suffix = os.path.splitext(path)[1]
+    known = figure.canvas.get_supported_filetypes()
+    if suffix[1:].lower() not in known:
+        raise ValueError(f'cannot draw into {path!r}: its suffix must be one of {", ".join(sorted(known))}')
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=suffix, prefix='.draw-', dir=folder)
+    os.close(handle)
+    try:
+        with require_matplotlib().rc_context(STYLE):
+            figure.savefig(temporary, dpi=dpi)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
