@@ -8,8 +8,8 @@ For each module the smallest registered model by parameters is taken (counted on
 It works if, with `add_context_pool` at its defaults, the output on a batch of two images is equal to the bit before and
 after, also that of `forward_features`; the base's state dict fits with nothing missing but the pools; an open gate
 changes the output; every parameter of the pools gets a finite gradient in training, not all of them zero; and a deep
-copy gives the same output. Each model has a process and a time limit of its own. Models above the size limit are built
-with fewer blocks where they have a keyword for it, else left out.
+copy gives the same output. Each model has a process and a time limit of its own. Models of more than 32 M parameters
+are built with fewer blocks where they have a keyword for it.
 """
 import argparse
 import copy
@@ -32,6 +32,7 @@ from .markers import replace_between
 
 BEGIN, END = '<!-- retrofit-table -->', '<!-- /retrofit-table -->'
 RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'retrofit.json'
+TARGET = 32_000_000
 SMALLER: tuple[dict[str, Any], ...] = ({}, {'depth': 2}, {'depth': 2, 'embed_dim': 192, 'num_heads': 3})
 
 
@@ -52,7 +53,7 @@ def count(name: str, kwargs: dict[str, Any]) -> int:
 
 
 def smallest(module: str, limit: int) -> dict[str, Any]:
-    """The smallest model of a module and its size, made shallower if it is above the limit."""
+    """The smallest model of a module and its size, made shallower if it is large and can be."""
     sizes = []
     errors = []
     for name in timm.list_models(module=module):
@@ -72,8 +73,10 @@ def smallest(module: str, limit: int) -> dict[str, Any]:
         except Exception as error:  # not a keyword of this model
             errors.append(str(error))
         else:
-            if row['params'] <= limit:
+            if row['params'] <= TARGET:
                 return row
+    if params <= limit:
+        return {**row, 'params': params, 'kwargs': {}}
     reason = f'its smallest model has {params / 1e6:.0f} M parameters'
     row.update(status='skipped', kwargs={}, params=params, reason=reason)
     return row
@@ -215,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--results', type=pathlib.Path, default=RESULTS, metavar='FILE')
     parser.add_argument('--same-models', action='store_true',
                         help='take the models of --results instead of counting all of timm')
-    parser.add_argument('--limit-params', type=int, default=32_000_000, metavar='N')
+    parser.add_argument('--limit-params', type=int, default=140_000_000, metavar='N')
     parser.add_argument('--limit-s', type=float, default=240, metavar='S', help='time for one model')
     args = parser.parse_args(argv)
     former = {}
