@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SUMMARY = 'summary.csv'
-_STYLE = {
+_STYLE: Any = {
     'font.size': 7, 'axes.linewidth': 0.5, 'axes.labelsize': 7, 'axes.titlesize': 7, 'xtick.labelsize': 6,
     'ytick.labelsize': 6, 'xtick.major.width': 0.5, 'ytick.major.width': 0.5, 'xtick.major.size': 2,
     'ytick.major.size': 2, 'legend.fontsize': 6, 'legend.frameon': False, 'lines.linewidth': 1.,
@@ -180,7 +180,7 @@ def runs_figure(runs: Sequence[RunCurves]) -> 'Figure':
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 2.3 + 1.5 * lines), layout='constrained')
         FigureCanvasAgg(figure)
-        parts = figure.subfigures(2, 1, height_ratios=(2.0, 1.5 * lines)) if lines else [figure]
+        parts: Any = figure.subfigures(2, 1, height_ratios=(2.0, 1.5 * lines)) if lines else [figure]
         panels = list(parts[0].subplots(1, 3))
         _draw_curves(panels, runs, colours)
         if lines:
