@@ -4,11 +4,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context_pool import ContextPool2d
+from .context_pool import ContextPool2d, Subsample2d
 from .token_context_pool import TokenContextPool
 
 # Mixers that have no predictor, by the size of their kernel.
-_KERNELS = {'average': 3, 'depthwise3': 3, 'depthwise7': 7}
+_KERNELS = {'identity': 1, 'average': 3, 'depthwise3': 3, 'depthwise7': 7}
 MIXERS = ('context', 'uniform', 'fixed', 'layer', *_KERNELS)
 
 
@@ -26,8 +26,10 @@ class _Control(ContextPool2d):
         elif mixer in _KERNELS:
             size = _KERNELS[mixer]
             del self.reduce, self.act, self.predict
-            if mixer == 'average':
-                self.local: nn.Module = nn.AvgPool2d(size, self.stride, size // 2, count_include_pad=False)
+            if mixer == 'identity':
+                self.local: nn.Module = Subsample2d(self.stride)
+            elif mixer == 'average':
+                self.local = nn.AvgPool2d(size, self.stride, size // 2, count_include_pad=False)
             else:
                 self.local = nn.Conv2d(
                     dim, dim, size, self.stride, size // 2, groups=dim, device=weight.device, dtype=weight.dtype)
@@ -80,8 +82,8 @@ class ControlPool2d(_Control):
         dim: Channels C.
         mixer: One of `MIXERS` but `context`. `uniform`: equal pooling weights, predicted supports. `fixed`: predicted
             weights, every support half of the largest. `layer`: predicted weights, one learned support per group for
-            the whole map. `average`: the mean of 3 x 3 pixels. `depthwise3`, `depthwise7`: a depthwise convolution that
-            starts as the identity.
+            the whole map. `identity`: the input itself, every `stride`-th pixel. `average`: the mean of 3 x 3 pixels.
+            `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity.
         **kwargs: Further arguments of `ContextPool2d`.
 
     Raises:

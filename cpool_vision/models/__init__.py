@@ -1,6 +1,10 @@
 """The families; importing this package registers every variant with timm."""
 from .convnext import ContextPoolConvNeXt
+from .metaformer import ContextPoolMetaFormer
 from .resnet import ContextPoolResNet
+from .swin_transformer import ContextPoolSwinTransformer
 from .vision_transformer import ContextPoolVisionTransformer
 
-__all__ = ['ContextPoolConvNeXt', 'ContextPoolResNet', 'ContextPoolVisionTransformer']
+__all__ = [
+    'ContextPoolConvNeXt', 'ContextPoolMetaFormer', 'ContextPoolResNet', 'ContextPoolSwinTransformer',
+    'ContextPoolVisionTransformer']

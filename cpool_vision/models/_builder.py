@@ -18,12 +18,20 @@ POSITIONS = {
     'vision_transformer': ('post_block', 'pre_attn'),
     'resnet': ('stage', 'stem', 'stride', 'shortcut'),
     'convnext': ('stage', 'downsample'),
+    'swin_transformer': ('pre_attn', 'window', 'post_block'),
+    'metaformer': ('mixer',),
 }
 DEFAULT_POSITIONS = {family: positions[:1] for family, positions in POSITIONS.items()}
 STAGES = (0, 1, 2, 3)
 # At 224 pixels the first stage holds 56 x 56 maps, where a pool can cost more than the rest of its stage. The second
 # stage of a ResNet is left out as well: with 512 channels at 28 x 28 it would carry most of the multiply-adds.
-DEFAULT_STAGES = {'resnet': (2, 3), 'convnext': (1, 2, 3), 'vision_transformer': STAGES}
+DEFAULT_STAGES = {
+    'vision_transformer': STAGES,
+    'resnet': (2, 3),
+    'convnext': (1, 2, 3),
+    'swin_transformer': (2, 3),
+    'metaformer': STAGES,
+}
 DEFAULT_RATIO = 0.1
 DEFAULT_FLOOR = 0.1
 DEFAULT_GROUPS = 1

@@ -5,6 +5,8 @@ from timm.models._manipulate import checkpoint
 from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.convnext import checkpoint_filter_fn as convnext_filter_fn
+from timm.models.metaformer import checkpoint_filter_fn as metaformer_filter_fn
+from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     'feature_take_indices',
     'generate_default_cfgs',
     'get_arch_pretrained_cfgs',
+    'metaformer_filter_fn',
     'register_model',
+    'swin_filter_fn',
     'vit_filter_fn',
 ]

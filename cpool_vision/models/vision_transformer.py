@@ -171,6 +171,13 @@ def _create_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> Contex
     )
 
 
+def _depth_cfg() -> dict[str, Any]:
+    return dict(
+        num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True, crop_pct=.9, interpolation='bicubic',
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), first_conv='patch_embed.proj', classifier='head',
+        license='apache-2.0')
+
+
 default_cfgs = variant_cfgs(
     bases={
         'vit_tiny_cpool_patch16_224': 'vit_tiny_patch16_224',
@@ -182,6 +189,8 @@ default_cfgs = variant_cfgs(
             num_classes=10, input_size=(3, 32, 32), fixed_input_size=True, crop_pct=1.0, interpolation='bicubic',
             mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), first_conv='patch_embed.proj', classifier='head',
             license='apache-2.0'),
+        **{f'vit_{size}_cpool_d{depth}_patch16_224.untrained': _depth_cfg()
+           for size in ('small', 'base') for depth in (6, 8, 9, 10)},
     },
 )
 
@@ -213,3 +222,59 @@ def vit_base_cpool_patch16_224(pretrained: bool = False, **kwargs: Any) -> Conte
     """ViT-B/16 with context pooling."""
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
     return _create_vit('vit_base_cpool_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_cpool_d6_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
+    """ViT-S/16 with context pooling and six layers in place of twelve."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=6, num_heads=6)
+    return _create_vit('vit_small_cpool_d6_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_cpool_d8_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
+    """ViT-S/16 with context pooling and eight layers in place of twelve."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=8, num_heads=6)
+    return _create_vit('vit_small_cpool_d8_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_cpool_d9_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
+    """ViT-S/16 with context pooling and nine layers in place of twelve."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=9, num_heads=6)
+    return _create_vit('vit_small_cpool_d9_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_small_cpool_d10_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
+    """ViT-S/16 with context pooling and ten layers in place of twelve."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=10, num_heads=6)
+    return _create_vit('vit_small_cpool_d10_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_base_cpool_d6_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
+    """ViT-B/16 with context pooling and six layers in place of twelve."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=6, num_heads=12)
+    return _create_vit('vit_base_cpool_d6_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_base_cpool_d8_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
+    """ViT-B/16 with context pooling and eight layers in place of twelve."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=8, num_heads=12)
+    return _create_vit('vit_base_cpool_d8_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_base_cpool_d9_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
+    """ViT-B/16 with context pooling and nine layers in place of twelve."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=9, num_heads=12)
+    return _create_vit('vit_base_cpool_d9_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vit_base_cpool_d10_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
+    """ViT-B/16 with context pooling and ten layers in place of twelve."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=10, num_heads=12)
+    return _create_vit('vit_base_cpool_d10_patch16_224', pretrained, **dict(model_args, **kwargs))

@@ -8,7 +8,6 @@ from cpool_vision.layers import MIXERS, ContextPool2d, TokenContextPool, make_po
 from cpool_vision.models._builder import context_pools
 
 X = torch.randn(2, 8, 11, 9, generator=torch.Generator().manual_seed(0))
-LOCAL = ('average', 'depthwise3', 'depthwise7')
 
 
 def make(mixer, **kwargs):
@@ -74,6 +73,7 @@ def test_a_fixed_support_has_no_gradient_and_a_layer_s_has():
 
 def test_local_mixers():
     torch.testing.assert_close(make('average')(X), F.avg_pool2d(X, 3, 1, 1, count_include_pad=False))
+    assert torch.equal(make('identity')(X), X) and torch.equal(make('identity', stride=2)(X), X[..., ::2, ::2])
     for mixer, size in (('depthwise3', 3), ('depthwise7', 7)):
         assert torch.equal(make_pool(8, mixer=mixer)(X), X)
         pool = make(mixer)
@@ -90,7 +90,9 @@ def test_unknown_mixers_are_refused():
         timm.create_model('vit_micro_cpool_patch4_32', cpool_mixer='mean', device='meta')
 
 
-@pytest.mark.parametrize('name', ['vit_micro_cpool_patch4_32', 'resnet_micro_cpool_32', 'convnext_micro_cpool_32'])
+@pytest.mark.parametrize('name', [
+    'vit_micro_cpool_patch4_32', 'resnet_micro_cpool_32', 'convnext_micro_cpool_32', 'poolformer_micro_cpool_32',
+    'swin_micro_cpool_patch2_window4_32'])
 @pytest.mark.parametrize('mixer', MIXERS[1:])
 def test_every_family_takes_every_mixer(name, mixer):
     model = timm.create_model(name, cpool_mixer=mixer, cpool_init='identity').eval()

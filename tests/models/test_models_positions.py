@@ -13,6 +13,8 @@ MODELS = [
     ('resnet_micro_cpool_32', 'resnet', 16),
     ('resnet18_cpool', 'resnet', 64),
     ('resnet50_cpool', 'resnet', 32),
+    ('poolformer_micro_cpool_32', 'metaformer', 16),
+    ('swin_micro_cpool_patch2_window4_32', 'swin_transformer', 32),
     ('vit_micro_cpool_patch4_32', 'vision_transformer', 32),
 ]
 CASES = [
@@ -28,6 +30,13 @@ PLACES = {
     ('resnet18_cpool', 'stem'): ['maxpool'],
     ('resnet18_cpool', 'stride'): ['layer3.0.aa', 'layer4.0.aa'],
     ('resnet18_cpool', 'shortcut'): [f'layer{i}.0.downsample.cpool' for i in (3, 4)],
+    ('poolformer_micro_cpool_32', 'mixer'): [
+        f'stages.{i}.blocks.{j}.token_mixer.cpool' for i, n in enumerate((2, 2, 4, 2)) for j in range(n)],
+    ('swin_micro_cpool_patch2_window4_32', 'pre_attn'): [
+        f'layers.{i}.blocks.{j}.cpool_attn' for i, n in ((2, 4), (3, 1)) for j in range(n)],
+    ('swin_micro_cpool_patch2_window4_32', 'window'): [
+        f'layers.{i}.blocks.{j}.attn.cpool' for i, n in ((2, 4), (3, 1)) for j in range(n)],
+    ('swin_micro_cpool_patch2_window4_32', 'post_block'): [f'layers.2.blocks.{j}.cpool' for j in range(3)],
     ('vit_micro_cpool_patch4_32', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
     ('vit_micro_cpool_patch4_32', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
 }
@@ -46,8 +55,11 @@ def randomise(model):
 @pytest.mark.parametrize('name,positions,size', CASES)
 def test_identity_starts_as_the_base_and_paper_does_not(name, positions, size):
     torch.manual_seed(0)
+    # on maps of 4 x 4 tokens the supports are too small to show otherwise
+    wide = dict(cpool_stages=[0, 1, 2, 3], cpool_ratio=.5) if name.startswith('swin') else {}
     plain = randomise(timm.create_model(name, cpool_positions='none', num_classes=7)).double().eval()
-    model = timm.create_model(name, cpool_positions=positions, cpool_init='identity', num_classes=7).double().eval()
+    wide.update(cpool_positions=positions, num_classes=7)
+    model = timm.create_model(name, cpool_init='identity', **wide).double().eval()
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     assert missing and not unexpected
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
@@ -56,7 +68,7 @@ def test_identity_starts_as_the_base_and_paper_does_not(name, positions, size):
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
         for _, pool in context_pools(model):
             nn.init.ones_(pool.gamma)
-        paper = timm.create_model(name, cpool_positions=positions, cpool_init='paper', num_classes=7).double().eval()
+        paper = timm.create_model(name, cpool_init='paper', **wide).double().eval()
         paper.load_state_dict({k: v for k, v in model.state_dict().items() if k in paper.state_dict()})
         pooled = paper(x)
         assert (pooled - expected).abs().max() > 1e-2

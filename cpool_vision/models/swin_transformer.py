@@ -1,0 +1,128 @@
+"""Swin transformers with context pooling.
+
+Swin: `Swin Transformer: Hierarchical Vision Transformer using Shifted Windows`, https://arxiv.org/abs/2103.14030
+Context pooling: `Efficient Representation Learning via Adaptive Context Pooling`, https://arxiv.org/abs/2207.01844
+"""
+from typing import Any
+
+from timm.models import SwinTransformer
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from torch import Tensor
+
+from ..layers import ContextPool2d, TokenContextPool, make_pool
+from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
+from ._compat import register_model, swin_filter_fn
+
+__all__ = ['ContextPoolSwinBlock', 'ContextPoolSwinTransformer', 'ContextPoolWindowAttention']
+
+
+class ContextPoolWindowAttention(WindowAttention):
+    """timm's `WindowAttention` that reads pooled tokens: each window is a map of its own."""
+
+    cpool: TokenContextPool
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(self.cpool(x, self.window_size[0], self.window_size[1]), mask)
+
+
+class ContextPoolSwinBlock(SwinTransformerBlock):
+    """timm's block with a pool of what attention reads (`cpool_attn`) and of what leaves the block (`cpool`).
+
+    Both pool the whole map, before it is cut into windows. Either may be None.
+    """
+
+    cpool_attn: ContextPool2d | None
+    cpool: ContextPool2d | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        if self.cpool_attn is not None:
+            y = self.cpool_attn(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path1(self._attn(y))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        if self.cpool is not None:
+            x = self.cpool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x
+
+
+class ContextPoolSwinTransformer(SwinTransformer):
+    """timm's `SwinTransformer` with context pools.
+
+    Positions: `pre_attn` pools the whole map that a block's attention reads, so that windows see over their borders;
+    `window` pools inside each window; `post_block` pools the residual stream after every block of a stage but its last.
+
+    Args:
+        *args, **kwargs: As for `SwinTransformer`.
+        cpool: Where and how to pool; the defaults of the family if None.
+    """
+
+    def __init__(self, *args: Any, cpool: PoolConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        cpool = cpool or PoolConfig('swin_transformer')
+        pool_args = dict(cpool.layer_args, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+        for i in cpool.stages if cpool.positions else ():
+            stage: Any = self.layers[i]
+            for j, block in enumerate(stage.blocks):
+                # timm's stage builds its blocks itself: changing their class keeps weights and names.
+                block.__class__ = ContextPoolSwinBlock
+                pools_after = 'post_block' in cpool.positions and j + 1 < len(stage.blocks)
+                block.cpool_attn = make_pool(block.dim, **pool_args) if 'pre_attn' in cpool.positions else None
+                block.cpool = make_pool(block.dim, **pool_args) if pools_after else None
+                if 'window' in cpool.positions:
+                    block.attn.__class__ = ContextPoolWindowAttention
+                    block.attn.cpool = make_pool(block.dim, tokens=True, **pool_args)
+        check_placed(context_pools(self), cpool)
+
+
+def _create_swin_transformer(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextPoolSwinTransformer:
+    return build_variant(
+        ContextPoolSwinTransformer,
+        'swin_transformer',
+        variant,
+        pretrained,
+        base_filter=swin_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+default_cfgs = variant_cfgs(
+    bases={
+        f'swin_{size}_cpool_patch4_window7_224': f'swin_{size}_patch4_window7_224'
+        for size in ('tiny', 'small', 'base')},
+    own={
+        'swin_micro_cpool_patch2_window4_32.untrained': dict(
+            num_classes=10, input_size=(3, 32, 32), pool_size=(2, 2), fixed_input_size=True, crop_pct=1.0,
+            interpolation='bicubic', mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), first_conv='patch_embed.proj',
+            classifier='head.fc', license='apache-2.0'),
+    },
+)
+
+
+@register_model
+def swin_micro_cpool_patch2_window4_32(pretrained: bool = False, **kwargs: Any) -> ContextPoolSwinTransformer:
+    """Swin of 1.1 M parameters for 32 x 32 images, with context pooling: the first stage has 16 x 16 tokens."""
+    model_args = dict(
+        img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(2, 2, 4, 1), num_heads=(2, 3, 6, 12))
+    return _create_swin_transformer('swin_micro_cpool_patch2_window4_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def swin_tiny_cpool_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolSwinTransformer:
+    """Swin-T with context pooling."""
+    model_args = dict(patch_size=4, window_size=7, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+    return _create_swin_transformer('swin_tiny_cpool_patch4_window7_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def swin_small_cpool_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolSwinTransformer:
+    """Swin-S with context pooling."""
+    model_args = dict(patch_size=4, window_size=7, embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
+    return _create_swin_transformer('swin_small_cpool_patch4_window7_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def swin_base_cpool_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolSwinTransformer:
+    """Swin-B with context pooling."""
+    model_args = dict(patch_size=4, window_size=7, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    return _create_swin_transformer('swin_base_cpool_patch4_window7_224', pretrained, **dict(model_args, **kwargs))
