@@ -17,6 +17,7 @@ from .args_common import (
 from .args_fault import add_numerics_args
 from .args_loader import add_bad_sample_args
 from .args_objective import add_loss_args, add_schedule_args
+from .args_scale import add_sharding_args
 from .args_track import add_tracking_args
 from .args_train_more import add_distillation_args, add_ema_args, add_naflex_args, add_norm_args, add_sized_batch_args
 
@@ -29,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(parser.add_argument_group('data'))
     add_bad_sample_args(parser.add_argument_group('damaged data'))
     _add_model(parser.add_argument_group('model'))
-    _add_device(parser.add_argument_group('device and processes'))
+    processes = parser.add_argument_group('device and processes')
+    _add_device(processes)
+    add_sharding_args(processes)
     _add_optimizer(parser.add_argument_group('optimizer'))
     schedule = parser.add_argument_group('learning rate schedule')
     _add_schedule(schedule)

@@ -82,6 +82,7 @@ class Checkpointer:
             'position': describe_position(position, run.args, len(run.loader), streamed),
             'processes': gather_process_state(run),
         }
+        self.state.gather(keep=self.saver is not None)
         error: OutputError | None = None
         if self.saver is not None:
             try:

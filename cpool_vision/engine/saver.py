@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
+from torch.distributed.fsdp import FSDPModule
 
 from .atomic import keep_former, link_atomic
 from .checkpoint import describe_misfit, pick_weights, to_plain
@@ -16,6 +17,7 @@ from .errors import CheckpointError
 from .position import Position
 from .resume import EXTENSION, PREVIOUS, RECOVERY, list_candidates, serial_of
 from .seal import read_seal, save_sealed
+from .sharding import divide_like, divide_optimizer_state, gather_whole
 
 _logger = logging.getLogger(__name__)
 SCALER_KEY = 'amp_scaler'
@@ -41,6 +43,18 @@ class TrainState:
     args: dict[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._gathered: dict[str, Any] | None = None
+
+    def _tensors(self) -> dict[str, Any]:
+        return {'optimizer': self.optimizer.state_dict(), **self.task.get_checkpoint_state(),
+                **self.task.get_checkpoint_state(ema=True)}
+
+    def gather(self, keep: bool) -> None:
+        """Makes whole what `--fsdp` divides, for the next checkpoint; every process must call it."""
+        if isinstance(self.task.get_trainable_module(), FSDPModule):
+            self._gathered = gather_whole(self._tensors(), keep)
+
     def to_checkpoint(self, epoch: int) -> dict[str, Any]:
         """Content of a checkpoint in timm's format (version 2: `epoch` is the last finished one, -1 for none)."""
         content: dict[str, Any] = {
@@ -48,11 +62,10 @@ class TrainState:
             'arch': str(self.args.get('model', '')),
             'version': 2,
             'args': to_plain(self.args),
-            'optimizer': self.optimizer.state_dict(),
             **self.extra,
         }
-        content.update(self.task.get_checkpoint_state())
-        content.update(self.task.get_checkpoint_state(ema=True))
+        content.update(self._tensors() if self._gathered is None else self._gathered)
+        self._gathered = None  # as large as the model
         if self.loss_scaler.is_enabled():
             content[SCALER_KEY] = self.loss_scaler.state_dict()
         plateau = getattr(self.scheduler, 'lr_scheduler', None)
@@ -93,17 +106,19 @@ class TrainState:
 
     def _load_weights(self, weights: dict[str, torch.Tensor], task_state: Any, path: str, ema: bool) -> None:
         model = unwrap_model(self.task.get_eval_model(ema=ema))
-        misfit = describe_misfit(model.state_dict(), weights)
+        expected = model.state_dict()
+        misfit = describe_misfit(expected, weights)
         if misfit:
             raise CheckpointError(
                 f'--resume {path!r} does not fit model {self.args.get("model", "")!r}: {misfit}; use the --model, '
                 '--model-kwargs and --num-classes of the run that wrote it')
+        weights = {name: divide_like(value, expected[name]) for name, value in weights.items()}
         self.task.load_checkpoint_state(weights, task_state, ema=ema)
 
     def _load_optimizer(self, content: dict[str, Any], path: str) -> None:
         if 'optimizer' in content:
             try:
-                self.optimizer.load_state_dict(content['optimizer'])
+                self.optimizer.load_state_dict(divide_optimizer_state(self.optimizer, content['optimizer']))
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f'--resume {path!r} comes from another optimizer ({error}): use its --opt, or '
                                       '--no-resume-opt') from error

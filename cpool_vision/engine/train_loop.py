@@ -20,6 +20,7 @@ from .meter import LossMeter
 from .naflex import naflex_loss_scale
 from .position import Position
 from .progress import format_time, progress
+from .sharding import no_exchange
 from .vote import Verdict, Vote
 
 _logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def train_one_epoch(run: Run, epoch: int, num_epochs: int) -> dict[str, float]:
             seed_everything(args.seed, args.rank, epoch, step + 1)  # trailing zeros would not count
 
             # gradients of several processes are averaged once per update
-            with nullcontext() if final else task.no_sync():
+            with nullcontext() if final else no_exchange(task):
                 with run.precision.autocast():
                     loss = task(image, target)['loss']
                 group.append((loss.detach(), len(target)))

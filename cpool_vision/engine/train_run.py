@@ -25,6 +25,7 @@ from .progress import silence_logging
 from .resume import check_agreement, open_resume, set_aside
 from .run_folder import RunFolder, check_free, run_path, settings_text
 from .saver import CheckpointSaver, TrainState
+from .sharding import check_fsdp, shard_task
 from .support_log import keep_first_input, measure_supports
 from .track import Trackers, check_services, open_trackers
 from .train_loop import Run, current_lr, train_one_epoch
@@ -81,6 +82,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dict[str, Any]:
     primary = args.rank == 0
+    check_fsdp(args)
     precision = resolve_precision(args, device)
     if args.data and not args.data_dir:
         args.data_dir = args.data
@@ -110,6 +112,8 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
             args.val_num_samples, distributed=args.distributed)
     mean_batch = float(getattr(loader.batch_sampler, 'average_batch_size', args.batch_size))
     task: Any = objective.build_task(args, model, objective.build_loss(args), device, precision, primary)
+    if args.fsdp:
+        shard_task(task, args, device)
     args.lr = objective.resolve_lr(args, mean_batch)
     optimizer = objective.build_optimizer(args, task.get_trainable_module())
     run = Run(args, device, precision, task, optimizer, precision.loss_scaler(), None, loader, mixup_fn, mean_batch)
@@ -127,10 +131,11 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
             check_same_batches(content, resume, args, len(loader), getattr(loader, 'batch_sampler', None) is None)
         _logger.info('Resumed from %s: batch %d of epoch %d comes next.', resume, start.batch, start.epoch)
     if args.model_ema:
-        task.setup_ema(
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device=torch.device('cpu') if args.model_ema_force_cpu else None)
+        if not args.fsdp:
+            task.setup_ema(
+                decay=args.model_ema_decay,
+                use_warmup=args.model_ema_warmup,
+                device=torch.device('cpu') if args.model_ema_force_cpu else None)
         if content is not None:
             state.load_ema(content, resume)
     eval_model = _compile_and_distribute(args, task, device)
@@ -235,7 +240,7 @@ def _compile_and_distribute(args: argparse.Namespace, task: Any, device: torch.d
         if task.has_ema():
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     eval_model = task.get_eval_model()
-    if args.distributed:
+    if args.distributed and not args.fsdp:
         device_ids = None if device.type == 'cpu' else [device]
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
     return eval_model
@@ -263,5 +268,5 @@ def _evaluate_all(args: argparse.Namespace, run: Run, eval_model: Any, loader: A
     if result.metrics['unreadable']:
         _logger.warning('%d validation images could not be read and are left out of the metrics.',
                         result.metrics['unreadable'])
-    supports = measure_supports(measured, images[0], run.precision) if images and args.rank == 0 else []
+    supports = measure_supports(measured, images[0], run.precision) if images and (args.rank == 0 or args.fsdp) else []
     return result, supports

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 
+from .sharding import local_part
 from .signals import StopSignals
 
 
@@ -44,7 +45,8 @@ class Vote:
         """
         finite = torch.ones((), device=self.device)
         # the largest magnitude, as a sum of squares overflows in half precision
-        norm = torch.nn.utils.get_total_norm(gradients, float('inf')).to(self.device)
+        parts = [part for part in map(local_part, gradients) if part.numel()]
+        norm = torch.nn.utils.get_total_norm(parts, float('inf')).to(self.device)
         flags = torch.stack([
             finite if loss is None else torch.isfinite(loss.detach()).to(finite),
             torch.isfinite(norm).to(finite),

@@ -1,0 +1,7 @@
+"""The flag of divided models that timm's train.py does not have."""
+from .args_common import SupportsAddArgument, switch
+
+
+def add_sharding_args(group: SupportsAddArgument) -> None:
+    """Models beyond the memory of one device."""
+    switch(group, '--fsdp', help='divide parameters, gradients and optimizer state among the processes (FSDP2)')
