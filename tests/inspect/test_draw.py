@@ -127,7 +127,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_drawing_is_imported_only_when_drawing() -> None:
-    code = 'import sys, cpool_vision.inspect.draw, cpool_vision.cli.draw; sys.exit("matplotlib" in sys.modules)'
+    code = 'import sys, cpool_vision.inspect.draw, cpool_vision.cli.inspect; sys.exit("matplotlib" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0  # noqa: S603
 
 

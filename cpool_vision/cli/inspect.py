@@ -1,0 +1,259 @@
+"""Command line of looking into models and runs: `cpool-inspect MODEL IMAGE... -o sheet.png --html report.html`."""
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from . import common
+from .pictures import Loaded, add_picture_args, drawing, layers_of, load, load_maps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cpool_vision.inspect.report import Report
+
+# flag, what it draws, and the caption in a report
+_FIGURES = {
+    'output': ('sheet', 'Per layer, the supports over the image (circles of one standard deviation σ), the map of '
+               'supports, and the map of pooling weights relative to equal ones.'),
+    'footprints': ('footprints', 'Weights with which the cells at the points read the map: every footprint sums to '
+                   'one. Dashed circles have a radius of one standard deviation σ.'),
+    'depth': ('depth', 'Supports of every context pool over all images and cells, in pixels of the image.'),
+    'receptive_field': ('receptive_field', 'Effective receptive field of one unit of the last feature map, or of '
+                        '--rf-layer: root mean square of its gradient with respect to each pixel. Circles hold 50 % '
+                        '(solid) and 90 % (dashed).'),
+}
+_FLAGS = {'output': '--output', 'footprints': '--footprints', 'depth': '--depth',
+          'receptive_field': '--receptive-field', 'json': '--json', 'html': '--html'}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A fresh parser with every flag of `cpool-inspect`."""
+    parser = argparse.ArgumentParser(
+        prog='cpool-inspect',
+        description='Look into a model: what its context pools read, how far, and what that does to the receptive '
+                    'field, as pictures, numbers or a report; or report on a run of train.py.')
+    add = parser.add_argument
+    add('model', nargs='?', metavar='MODEL', help='registered name, local-dir:FOLDER or hf-hub:OWNER/NAME')
+    add('images', nargs='*', metavar='IMAGE', help='image files; without them --dataset is drawn from')
+    group = parser.add_argument_group('what to write (pictures: .png, .pdf or .svg)')
+    add = group.add_argument
+    add('-o', '--output', metavar='FILE', help='sheet of images with their supports and pooling weights by layer')
+    add('--footprints', metavar='FILE', help='pooling weights of the cells at --points, by layer')
+    add('--depth', metavar='FILE', help='distribution of supports by depth')
+    add('--receptive-field', metavar='FILE', help='effective receptive field with the pools off and as they are')
+    add('--json', metavar='FILE', help='all numbers')
+    add('--html', metavar='FILE', help='report with everything above in one file')
+    group = parser.add_argument_group('what to look at')
+    add = group.add_argument
+    add('--run', metavar='RUN', help='folder of a run of train.py, for --html; MODEL may be left out then')
+    add('--points', type=float, nargs='+', default=None, metavar='Y X',
+        help="points in pixels of the model's input (default: 3 x 3 over the image)")
+    add('--rf-layer', default=None, metavar='LAYER',
+        help="feature map of the receptive field: a module that returns maps, or a number of the model's "
+             'forward_intermediates (default: the last)')
+    add('--rf-point', type=float, nargs=2, default=None, metavar=('Y', 'X'),
+        help='point whose unit is taken, in pixels (default: the middle unit)')
+    add('--rf-probes', type=int, default=8, metavar='N', help='random signs per image over the channels (default: 8)')
+    add_picture_args(parser)
+    return parser
+
+
+class Inspection:
+    """Everything that can be asked about a model, computed when it is first needed."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from cpool_vision.engine.errors import ConfigError
+        from cpool_vision.inspect import grid_points
+
+        if args.points is not None and len(args.points) % 2:
+            raise ConfigError(f'--points needs pairs Y X, got {len(args.points)} numbers')
+        self.args = args
+        self.loaded: Loaded = load(args)
+        self.maps = load_maps(args, self.loaded)
+        # pools of windows have no map over the image
+        self.whole = {name: each for name, each in self.maps.items() if each.windows == 1}
+        flat = args.points
+        self.points = grid_points(self.loaded.size) if flat is None else list(zip(flat[::2], flat[1::2], strict=True))
+
+    @cached_property
+    def _footprints(self) -> dict[str, Any]:
+        from cpool_vision.inspect.footprints import footprints_of
+
+        return {name: footprints_of(each, self.loaded.size, self.points, name) for name, each in self.whole.items()}
+
+    @cached_property
+    def _fields(self) -> tuple[Any, Any]:
+        from cpool_vision.inspect import effective_receptive_field
+
+        layer = self.args.rf_layer
+        layer = int(layer) if layer is not None and layer.lstrip('-').isdigit() else layer
+        point = tuple(self.args.rf_point) if self.args.rf_point else None
+        before, after = (
+            effective_receptive_field(self.loaded.model, self.loaded.batch, layer, point, pools, self.args.rf_probes)
+            for pools in (False, True))
+        return before, after
+
+    def _over_images(self) -> None:
+        if not self.whole:
+            raise ValueError(f'model {self.args.model!r} pools windows only, which are no maps of the image: leave '
+                             '--output and --footprints out')
+
+    def sheet(self) -> 'Figure':
+        """The sheet of `cpool-draw`."""
+        from cpool_vision.inspect.draw import supports_figure
+
+        self._over_images()
+        return supports_figure(self.loaded.shown, self.whole, layers_of(self.args), self.loaded.labels)
+
+    def footprints(self) -> 'Figure':
+        """Footprints of the cells at the points."""
+        from cpool_vision.inspect.figures import footprints_figure
+
+        self._over_images()
+        return footprints_figure(
+            self.loaded.shown, self._footprints, self.points, layers_of(self.args), self.loaded.labels)
+
+    def depth(self) -> 'Figure':
+        """Supports by depth."""
+        from cpool_vision.inspect.figures import depth_figure
+
+        return depth_figure(self.maps, self.loaded.size)
+
+    def receptive_field(self) -> 'Figure':
+        """Effective receptive fields with the pools off and as they are."""
+        from cpool_vision.inspect.figures import receptive_field_figure
+
+        return receptive_field_figure(*self._fields)
+
+    @cached_property
+    def numbers(self) -> dict[str, Any]:
+        """Everything measured, as plain values."""
+        from cpool_vision import __version__
+        from cpool_vision.inspect import numbers
+
+        config, size = self.loaded.data_config, self.loaded.size
+        return {
+            'model': self.args.model,
+            'checkpoint': self.args.checkpoint or None,
+            'weights': self.loaded.weights,
+            'parameters': sum(parameter.numel() for parameter in self.loaded.model.parameters()),
+            'cpool_vision': __version__,
+            'images': self.loaded.labels,
+            'image_size': list(size),
+            'mean': list(config['mean']),
+            'std': list(config['std']),
+            'layers': numbers.layer_numbers(self.maps, size),
+            'histogram': numbers.histogram_numbers(self.maps, size),
+            'footprints': numbers.footprint_numbers(self._footprints, size, self.points),
+            'receptive_field': {
+                'layer': self.args.rf_layer, 'probes': self.args.rf_probes,
+                **numbers.receptive_field_numbers(*self._fields)},
+        }
+
+    def add_to(self, report: 'Report') -> None:
+        """Adds the sections on the model to a report."""
+        numbers, field = self.numbers, self.numbers['receptive_field']
+        report.section('Model')
+        report.table(('', ''), [
+            ('model', numbers['model']),
+            ('weights', self.loaded.weights),
+            ('parameters', f'{numbers["parameters"]:,}'),
+            ('input', ' x '.join(map(str, numbers['image_size'])) + ' px'),
+            ('images', ', '.join(numbers['images'])),
+            ('cpool_vision', numbers['cpool_vision'])])
+        report.section('Supports by layer')
+        report.table(
+            ('context pool', 'grid', 'stride', 'groups', 'mean (px)', '5 % (px)', 'median (px)', '95 % (px)',
+             'limits (px)', 'effective pixels (%)'),
+            [(each['layer'], ' x '.join(map(str, each['grid'])), each['stride'], each['groups'], each['mean_px'],
+              each['q05_px'], each['q50_px'], each['q95_px'],
+              '' if each['limits_px'] is None else '–'.join(f'{limit:.3g}' for limit in each['limits_px']),
+              100 * each['effective_pixels']) for each in numbers['layers']],
+            'Supports are standard deviations in pixels of the image. Effective pixels: how many equally weighted ones '
+            'would have the entropy of the pooling weights, of all in the map.', digits=3)
+        for name, (method, caption) in _FIGURES.items():
+            if name in ('output', 'footprints') and not self.whole:
+                continue
+            report.section({'output': 'Supports and weights over the images', 'footprints': 'Footprints',
+                            'depth': 'Supports by depth', 'receptive_field': 'Effective receptive field'}[name])
+            figure: Callable[[], Figure] = getattr(self, method)
+            report.figure(figure(), caption, self.args.dpi)
+        report.table(
+            ('', '50 % within (px)', '90 % within (px)'),
+            [(title, field[key]['radius_50_px'], field[key]['radius_90_px'])
+             for title, key in (('pools off', 'pools_off'), ('pools as they are', 'pools_as_they_are'))])
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    """Names of the files asked for, all of which can be written.
+
+    Raises:
+        ConfigError: nothing to do, or a combination that says nothing.
+        OutputError: a file that cannot be written.
+    """
+    from cpool_vision.engine.errors import ConfigError
+    from cpool_vision.engine.results import check_writable
+
+    wanted = [name for name in _FLAGS if getattr(args, name)]
+    if not wanted:
+        raise ConfigError(f'nothing to write: give one of {", ".join(_FLAGS.values())}')
+    if args.dpi < 1:
+        raise ConfigError(f'--dpi must be >= 1, got {args.dpi}')
+    if args.run and not args.html:
+        raise ConfigError(f'--run {args.run!r} goes into a report: add --html FILE')
+    if args.model is None and (wanted != ['html'] or not args.run):
+        raise ConfigError(f'{_FLAGS[wanted[0]]} needs a MODEL: name one, or a --run with --html alone')
+    for name in wanted:
+        path = getattr(args, name)
+        if name in _FIGURES:
+            # as the drawing functions do, which make missing folders
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix not in ('.png', '.pdf', '.svg'):
+                raise ConfigError(f'{_FLAGS[name]} {path!r} must end in .png, .pdf or .svg')
+        else:
+            check_writable(path, _FLAGS[name])
+    return wanted
+
+
+def _inspect(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_intermixed_args(argv)
+    wanted = _check(args)
+    from cpool_vision.engine.atomic import write_atomic
+    from cpool_vision.inspect.draw import save_figure
+    from cpool_vision.inspect.report import Report
+
+    from .inspect_run import add_run
+
+    inspection = Inspection(args) if args.model is not None else None
+    for name in wanted:
+        path = getattr(args, name)
+        with drawing(_FLAGS[name], path):
+            if name == 'html':
+                run = os.path.basename(os.path.abspath(args.run)) if args.run else ''
+                report = Report(f'Run {run}' if run else f'Context pools of {args.model}',
+                                f'{args.model or "Run folder"} {args.run or ""}'.strip() if run else '')
+                if args.run:
+                    add_run(report, args.run, args.dpi)
+                if inspection is not None:
+                    inspection.add_to(report)
+                text = report.html()
+                write_atomic(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+            elif inspection is not None and name == 'json':
+                text = json.dumps(inspection.numbers, indent=1, ensure_ascii=False) + '\n'
+                write_atomic(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+            elif inspection is not None:
+                save_figure(getattr(inspection, _FIGURES[name][0])(), path, args.dpi)
+        print(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Looks into a model or a run; see `--help`. Returns the exit code."""
+    return common.run(_inspect, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
