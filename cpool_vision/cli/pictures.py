@@ -87,7 +87,7 @@ def _file_labels(paths: list[str]) -> list[str]:
     if len(set(stems)) < len(stems):
         folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
         stems = [f'{folder}/{stem}' for folder, stem in zip(folders, stems, strict=True)]
-    return [stem[:18] for stem in stems]
+    return [stem if len(stem) <= 18 else f'{stem[:17]}…' for stem in stems]
 
 
 def _pictures(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[list[Any], list[str]]:

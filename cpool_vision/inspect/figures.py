@@ -103,7 +103,7 @@ def _draw_footprints(
     size = image.shape[:2]
     show(axes, _grey(image, 0.55), size, cmap='gray', vmin=0, vmax=1)
     show(axes, strength, size, cmap=matplotlib.colormaps['magma'], vmin=0, vmax=1,
-         alpha=np.where(strength > 0, 0.35 + 0.5 * strength, 0))
+         alpha=0.85 * strength ** 0.5)
     cell = size[0] / found.grid[0], size[1] / found.grid[1]
     for (y, x), radius in zip(found.centres().tolist(), _of_group(sigma, 0, group).tolist(), strict=True):
         axes.add_patch(Ellipse((x * cell[1], y * cell[0]), 2 * radius * cell[1], 2 * radius * cell[0], fill=False,

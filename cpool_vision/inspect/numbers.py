@@ -71,11 +71,12 @@ def footprint_numbers(
 
 
 def receptive_field_numbers(before: ReceptiveField, after: ReceptiveField) -> dict[str, Any]:
-    """Unit, grid and centre, and the radii that hold 50 and 90 % of the gradient with pools off and as they are."""
-    return {
-        'unit': list(after.unit),
-        'grid': list(after.grid),
-        'centre_px': list(after.centre),
-        **{name: {f'radius_{share}_px': field.radius(share / 100) for share in (50, 90)}
-           for name, field in (('pools_off', before), ('pools_as_they_are', after))},
-    }
+    """Unit and grid, and with pools off and as they are the centre and the radii that hold 50 and 90 % of the field."""
+    numbers: dict[str, Any] = {'unit': list(after.unit), 'grid': list(after.grid)}
+    for name, field in (('pools_off', before), ('pools_as_they_are', after)):
+        numbers[name] = {
+            'centre_px': list(field.centre),
+            'radius_50_px': field.radius(0.5),
+            'radius_90_px': field.radius(0.9),
+        }
+    return numbers

@@ -17,7 +17,8 @@ class ReceptiveField(NamedTuple):
         map: `(H, W)` fp64 on the CPU, sums to one: root mean square of the gradient at each pixel of the input.
         unit: (row, column) of the unit in the feature map.
         grid: (rows, columns) of the feature map.
-        centre: (y, x) of the unit in pixels of the input, whose first pixel reaches from 0 to 1.
+        centre: (y, x) of the field in pixels of the input, whose first pixel reaches from 0 to 1: the centre of mass of
+            the mean square gradient. Strided and padded convolutions put it off the middle of the unit's cell.
     """
 
     map: Tensor
@@ -187,5 +188,6 @@ def effective_receptive_field(
     if not 0 < mass < float('inf'):
         raise ValueError(f'the gradient of layer {layer!r} sums to {mass}: its unit {unit} depends on no pixel, or the '
                          'model is not finite')
-    centre = (unit[0] + 0.5) * size[0] / grid[0], (unit[1] + 0.5) * size[1] / grid[1]
-    return ReceptiveField(rms / mass, unit, grid, centre)
+    energy = total / total.sum()
+    y, x = (float(energy.sum(1 - axis) @ (torch.arange(size[axis]) + 0.5).double()) for axis in (0, 1))
+    return ReceptiveField(rms / mass, unit, grid, (y, x))

@@ -41,7 +41,8 @@ def test_everything_of_a_model(tmp_path: pathlib.Path, capsys) -> None:
     assert feet['points_px'] == [[1, 2], [30, 31]] and feet['layers']['blocks.0.cpool']['cells'] == [[0, 0], [7, 7]]
     assert np.shape(feet['layers']['blocks.0.cpool']['sigma_px']) == (2, 1, 2)  # images, groups, points
     field = numbers['receptive_field']
-    assert field['unit'] == [4, 4] and field['centre_px'] == [18, 18] and field['layer'] is None
+    assert field['unit'] == [4, 4] and field['grid'] == [8, 8] and field['layer'] is None
+    assert all(4 < value < 28 for value in field['pools_off']['centre_px'])
     assert 0 < field['pools_off']['radius_50_px'] < field['pools_off']['radius_90_px'] < 32
     page = check_page(paths[5].read_text(encoding='utf-8'))
     assert len(page.images) == 4
