@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from benchmarks import kill_test, release, results
-from cpool_vision.cli import draw, train, validate
+from cpool_vision.cli import draw, inspect, retrofit, train, validate
 from cpool_vision.data.augment import AugmentationError
 from cpool_vision.data.augment_config import read_config
 from cpool_vision.engine.errors import UserError
@@ -145,6 +145,17 @@ def publish(path: pathlib.Path) -> Any:
     return release.release(path.parent, path.parent / 'entry', path.parent, '', '')
 
 
+def report_on(path: pathlib.Path) -> Any:
+    (path.parent / 'summary.csv').write_text('epoch,train_loss\n0,1\n')
+    return inspect.main(['--run', str(path.parent), '--html', str(path.parent / 'o.html')])
+
+
+def validate_retrofitted(path: pathlib.Path) -> Any:
+    retrofit.main(['test_resnet', '-o', str(path.parent.parent / 'made')])
+    shutil.copy(path.parent.parent / 'made' / 'config.json', path.parent)
+    return validate.main(['--model', f'local-dir:{path.parent}', *DATA, '--num-samples', '16'])
+
+
 TORCH_SET = 'cifar-10-batches-py/data_batch_1'
 ENTRIES = {
     'resume': Entry('a.pth.tar', CHECKPOINT, command(train.main, '--model', MODEL, *TRAIN, '--resume', 'PATH')),
@@ -180,6 +191,12 @@ ENTRIES = {
         draw.main, 'resnet_micro_cpool_32', '--checkpoint', 'PATH', '-o', 'FOLDER/o.png')),
     'draw, model folder': Entry('m/pytorch_model.bin', CHECKPOINT, with_config(command(
         draw.main, 'local-dir:FOLDER', '-o', 'FOLDER/o.png'))),
+    'inspect': Entry('a.pth.tar', CHECKPOINT, command(
+        inspect.main, 'resnet_micro_cpool_32', '--checkpoint', 'PATH', '--json', 'FOLDER/o.json')),
+    'inspect, settings of a run': Entry('run/args.yaml', ('yaml',), lambda path: report_on(path)),
+    'retrofit': Entry('a.pth.tar', CHECKPOINT, command(
+        retrofit.main, 'resnet18', '--checkpoint', 'PATH', '-o', 'FOLDER/out')),
+    'retrofitted model folder': Entry('m/pytorch_model.bin', CHECKPOINT, lambda path: validate_retrofitted(path)),
     'settings': Entry('a.yaml', ('yaml',), command(train.main, '--config', 'PATH', *TRAIN)),
     'augmentation': Entry('a.yaml', ('yaml',), command(train.main, '--model', MODEL, *TRAIN, '--aug-config', 'PATH')),
     'augmentation, json': Entry('a.json', ('yaml', 'pickle'), command(
