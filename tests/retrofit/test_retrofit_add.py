@@ -28,16 +28,17 @@ def caformer(num_classes, **kwargs):
 
 # name, arguments, image size, layout, modules that pool by default
 MODELS = {
-    'vit': ('test_vit', {}, 160, GridContextPool, [f'blocks.{i}' for i in range(5)]),
-    'deit': ('deit_tiny_distilled_patch16_224', dict(depth=3, embed_dim=48), 224, GridContextPool,
-             ['blocks.0', 'blocks.1']),
-    'eva': ('eva02_tiny_patch14_224', dict(depth=3, embed_dim=48), 224, GridContextPool, ['blocks.0', 'blocks.1']),
-    'resnet': ('test_resnet', {}, 96, ContextPool2d, ['layer2.0', 'layer3.0', 'layer4.0']),
+    'vit': ('test_vit', dict(img_size=64), 64, GridContextPool, [f'blocks.{i}' for i in range(5)]),
+    'deit': ('deit_tiny_distilled_patch16_224', dict(depth=3, embed_dim=48, img_size=64), 64,
+             GridContextPool, ['blocks.0', 'blocks.1']),
+    'eva': ('eva02_tiny_patch14_224', dict(depth=3, embed_dim=48, img_size=56), 56, GridContextPool,
+            ['blocks.0', 'blocks.1']),
+    'resnet': ('test_resnet', {}, 64, ContextPool2d, ['layer2.0', 'layer3.0', 'layer4.0']),
     'regnet': ('regnetx_002', {}, 64, ContextPool2d, ['s2.b1', 's3.b4', 's4.b7']),
-    'convnext': ('test_convnext', {}, 96, ContextPool2d, ['stages.1.blocks.1', 'stages.2.blocks.3',
+    'convnext': ('test_convnext', {}, 64, ContextPool2d, ['stages.1.blocks.1', 'stages.2.blocks.3',
                                                           'stages.3.blocks.1']),
-    'efficientnet': ('test_efficientnet', {}, 96, ContextPool2d, ['blocks.2.0', 'blocks.3.0', 'blocks.4.0']),
-    'mobilenet': ('mobilenetv3_small_050', {}, 96, ContextPool2d, ['blocks.1.1', 'blocks.3.1', 'blocks.5.0']),
+    'efficientnet': ('test_efficientnet', {}, 64, ContextPool2d, ['blocks.2.0', 'blocks.3.0', 'blocks.4.0']),
+    'mobilenet': ('mobilenetv3_small_050', {}, 64, ContextPool2d, ['blocks.1.1', 'blocks.3.1', 'blocks.5.0']),
     'poolformer': ('poolformerv2_s12', {}, 64, ContextPool2d, ['stages.1.blocks.1', 'stages.2.blocks.5',
                                                                'stages.3.blocks.1']),
     'caformer': (caformer, {}, 64, ContextPool2d, ['stages.1.blocks.0', 'stages.2', 'stages.3']),
@@ -114,7 +115,8 @@ def test_the_base_is_kept_to_the_bit_and_the_pools_learn(family):
     assert type(model.get_submodule(places[0])).__name__[:11] != 'ContextPool'
 
 
-@pytest.mark.parametrize('family', ['vit', 'resnet', 'swin'])
+@pytest.mark.parametrize('family', [
+    'vit', pytest.param('resnet', marks=pytest.mark.slow), pytest.param('swin', marks=pytest.mark.slow)])
 def test_compile_export_and_trace(family):
     model, x = build(family)
     add(model, family)
@@ -189,7 +191,7 @@ def test_tokens_follow_the_size_of_the_images():
         expected = model(images)
         assert {pool.grid_of(grid[0] * grid[1] + 1) for pool in pools} == {grid}
         assert torch.equal(model.forward_head(model.forward_features(images)), expected)
-    assert all(pool.image_size == (160, 160) for pool in context_pools(copied).values())
+    assert all(pool.image_size == (64, 64) for pool in context_pools(copied).values())
     # a row of 16 tokens above and below each other is not the square that has as many
     images = torch.randn(1, 3, 64, 256)
     expected = model(images)
@@ -235,7 +237,7 @@ class Shuffled(nn.Module):
 
 
 def test_tokens_out_of_order_are_refused():
-    model, x = build('vit')
+    model, x = build('vit', img_size=160)
     with pytest.raises(NoPlaceError, match='not in the order of the image, row by row'):
         add_context_pool(Shuffled(model), img_size=160)
     shuffled = Shuffled(model)
@@ -305,7 +307,7 @@ def test_errors_leave_the_model_as_it_was(kwargs, message):
     model.train()
     keys, kinds = set(model.state_dict()), [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
-        add_context_pool(model, **{'img_size': 96, **kwargs})
+        add_context_pool(model, **{'img_size': 64, **kwargs})
     assert set(model.state_dict()) == keys and [type(module) for module in model.modules()] == kinds
     assert all(module.training for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
