@@ -44,9 +44,10 @@ def contextpool_retrofit(
         TypeError: An unknown keyword `cpool_*`.
         NoPlaceError: The base has no place for the pools.
     """
-    if not base or base.partition('.')[0] == ARCHITECTURE:
-        raise ValueError(f'{ARCHITECTURE} needs the name of a base model, got base={base!r}: pass base, for example '
-                         "base='resnet18'")
+    # a folder must not make its reader open another folder or the hub
+    if not isinstance(base, str) or not base or ':' in base or base.partition('.')[0] == ARCHITECTURE:
+        raise ValueError(f'{ARCHITECTURE} needs the registered name of a base model, got base={base!r}: pass base, '
+                         "for example base='resnet18'")
     pool_args = {key[len('cpool_'):]: kwargs.pop(key) for key in list(kwargs) if key.startswith('cpool_')}
     unknown = sorted(set(pool_args) - set(POOL_KEYS))
     if unknown:

@@ -105,8 +105,9 @@ def test_the_architecture_by_its_name():
     assert model.num_classes == 4 and model.pretrained_cfg['architecture'] == 'contextpool_retrofit'
     assert all(pool.gamma is None for pool in context_pools(model).values())
     assert not [name for name in cpool_vision.list_models() if 'retrofit' in name]
-    with pytest.raises(ValueError, match="needs the name of a base model, got base=None: pass base"):
-        timm.create_model('contextpool_retrofit')
+    for wrong in (None, 'local-dir:folder', 'hf-hub:owner/name', 'contextpool_retrofit', 3):
+        with pytest.raises(ValueError, match=f'needs the registered name of a base model, got base={wrong!r}: pass'):
+            timm.create_model('contextpool_retrofit', base=wrong)
     with pytest.raises(ValueError, match="unknown base model 'resnet99'"):
         timm.create_model('contextpool_retrofit', base='resnet99')
     with pytest.raises(TypeError, match="unknown keyword 'cpool_size' .*cpool_ratio"):
