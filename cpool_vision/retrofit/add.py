@@ -60,17 +60,17 @@ def _choose(model: nn.Module, finder: Finder, size: tuple[int, int], positions: 
 
 def _named(model: nn.Module, finder: Finder, names: tuple) -> list[Place]:
     places = []
-    for entry in names:
-        name, _, side = str(entry).partition(':')
+    for text in names:
+        name, _, side = str(text).partition(':')
         side = side or 'output'
         if side not in ('input', 'output') or name not in finder.modules:
             raise ValueError(f"places must name modules of {type(model).__name__}, with ':input' behind those whose "
-                             f'input is to be pooled, got {entry!r}')
+                             f'input is to be pooled, got {text!r}')
         features = finder.features(name, side)
         if features is None:
             raise NoPlaceError(f'the {side} of {name!r} of {type(model).__name__} is no single map (B, C, H, W), '
                                '(B, H, W, C) or grid of tokens: name another module')
-        places.append(Place(name, side, features, -1))
+        places.append(Place(name, side, features, -1, finder.records[name].index if side == 'output' else 0))
     if len({place.name for place in places}) != len(names) or not places:
         raise ValueError(f'places must name one or more modules, each once, got {list(names)}')
     return places
@@ -192,7 +192,7 @@ def add_context_pool(
             pool = make_pool(place.features.layout, place.features.dim, place.features.prefix, place.features.grid,
                              device=parameter.device, dtype=parameter.dtype, **options)
             pool.train(module.training)
-            attach(module, pool, place.side, runs)
+            attach(module, pool, place.side, runs, place.index)
             attached.append(module)
         followers = [pool for pool in context_pools(model).values() if isinstance(pool, GridContextPool)]
         if followers and image_reader is not None:

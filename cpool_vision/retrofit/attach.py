@@ -6,19 +6,17 @@ that `isinstance`, deepcopy, pickle, `torch.compile` and `torch.export` see an o
 """
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 NAME = 'cpool'
 
 
-def _on_first(function: Any, value: Any) -> Any:
-    """Applies `function` to a tensor, or to the first entry of a tuple or list."""
-    if isinstance(value, Tensor):
-        return function(value)
+def _on_entry(function: Any, value: Any, index: int) -> Any:
+    """Applies `function` to a tensor, or to one entry of a tuple or list."""
     if isinstance(value, tuple):
-        return (function(value[0]), *value[1:])
+        return (*value[:index], function(value[index]), *value[index + 1:])
     if isinstance(value, list):
-        return [function(value[0]), *value[1:]]
+        return [*value[:index], function(value[index]), *value[index + 1:]]
     return function(value)
 
 
@@ -32,6 +30,7 @@ class _Pooled:
 
     cpool_base: type
     cpool_side: str
+    cpool_index = 0
     __dict__: dict[str, Any]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -43,7 +42,8 @@ class _PooledOutput(_Pooled):
     """Pools what the module returns."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _on_first(self.cpool, super().forward(*args, **kwargs))  # type: ignore[misc, attr-defined]
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return _on_entry(self.cpool, output, self.cpool_index)  # type: ignore[attr-defined]
 
 
 class _PooledInput(_Pooled):
@@ -64,7 +64,7 @@ def _pooled_class(base: type, side: str) -> type:
     return _CLASSES[base, side]
 
 
-def attach(module: nn.Module, pool: nn.Module, side: str, native: bool) -> None:
+def attach(module: Any, pool: nn.Module, side: str, native: bool, index: int = 0) -> None:
     """Makes `pool` run on the output or the input of `module`.
 
     Args:
@@ -72,14 +72,18 @@ def attach(module: nn.Module, pool: nn.Module, side: str, native: bool) -> None:
         pool: Becomes its child `cpool`.
         side: `output` or `input`.
         native: The module runs its children in turn by itself.
+        index: Entry of the tuple or list that the module returns.
     """
     module.add_module(NAME, pool)
     if not native:
         module.__class__ = _pooled_class(type(module), side)
+        if index:
+            module.cpool_index = index
 
 
 def detach(module: nn.Module) -> None:
     """Takes the pool out of `module` again; nothing where it holds none."""
     if isinstance(module, _Pooled):
         module.__class__ = module.cpool_base
+        module.__dict__.pop('cpool_index', None)
     module._modules.pop(NAME, None)

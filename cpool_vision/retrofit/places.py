@@ -37,11 +37,15 @@ class Features:
 
 @dataclasses.dataclass
 class Place:
-    """Where one pool goes: on `side` of the module `name`, in the stage of index `stage`."""
+    """Where one pool goes: on `side` of the module `name`, in the stage of index `stage`.
+
+    `index` says which entry of a tuple or list is the map, where the module returns one.
+    """
     name: str
     side: str
     features: Features
     stage: int
+    index: int = 0
 
 
 @dataclasses.dataclass
@@ -49,11 +53,16 @@ class _Record:
     calls: int = 0
     read: Tensor | None = None
     returned: Tensor | None = None
+    index: int = 0
 
 
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, (tuple, list)) and value:
-        value = value[0]
+def entry(value: Any, index: int) -> Any:
+    """The entry at `index` of a tuple or list; any other value itself."""
+    return value[index] if isinstance(value, (tuple, list)) and len(value) > index else value
+
+
+def _tensor(value: Any, index: int = 0) -> Tensor | None:
+    value = entry(value, index)
     return value if isinstance(value, Tensor) else None
 
 
@@ -69,7 +78,7 @@ def run_eval(model: nn.Module, x: Tensor) -> Any:
             module.training = training
 
 
-def _record(model: nn.Module, x: Tensor) -> dict[str, _Record]:
+def _record(model: nn.Module, x: Tensor, shapes: 'Shapes') -> dict[str, _Record]:
     records: dict[str, _Record] = {}
 
     def hook_of(name: str) -> Any:
@@ -77,8 +86,10 @@ def _record(model: nn.Module, x: Tensor) -> dict[str, _Record]:
             record = records.setdefault(name, _Record())
             record.calls += 1
             # the first argument by either way; an in-place module may have changed its values, never its shape
-            record.read = _first_tensor(args) if args else _first_tensor(list(kwargs.values()))
-            record.returned = _first_tensor(output)
+            record.read = _tensor(args) if args else _tensor(list(kwargs.values()))
+            entries = range(len(output)) if isinstance(output, (tuple, list)) else range(1)
+            record.index = next((i for i in entries if shapes.read(_tensor(output, i)) is not None), 0)
+            record.returned = _tensor(output, record.index)
         return hook
 
     handles = [module.register_forward_hook(hook_of(name), with_kwargs=True)
@@ -147,7 +158,7 @@ class Finder:
         self.modules = dict(model.named_modules())
         self.image = x
         self.shapes = Shapes(model, x)
-        self.records = _record(model, x)
+        self.records = _record(model, x, self.shapes)
         self.names = [name for name, record in self.records.items() if record.calls == 1]
         self.stages = self._stages(model)
 
@@ -243,10 +254,14 @@ class Finder:
                 if self.features(name) is not None:
                     yield name
 
+    def place(self, name: str, stage: int) -> Place:
+        """The place on the output of a module."""
+        return Place(name, 'output', self.found(name), stage, self.records[name].index)
+
     def places(self, position: str) -> list[Place]:
         """Every place at a position, in order."""
         if position == 'stage':
-            return [Place(name, 'output', self.found(name), i) for i, name in enumerate(self.stages)]
+            return [self.place(name, i) for i, name in enumerate(self.stages)]
         blocks: dict[str, int] = {}
         for i, stage in enumerate(self.stages):
             # where every block is listed as a stage it counts as its own
@@ -254,7 +269,7 @@ class Finder:
                 blocks.setdefault(name, i)
         blocks.update({name: i for i, name in enumerate(self.stages)})
         if position == 'post_block':
-            return [Place(name, 'output', self.found(name), i) for name, i in blocks.items()]
+            return [self.place(name, i) for name, i in blocks.items()]
         places = []
         for block, i in blocks.items():
             for child in _ATTENTION:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import NAME, attach, detach
-from .places import Features, NoPlaceError, Place, run_eval
+from .places import Features, NoPlaceError, Place, entry, run_eval
 
 _logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def reaches_output(model: nn.Module, x: Tensor, places: list[Place], native: lis
     modules = [model.get_submodule(place.name) for place in places]
     try:
         for module, counter, place, runs in zip(modules, counters, places, native, strict=True):
-            attach(module, counter, place.side, runs)
+            attach(module, counter, place.side, runs, place.index)
         for counter, shift in zip(counters, shifts, strict=True):
             counter.shift = shift
         with _fixed(model):
@@ -167,8 +167,8 @@ def in_raster_order(model: nn.Module, x: Tensor, places: list[Place]) -> list[bo
 
     def hook_of(i: int) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            value: Any = output if places[i].side == 'output' else args[0] if args else next(iter(kwargs.values()))
-            seen[i] = value[0] if isinstance(value, (tuple, list)) else value
+            value: Any = output if places[i].side == 'output' else args or list(kwargs.values())
+            seen[i] = entry(value, places[i].index)
         return hook
 
     answer = [True] * len(places)

@@ -286,6 +286,38 @@ def test_a_network_that_is_not_of_timm():
     assert type(model.body[1]) is nn.Sequential  # runs the pool by itself
 
 
+class PairBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, pair):
+        size, x = pair
+        return size + 1, x + self.norm(self.conv(x))
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, stride=8)
+        self.blocks = nn.Sequential(PairBlock(), PairBlock(), PairBlock())
+
+    def forward(self, x):
+        return self.blocks((torch.zeros(len(x), 1), self.stem(x)))[1].mean((2, 3))
+
+
+def test_blocks_that_return_the_map_second():
+    torch.manual_seed(0)
+    model, x = Pairs().eval(), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    add_context_pool(model, img_size=64)
+    assert list(context_pools(model)) == ['blocks.0.cpool', 'blocks.1.cpool'] and torch.equal(model(x), expected)
+    open_gates(model)
+    assert not torch.equal(model(x), expected) and torch.equal(copy.deepcopy(model)(x), model(x))
+    remove_context_pool(model)
+    assert torch.equal(model(x), expected) and 'cpool_index' not in vars(model.blocks[0])
+
+
 @pytest.mark.parametrize('kwargs, message', [
     (dict(positions='middle'), "unknown position 'middle': choose from stage, post_block, pre_attn"),
     (dict(positions=[]), 'positions is empty'),
