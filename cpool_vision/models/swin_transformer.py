@@ -5,24 +5,27 @@ Context pooling: `Efficient Representation Learning via Adaptive Context Pooling
 """
 from typing import Any
 
+import torch.nn.functional as F
 from timm.models import SwinTransformer
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import ContextPool2d, TokenContextPool, make_pool
 from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
 from ._compat import register_model, swin_filter_fn
 
-__all__ = ['ContextPoolSwinBlock', 'ContextPoolSwinTransformer', 'ContextPoolWindowAttention']
+__all__ = ['ContextPoolLinear', 'ContextPoolSwinBlock', 'ContextPoolSwinTransformer']
 
 
-class ContextPoolWindowAttention(WindowAttention):
-    """timm's `WindowAttention` that reads pooled tokens: each window is a map of its own."""
+class ContextPoolLinear(nn.Linear):
+    """Queries, keys and values of pooled tokens `(windows, N, C)`: each window is a map of its own."""
 
-    cpool: TokenContextPool
+    def __init__(self, *args: Any, cpool: TokenContextPool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cpool = cpool
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return super().forward(self.cpool(x, self.window_size[0], self.window_size[1]), mask)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.cpool(x), self.weight, self.bias)
 
 
 class ContextPoolSwinBlock(SwinTransformerBlock):
@@ -31,8 +34,10 @@ class ContextPoolSwinBlock(SwinTransformerBlock):
     Both pool the whole map, before it is cut into windows. Either may be None.
     """
 
-    cpool_attn: ContextPool2d | None
-    cpool: ContextPool2d | None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cpool_attn: ContextPool2d | None = None
+        self.cpool: ContextPool2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
@@ -63,15 +68,23 @@ class ContextPoolSwinTransformer(SwinTransformer):
         for i in cpool.stages if cpool.positions else ():
             stage: Any = self.layers[i]
             for j, block in enumerate(stage.blocks):
-                # timm's stage builds its blocks itself: changing their class keeps weights and names.
+                # timm's stage builds its blocks itself: changing classes keeps weights and names.
                 block.__class__ = ContextPoolSwinBlock
                 pools_after = 'post_block' in cpool.positions and j + 1 < len(stage.blocks)
                 block.cpool_attn = make_pool(block.dim, **pool_args) if 'pre_attn' in cpool.positions else None
                 block.cpool = make_pool(block.dim, **pool_args) if pools_after else None
                 if 'window' in cpool.positions:
-                    block.attn.__class__ = ContextPoolWindowAttention
-                    block.attn.cpool = make_pool(block.dim, tokens=True, **pool_args)
+                    block.attn.qkv.__class__ = ContextPoolLinear
+                    block.attn.qkv.cpool = make_pool(
+                        block.dim, tokens=True, grid_size=block.attn.window_size, **pool_args)
         check_placed(context_pools(self), cpool)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As in timm's class; pools inside windows follow the windows' size."""
+        super().set_input_size(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, WindowAttention) and isinstance(module.qkv, ContextPoolLinear):
+                module.qkv.cpool.grid_size = module.window_size
 
 
 def _create_swin_transformer(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextPoolSwinTransformer:

@@ -94,6 +94,8 @@ def choose_backend(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int,
         ValueError: `backend` is unknown.
         NotImplementedError: the requested backend cannot take these arguments. There is no silent fallback.
     """
+    if backend is None and torch.onnx.is_in_onnx_export():
+        return 'reference'  # made of operators that ONNX knows
     if backend is None:
         for name, predicate in _PREDICATES.items():
             # The interpreter of Triton's kernels is for tests, far slower than any other backend.

@@ -35,7 +35,7 @@ PLACES = {
     ('swin_micro_cpool_patch2_window4_32', 'pre_attn'): [
         f'layers.{i}.blocks.{j}.cpool_attn' for i, n in ((2, 4), (3, 1)) for j in range(n)],
     ('swin_micro_cpool_patch2_window4_32', 'window'): [
-        f'layers.{i}.blocks.{j}.attn.cpool' for i, n in ((2, 4), (3, 1)) for j in range(n)],
+        f'layers.{i}.blocks.{j}.attn.qkv.cpool' for i, n in ((2, 4), (3, 1)) for j in range(n)],
     ('swin_micro_cpool_patch2_window4_32', 'post_block'): [f'layers.2.blocks.{j}.cpool' for j in range(3)],
     ('vit_micro_cpool_patch4_32', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
     ('vit_micro_cpool_patch4_32', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
@@ -136,3 +136,13 @@ def test_prefix_tokens_pass_every_pool_untouched():
                                                                   and not torch.equal(args[0], y)))
     model(torch.randn(1, 3, 32, 32))
     assert seen == [True] * 11
+
+
+def test_pools_inside_windows_follow_their_size():
+    model = timm.create_model(
+        'swin_micro_cpool_patch2_window4_32', cpool_positions='window', cpool_stages=[0, 1]).eval()
+    assert {pool.grid_size for _, pool in context_pools(model)} == {(4, 4)}
+    assert torch.isfinite(torch.jit.script(model)(torch.randn(1, 3, 32, 32))).all()
+    model.set_input_size((48, 48), window_size=(6, 3))
+    assert {pool.grid_size for _, pool in context_pools(model)} == {(6, 3)}
+    assert model(torch.randn(1, 3, 48, 48)).shape == (1, 10)

@@ -1,0 +1,161 @@
+"""Other libraries on the variants; each test runs where its package is installed (`pip install '.[interop]'`)."""
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cpool_vision.hub import save_for_hub
+from cpool_vision.layers import ContextPool2d
+
+CNN, VIT = 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32'
+SMALL = {CNN: dict(layers=[1, 1, 1, 1]), VIT: dict(depth=2, embed_dim=32, num_heads=2)}
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+def make(name, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SMALL[name], **kwargs).eval()
+    for module in model.modules():
+        if isinstance(module, ContextPool2d):  # supports and weights that differ from place to place
+            nn.init.normal_(module.reduce.weight, std=.2)
+            nn.init.normal_(module.predict.weight, std=.2)
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('name', [CNN, VIT])
+def test_export_with_any_batch(name, images):
+    model = make(name)
+    program = torch.export.export(model, (images,), dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=64)}})
+    more = torch.randn(5, 3, 32, 32)
+    assert torch.equal(program.module()(more), model(more))
+    # one node per pool: the backend is chosen where the program runs
+    targets = [str(node.target) for node in program.graph.nodes]
+    pools = sum(isinstance(m, ContextPool2d) for m in model.modules())
+    assert targets.count('cpool_vision.context_pool2d.default') == pools > 0
+
+
+@pytest.mark.parametrize('name', [CNN, VIT])
+def test_onnx_with_any_batch(name, images, tmp_path):
+    pytest.importorskip('onnxscript')
+    runtime = pytest.importorskip('onnxruntime')
+    model = make(name)
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(
+        model, (images,), str(path), dynamo=True, verbose=False,
+        dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=64)}})
+    session = runtime.InferenceSession(str(path))
+    more = torch.randn(5, 3, 32, 32)
+    got, = session.run(None, {session.get_inputs()[0].name: more.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(more), rtol=1e-4, atol=1e-5)
+
+
+def test_detection_with_a_feature_pyramid():
+    from torchvision.models.detection import RetinaNet
+    from torchvision.ops import FeaturePyramidNetwork
+
+    class Backbone(nn.Module):
+        out_channels = 16
+
+        def __init__(self):
+            super().__init__()
+            self.body = timm.create_model(
+                CNN, features_only=True, out_indices=(2, 3, 4), zero_init_last=False, **SMALL[CNN])
+            self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels)
+
+        def forward(self, x):
+            return self.fpn({str(i): f for i, f in enumerate(self.body(x))})
+
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    anchors = AnchorGenerator(sizes=((8,), (16,), (32,)), aspect_ratios=((1.,),) * 3)
+    model = RetinaNet(Backbone(), num_classes=3, anchor_generator=anchors, min_size=64, max_size=64)
+    target = dict(boxes=torch.tensor([[4., 4., 30., 40.]]), labels=torch.tensor([1]))
+    losses = model([torch.rand(3, 64, 64)], [target])
+    sum(losses.values()).backward()
+    pools = [m for m in model.modules() if isinstance(m, ContextPool2d)]
+    assert pools and all(m.reduce.weight.grad.any() for m in pools)
+    assert set(model.eval()([torch.rand(3, 64, 64)])[0]) == {'boxes', 'labels', 'scores'}
+
+
+def test_segmentation_encoders(images):
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    model = smp.Unet('tu-resnet18_cpool', encoder_weights=None, classes=2, decoder_channels=(32, 16, 16, 8, 8))
+    y = model(torch.randn(1, 3, 64, 64))
+    assert y.shape == (1, 2, 64, 64)
+    y.square().sum().backward()
+    assert any(isinstance(m, ContextPool2d) for m in model.encoder.modules())
+    dpt = smp.DPT('tu-vit_tiny_cpool_patch16_224', encoder_weights=None, classes=2, encoder_depth=4,
+                  encoder_output_indices=[2, 5, 8, 11], dynamic_img_size=True).eval()
+    with torch.no_grad():
+        assert dpt(torch.randn(1, 3, 64, 96)).shape == (1, 2, 64, 96)
+
+
+def test_transformers_backbone_and_wrapper(images, tmp_path):
+    pytest.importorskip('transformers')
+    from transformers import AutoModelForImageClassification, TimmBackbone, TimmBackboneConfig
+
+    config = TimmBackboneConfig(backbone=CNN, use_pretrained_backbone=False, out_indices=[1, 4])
+    backbone = TimmBackbone(config).eval()
+    maps = backbone(images).feature_maps
+    assert [tuple(m.shape[-2:]) for m in maps] == [(32, 32), (4, 4)]
+    assert any(isinstance(m, ContextPool2d) for m in backbone.modules())
+
+    model = make(CNN, num_classes=3)
+    save_for_hub(model, tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == CNN and config['num_classes'] == 3
+    wrapped = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(wrapped(images).logits, model(images), rtol=1e-4, atol=1e-5)
+    # and back: what transformers saves, timm reads
+    wrapped.save_pretrained(tmp_path / 'again')
+    state = {k.removeprefix('timm_model.'): v for k, v in wrapped.state_dict().items()}
+    assert set(state) == set(model.state_dict())
+
+
+def test_hub_folder_with_another_number_of_classes(images, tmp_path):
+    model = make(VIT, num_classes=7)
+    save_for_hub(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3)(images).shape == (2, 3)
+
+
+def test_fastai_learner(images):
+    vision = pytest.importorskip('fastai.vision.all')
+    body = vision.create_timm_model(CNN, 3, pretrained=False, **SMALL[CNN])[0]
+    assert body(images).shape == (2, 3)
+
+
+def test_int8_weights(images):
+    quantization = pytest.importorskip('torchao.quantization')
+    model = make(VIT)
+    expected = model(images)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    got = model(images)
+    assert not torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=.1, atol=.1 * float(expected.abs().max()))
+
+
+def test_captum(images):
+    attribution = pytest.importorskip('captum.attr')
+    model = make(CNN)
+    got = attribution.IntegratedGradients(model).attribute(images, target=1, n_steps=4)
+    assert got.shape == images.shape and got.isfinite().all() and got.any()
+    pool = next(m for m in model.modules() if isinstance(m, ContextPool2d))
+    assert attribution.LayerActivation(model, pool).attribute(images).shape[1] == pool.dim
+
+
+def test_grad_cam(images):
+    cam = pytest.importorskip('pytorch_grad_cam')
+    model = make(CNN)
+    pool = [m for m in model.modules() if isinstance(m, ContextPool2d)][-1]
+    with cam.GradCAM(model, [pool]) as explain:
+        heat = explain(images, targets=None)
+    assert heat.shape == (2, 32, 32) and np.isfinite(heat).all() and heat.std() > 0
