@@ -3,7 +3,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from cpool_vision.inspect.report import Report
 
-# flag, what it draws, and the caption in a report
+# by flag: the method that draws, and the caption in a report
 _FIGURES = {
     'output': ('sheet', 'Per layer, the supports over the image (circles of one standard deviation σ), the map of '
                'supports, and the map of pooling weights relative to equal ones.'),
@@ -76,6 +76,7 @@ class Inspection:
         self.maps = load_maps(args, self.loaded)
         # pools of windows have no map over the image
         self.whole = {name: each for name, each in self.maps.items() if each.windows == 1}
+        self._figures: dict[str, Figure] = {}
         flat = args.points
         self.points = grid_points(self.loaded.size) if flat is None else list(zip(flat[::2], flat[1::2], strict=True))
 
@@ -96,6 +97,12 @@ class Inspection:
             effective_receptive_field(self.loaded.model, self.loaded.batch, layer, point, pools, self.args.rf_probes)
             for pools in (False, True))
         return before, after
+
+    def figure(self, flag: str) -> 'Figure':
+        """The picture that a flag asks for, drawn once."""
+        if flag not in self._figures:
+            self._figures[flag] = getattr(self, _FIGURES[flag][0])()
+        return self._figures[flag]
 
     def _over_images(self) -> None:
         if not self.whole:
@@ -175,13 +182,12 @@ class Inspection:
               100 * each['effective_pixels']) for each in numbers['layers']],
             'Supports are standard deviations in pixels of the image. Effective pixels: how many equally weighted ones '
             'would have the entropy of the pooling weights, of all in the map.', digits=3)
-        for name, (method, caption) in _FIGURES.items():
+        for name, (_, caption) in _FIGURES.items():
             if name in ('output', 'footprints') and not self.whole:
                 continue
             report.section({'output': 'Supports and weights over the images', 'footprints': 'Footprints',
                             'depth': 'Supports by depth', 'receptive_field': 'Effective receptive field'}[name])
-            figure: Callable[[], Figure] = getattr(self, method)
-            report.figure(figure(), caption, self.args.dpi)
+            report.figure(self.figure(name), caption, self.args.dpi)
         report.table(
             ('', '50 % within (px)', '90 % within (px)'),
             [(title, field[key]['radius_50_px'], field[key]['radius_90_px'])
@@ -246,7 +252,7 @@ def _inspect(argv: Sequence[str] | None) -> None:
                 text = json.dumps(inspection.numbers, indent=1, ensure_ascii=False) + '\n'
                 write_atomic(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
             elif inspection is not None:
-                save_figure(getattr(inspection, _FIGURES[name][0])(), path, args.dpi)
+                save_figure(inspection.figure(name), path, args.dpi)
         print(path)
 
 

@@ -16,6 +16,14 @@ def add_picture_args(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that say which model, which images and which layers."""
     from timm.utils import ParseKwargs
 
+    class KeyValues(ParseKwargs):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+            for value in values:
+                if '=' not in value:
+                    parser.error(f'{option_string} takes KEY=VALUE, got {value!r}: put it before the flag, or behind '
+                                 'another one')
+            super().__call__(parser, namespace, values, option_string)
+
     add = parser.add_argument
     add('--checkpoint', default='', metavar='PATH', help='weights to load')
     add('--use-ema', action='store_true', help='take the averaged weights from the checkpoint if it has them')
@@ -25,7 +33,7 @@ def add_picture_args(parser: argparse.ArgumentParser) -> None:
     add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='channel means used in training')
     add('--std', type=float, nargs='+', default=None, metavar='STD', help='channel standard deviations of training')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='further arguments of the model')
     add('--dataset', default=None, metavar='NAME', help='data set to draw from (default: cpool/shapes)')
     add('--data-dir', default=None, metavar='DIR', help='root folder of the data')

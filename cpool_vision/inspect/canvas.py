@@ -102,10 +102,22 @@ class Sheet:
         return self._add((left + right - width) / 2, self.height_in - _BOTTOM + 0.04, width, 0.07)
 
     def heading(self, first: int, last: int, text: str, weight: str) -> None:
-        """Text over the columns `first` to `last - 1`; the normal weight stands lower than the bold one."""
+        """Text over the columns `first` to `last - 1`, made smaller to fit; the normal weight stands below the bold."""
         x = (self.left[first] + self.left[last - 1] + CELL) / 2 / self.width_in
         y = 1 - (_TOP - (0.06 if weight == 'normal' else 0.21)) / self.height_in
-        self.figure.text(x, y, text, ha='center', va='bottom', fontweight=weight)
+        written = self.figure.text(x, y, text, ha='center', va='bottom', fontweight=weight)
+        extent = written.get_window_extent()
+        _shrink(written, extent.width, (self.left[last - 1] + CELL - self.left[first]) * self.figure.dpi)
+
+    def label(self, axes: Any, text: str) -> None:
+        """Text beside a row, made smaller to fit."""
+        axes.set_ylabel(text)
+        _shrink(axes.yaxis.label, axes.yaxis.label.get_window_extent().height, self.height * self.figure.dpi)
+
+
+def _shrink(text: Any, length: float, room: float) -> None:
+    if length > room:
+        text.set_fontsize(text.get_fontsize() * room / length)
 
 
 def save_figure(figure: 'Figure', path: str, dpi: int = 200) -> None:

@@ -129,7 +129,7 @@ def supports_figure(
             axes = sheet.panel(row, 0)
             show(axes, images[row], size)
             if row_labels is not None:
-                axes.set_ylabel(row_labels[row])
+                sheet.label(axes, row_labels[row])
         sheet.heading(0, 1, 'image', 'normal')
         for number, name in enumerate(names):
             _draw_layer(sheet, 1 + 3 * number, images, maps[name], name, group)

@@ -71,7 +71,7 @@ def footprints_figure(
                 axes.plot(x, y, '+', color='black', markersize=5, markeredgewidth=1.6)
                 axes.plot(x, y, '+', color='white', markersize=4, markeredgewidth=0.7)
             if row_labels is not None:
-                axes.set_ylabel(row_labels[row])
+                sheet.label(axes, row_labels[row])
             for column, name in enumerate(names, start=1):
                 found = footprints[name]
                 _draw_footprints(sheet.panel(row, column), image, found, weights[name][row], found.sigma[row], group,
@@ -185,8 +185,7 @@ def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') ->
 
         for place, (title, field) in enumerate((('pools off', before), ('pools as they are', after))):
             axes = add(left + place * (side + gap), side)
-            with np.errstate(divide='ignore'):
-                decades = np.log10((field.map / field.map.max()).numpy())
+            decades = np.log10(np.maximum((field.map / field.map.max()).numpy(), 1e-9))
             shown = show(axes, decades, size, cmap='magma', vmin=-_DECADES, vmax=0)
             for share, style in ((0.5, '-'), (0.9, (0, (3, 2)))):
                 axes.add_patch(matplotlib.patches.Circle(
@@ -198,14 +197,16 @@ def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') ->
         bar = add(left + 0.2 * side, 1.6 * side + gap, top + height + 0.07, 0.07)
         figure.colorbar(shown, cax=bar, orientation='horizontal', ticks=range(-_DECADES, 1),
                         label='log₁₀ (gradient / largest)', extend='min')
-        axes = add(left + 2 * (side + gap) + 0.48, wide)
-        for name, field, colour in (('pools off', before, _BLUE), ('pools as they are', after, _ORANGE)):
+        axes, reach = add(left + 2 * (side + gap) + 0.48, wide), 0.
+        for name, field, colour, style in (
+                ('pools as they are', after, _ORANGE, '-'), ('pools off', before, _BLUE, (0, (3, 2)))):
             radii, mass = field.mass_within()
-            axes.plot(radii, 100 * mass, color=colour, linewidth=1.2, drawstyle='steps-post', label=name)
+            reach = max(reach, 1.15 * field.radius(0.995))
+            axes.plot(radii, 100 * mass, color=colour, linewidth=1.2, linestyle=style, drawstyle='steps-post', label=name)
         for share in (50, 90):
             axes.axhline(share, color=_GREY, linewidth=0.5, linestyle=(0, (1, 2)))
         axes.spines[['top', 'right']].set_visible(False)
-        axes.set(xlim=(0, None), ylim=(0, 101), xlabel='radius (px)', ylabel='gradient within (%)',
+        axes.set(xlim=(0, reach), ylim=(0, 101), xlabel='radius (px)', ylabel='gradient within (%)',
                  yticks=(0, 25, 50, 75, 100))
         axes.legend(frameon=False, fontsize=6, loc='lower right', handlelength=1.2)
     return figure

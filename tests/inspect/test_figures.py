@@ -70,6 +70,19 @@ def test_footprints_stand_in_image_pixels() -> None:
     assert grey.get_array().shape == SIZE and colour.get_array().shape == (8, 12)
 
 
+def test_long_names_are_made_to_fit() -> None:
+    name = 'features.stages.2.blocks.1.attention.context_pool.{}'
+    found = {name.format(i): footprints_of(maps_of(), SIZE, [(1, 1)]) for i in range(2)}
+    figure = footprints_figure(images(), found, [(1, 1)], row_labels=['n01530575_brambling', 'n02089078_black-and'])
+    assert no_overlap(figure)
+    for text in (*figure.texts[2:4], figure.axes[0].yaxis.label):
+        size = text.get_fontsize()
+        text.set_fontsize(12)
+        with pytest.raises(AssertionError):
+            assert no_overlap(figure)
+        text.set_fontsize(size)
+
+
 def test_flat_footprints_widen_the_scale() -> None:
     def scale(sigma: float) -> float:
         found = {'only': footprints_of(maps_of(sigma, (32, 48)), SIZE, [(16, 24)])}

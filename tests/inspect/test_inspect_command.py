@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from cpool_vision.cli import inspect as cli
-from tests.inspect.test_report import check_page
+from tests.inspect.test_report import browse, check_page, pixels_of
 
 SMALL = ['--num-images', '2', '--dpi', '40', '--rf-probes', '1']
 
@@ -65,7 +65,7 @@ def test_the_sheet_is_that_of_cpool_draw(tmp_path: pathlib.Path, capsys) -> None
 
 def test_receptive_field_of_a_layer_and_point(tmp_path: pathlib.Path, capsys) -> None:
     path = tmp_path / 'n.json'
-    for layer, grid in (('0', [32, 32]), ('layer2', [16, 16]), ('-1', [4, 4])):
+    for layer, grid in (('0', [32, 32]), ('layer2', [16, 16])):
         run(capsys, 'resnet_micro_cpool_32', '--json', path, *SMALL, '--num-images', '1', f'--rf-layer={layer}',
             '--rf-point', 0, 31)
         field = json.loads(path.read_text(encoding='utf-8'))['receptive_field']
@@ -75,7 +75,7 @@ def test_receptive_field_of_a_layer_and_point(tmp_path: pathlib.Path, capsys) ->
 def test_pools_of_windows_have_depths_but_no_sheet(tmp_path: pathlib.Path, capsys) -> None:
     model = ['swin_micro_cpool_patch2_window4_32', '--model-kwargs', 'cpool_positions=window', 'cpool_stages=[0,1]']
     path = tmp_path / 'report.html'
-    run(capsys, *model, *SMALL, '--html', path)
+    run(capsys, *model, *SMALL, '--num-images', 1, '--html', path)
     assert len(check_page(path.read_text(encoding='utf-8')).images) == 2
     assert cli.main([*model, *SMALL, '-o', str(tmp_path / 'sheet.png')]) == 2
     assert 'pools windows only' in capsys.readouterr().err
@@ -109,11 +109,19 @@ def test_report_of_a_run(run_folder: pathlib.Path, tmp_path: pathlib.Path, capsy
     assert [sum(f'>{name}<' in row for row in rows) for name in ('lr', 'seed')] == [3, 1]  # lr is in the metrics too
 
 
+def test_chromium_shows_the_report_of_a_run(run_folder: pathlib.Path, tmp_path: pathlib.Path, capsys) -> None:
+    path = tmp_path / 'run.html'
+    run(capsys, '--run', run_folder, '--html', path)
+    shown = browse(path, height=1400)
+    assert pixels_of(shown, (31, 119, 180)) > 100  # the curves
+    assert pixels_of(shown, (0, 89, 168)) > 10  # the line that opens all settings, at the end of the page
+
+
 def test_report_of_a_run_with_its_model(run_folder: pathlib.Path, tmp_path: pathlib.Path, capsys) -> None:
     (run_folder / 'supports.csv').unlink()
     (run_folder / 'args.yaml').unlink()
     path = tmp_path / 'run.html'
-    run(capsys, 'resnet_micro_cpool_32', '--run', run_folder, '--html', path, *SMALL)
+    run(capsys, 'resnet_micro_cpool_32', '--run', run_folder, '--html', path, *SMALL, '--num-images', 1, '--layers', 1)
     page = check_page(path.read_text(encoding='utf-8'))
     assert len(page.images) == 5 and 'Supports at the end' not in page.text and 'Settings' not in page.text
 
@@ -140,6 +148,13 @@ def test_bad_requests_in_one_line(arguments, message, tmp_path, capsys, monkeypa
     error = capsys.readouterr().err.strip()
     assert message in error and '\n' not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_behind_the_keywords_of_the_model(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['resnet_micro_cpool_32', '--model-kwargs', 'cpool_groups=2', 'x.png', '-o', str(tmp_path / 'a.png')])
+    assert stop.value.code == 2
+    assert "--model-kwargs takes KEY=VALUE, got 'x.png': put it before the flag" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name, content, message', [

@@ -1,6 +1,7 @@
 import base64
 import html.parser
 import io
+import pathlib
 import re
 import shutil
 import subprocess
@@ -88,18 +89,29 @@ def test_the_check_finds_what_a_page_must_not_have(bad: str) -> None:
         check_page(example().replace('</body>', bad + '</body>'))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason='no Chromium is installed')
-def test_chromium_shows_the_page(tmp_path) -> None:
-    page, picture = tmp_path / 'page.html', tmp_path / 'page.png'
-    page.write_text(example(), encoding='utf-8')
+def browse(page: pathlib.Path, height: int = 900) -> np.ndarray:
+    """What Chromium shows of a page, without any network: `(height, 800, 3)` int."""
+    if CHROMIUM is None:
+        pytest.skip('no Chromium is installed')
+    picture = page.with_suffix('.screen.png')
     command = [
         CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars',
-        f'--user-data-dir={tmp_path}/chrome', '--host-resolver-rules=MAP * ~NOTFOUND', '--window-size=800,900',
-        f'--screenshot={picture}', page.as_uri()]
+        f'--user-data-dir={page.parent}/chrome', '--host-resolver-rules=MAP * ~NOTFOUND',
+        f'--window-size=800,{height}', f'--screenshot={picture}', page.as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
     assert picture.exists(), result.stderr
-    shown = np.asarray(Image.open(picture).convert('RGB')).astype(int)
+    return np.asarray(Image.open(picture).convert('RGB')).astype(int)
+
+
+def pixels_of(shown: np.ndarray, colour: tuple[int, int, int]) -> int:
+    """Number of pixels of nearly a colour."""
+    return int((abs(shown - colour).sum(-1) < 12).sum())
+
+
+def test_chromium_shows_the_page(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / 'page.html'
+    page.write_text(example(), encoding='utf-8')
+    shown = browse(page)
     # the two colours of the picture, at the size that the page gives it: 389 x 259 pixels, a fifth of them yellow
-    dark = (abs(shown - (68, 1, 84)).sum(-1) < 12).sum()
-    bright = (abs(shown - (253, 231, 37)).sum(-1) < 12).sum()
-    assert dark == pytest.approx(0.8 * 389 * 259, rel=0.15) and bright == pytest.approx(0.2 * 389 * 259, rel=0.15)
+    assert pixels_of(shown, (68, 1, 84)) == pytest.approx(0.8 * 389 * 259, rel=0.15)
+    assert pixels_of(shown, (253, 231, 37)) == pytest.approx(0.2 * 389 * 259, rel=0.15)
