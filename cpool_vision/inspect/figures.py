@@ -202,7 +202,8 @@ def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') ->
                 ('pools as they are', after, _ORANGE, '-'), ('pools off', before, _BLUE, (0, (3, 2)))):
             radii, mass = field.mass_within()
             reach = max(reach, 1.15 * field.radius(0.995))
-            axes.plot(radii, 100 * mass, color=colour, linewidth=1.2, linestyle=style, drawstyle='steps-post', label=name)
+            axes.plot(radii, 100 * mass, color=colour, linewidth=1.2, linestyle=style, label=name,
+                      drawstyle='steps-post')
         for share in (50, 90):
             axes.axhline(share, color=_GREY, linewidth=0.5, linestyle=(0, (1, 2)))
         axes.spines[['top', 'right']].set_visible(False)
