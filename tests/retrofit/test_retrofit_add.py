@@ -222,6 +222,14 @@ def test_solve_grid(num, size, grid):
     assert solve_grid(num, *size) == grid
 
 
+@pytest.mark.parametrize('strides', ['nhwc', 'nchw'])
+def test_maps_keep_their_strides(strides):
+    # other strides would let the next layer choose another kernel, with other rounding
+    x = torch.randn(2, 5, 6, 8) if strides == 'nhwc' else torch.randn(2, 8, 5, 6).permute(0, 2, 3, 1)
+    y = ChannelsLastContextPool(8, init='identity')(x)
+    assert torch.equal(y, x) and y.stride() == x.stride()
+
+
 class Shuffled(nn.Module):
     """A vision transformer whose tokens are out of order behind the embedding."""
 
