@@ -175,13 +175,15 @@ class Inspection:
         report.section('Supports by layer')
         report.table(
             ('context pool', 'grid', 'stride', 'groups', 'mean (px)', '5 % (px)', 'median (px)', '95 % (px)',
-             'limits (px)', 'effective pixels (%)'),
+             'limits (px)', 'effective pixels (%)', 'gate'),
             [(each['layer'], ' x '.join(map(str, each['grid'])), each['stride'], each['groups'], each['mean_px'],
               each['q05_px'], each['q50_px'], each['q95_px'],
               '' if each['limits_px'] is None else '–'.join(f'{limit:.3g}' for limit in each['limits_px']),
-              100 * each['effective_pixels']) for each in numbers['layers']],
+              100 * each['effective_pixels'], '–' if each['gate'] is None else each['gate'])
+             for each in numbers['layers']],
             'Supports are standard deviations in pixels of the image. Effective pixels: how many equally weighted ones '
-            'would have the entropy of the pooling weights, of all in the map.', digits=3)
+            'would have the entropy of the pooling weights, of all in the map. Gate: mean size of the gates of a layer '
+            'that began as the identity, of which 0 leaves its input as it is.', digits=3)
         for name, (_, caption) in _FIGURES.items():
             if name in ('output', 'footprints') and not self.whole:
                 continue

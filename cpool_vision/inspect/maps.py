@@ -20,6 +20,8 @@ class ContextMaps(NamedTuple):
         stride: Output cells are `stride` pixels apart.
         windows: Maps per image: B is that many times the number of images where windows are pooled, not whole maps.
         limits: Smallest and largest support that the pool can have on this grid; None if not known.
+        gate: Mean over channels of the absolute gate of a pool with `init='identity'`, None without: 0 blends nothing
+            of the pool into its input, 1 replaces the input.
     """
     weight_logits: Tensor
     sigma: Tensor
@@ -27,6 +29,7 @@ class ContextMaps(NamedTuple):
     stride: int
     windows: int = 1
     limits: tuple[float, float] | None = None
+    gate: float | None = None
 
     def cell(self, image_size: tuple[int, int]) -> float:
         """Side of a pixel of the pooled map in pixels of an image of `(height, width)`: the geometric mean of both."""
@@ -75,7 +78,8 @@ def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
             height, width = weight_logits.shape[-2:]
             windows = len(sigma) // len(images) if len(images) and len(sigma) % len(images) == 0 else 1
             limits = pool.floor, pool.floor + pool.ratio * math.sqrt(height * width)
-            found[name] = ContextMaps(weight_logits, sigma, (height, width), pool.stride, windows, limits)
+            gate = None if pool.gamma is None else float(pool.gamma.detach().double().abs().mean())
+            found[name] = ContextMaps(weight_logits, sigma, (height, width), pool.stride, windows, limits, gate)
         return hook
 
     handles = [pool.register_forward_pre_hook(record(name), with_kwargs=True) for name, pool in pools.items()]

@@ -37,6 +37,7 @@ def layer_numbers(maps: Mapping[str, ContextMaps], image_size: tuple[int, int]) 
             'windows': each.windows,
             'stride': each.stride,
             'groups': each.sigma.shape[1],
+            'gate': each.gate,
             'cell_px': cell,
             'mean_px': float(supports.mean()),
             'q05_px': q05,

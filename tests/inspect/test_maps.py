@@ -46,6 +46,18 @@ def test_maps_of_every_pool_on_its_grid(name, groups):
         assert 0.1 < m.sigma.min() and m.sigma.max() < 0.1 + 0.1 * (m.grid[0] * m.grid[1]) ** .5
 
 
+def test_limits_and_gates():
+    images = torch.randn(1, 3, 32, 32)
+    maps = context_maps(make('resnet_micro_cpool_32', cpool_ratio=.5, cpool_floor=.2), images)
+    assert [m.limits for m in maps.values()] == [(.2, .2 + side / 2) for side in (32, 16, 8, 4)]
+    assert all(m.gate is None and m.windows == 1 for m in maps.values())
+    model = make('resnet_micro_cpool_32', cpool_init='identity')
+    name, pool = next(context_pools(model))
+    assert [m.gate for m in context_maps(model, images).values()] == [0] * 4
+    pool.gamma.data[::2] = -.5
+    assert context_maps(model, images)[name].gate == .25
+
+
 def test_maps_are_those_the_forward_pooled_with():
     model = make('resnet_micro_cpool_32').eval()
     name, pool = next(context_pools(model))
