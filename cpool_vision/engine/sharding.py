@@ -71,6 +71,11 @@ def shard_task(task: TrainingTask, args: argparse.Namespace, device: torch.devic
         for block in _blocks(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # whole parameters that come into being under inference_mode, in validation, could not be trained
+                module.unshard()
+                module.reshard()
 
 
 @contextmanager

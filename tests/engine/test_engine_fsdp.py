@@ -81,6 +81,20 @@ def test_divided_training_equals_whole_training(process_group: None) -> None:
     assert not any(isinstance(value, sharding.DTensor) for value in contents[1]['state_dict'].values())
 
 
+def test_a_run_may_begin_with_a_validation(process_group: None) -> None:
+    """As one that is resumed after the last batch of an epoch does."""
+    contents = []
+    for validated in (False, True):
+        run, state = prepare(True)
+        if validated:
+            for ema in (False, True):
+                with torch.inference_mode():
+                    run.task.get_eval_model(ema=ema).eval()(make_batches(1)[0][0])
+        train_one_epoch(run, 0, 1)
+        contents.append(content_of(state))
+    assert unequal(*contents) == []
+
+
 @pytest.mark.parametrize('before, after', [(True, True), (True, False), (False, True)])
 def test_a_checkpoint_goes_on_with_and_without(process_group: None, tmp_path: pathlib.Path, before: bool, after: bool,
                                                ) -> None:
