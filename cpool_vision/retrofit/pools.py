@@ -78,7 +78,10 @@ class GridContextPool(TokenContextPool):
 
 def _tell_image_size(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     x = args[0] if args else next(iter(kwargs.values()), None)
-    if isinstance(x, Tensor) and x.ndim == 4:
+    if isinstance(x, Tensor):
+        if x.ndim != 4:
+            raise ValueError(f'a retrofitted {type(module).__name__} reads images (B, C, H, W), got shape '
+                             f'{tuple(x.shape)}: patches with coordinates and padding have no grid to pool on')
         for pool in module.cpool_listeners:  # type: ignore[union-attr]
             pool.image_size = (x.shape[-2], x.shape[-1])
 

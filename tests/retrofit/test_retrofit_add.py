@@ -206,6 +206,13 @@ def test_tokens_follow_the_size_of_the_images():
         model(torch.randn(1, 3, 96, 96))
 
 
+def test_patches_without_a_grid_are_refused():
+    model, _ = build('vit')
+    add_context_pool(model)
+    with pytest.raises(ValueError, match=r'reads images .B, C, H, W., got shape .1, 16, 768.: patches with coordinates'):
+        model.patch_embed(torch.randn(1, 16, 768))
+
+
 def test_set_input_size():
     model, _ = build('vit')
     add_context_pool(model)
