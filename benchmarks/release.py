@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import save_for_hf
 
 import cpool_vision  # noqa: F401  registers the variants
 from cpool_vision.engine import args_train
 from cpool_vision.engine.checkpoint import load_weights, read_weights
+from cpool_vision.hub import save_for_hub
 
 from .results import measure, read_settings
 
@@ -78,8 +78,8 @@ def release(run: Path, folder: Path, data_dir: Path, data: str, limits: str) -> 
     checkpoint = str(run / 'last.pth.tar')
     load_weights(model, read_weights(checkpoint, 'run', use_ema=False), checkpoint, 'run', settings['model'])
     labels = sorted(p.name for p in (data_dir / 'validation').iterdir())
-    save_for_hf(
-        model, str(folder), safe_serialization=True,
+    save_for_hub(
+        model, folder,
         model_config={'label_names': labels},
         data_config={key: settings[key] for key in INPUT_KEYS if settings[key]})
     cfg = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['pretrained_cfg']

@@ -1,25 +1,53 @@
 """Folders of a model as the Hugging Face hub keeps them."""
 import json
-from pathlib import Path
+import os
+import shutil
+import tempfile
 from typing import Any
 
 from timm.models import save_for_hf
 from torch import nn
 
+CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
+_MODEL_FILES = (CONFIG, WEIGHTS, 'pytorch_model.bin')
 
-def save_for_hub(model: nn.Module, folder: str | Path, **kwargs: Any) -> None:
+
+def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool = False, **kwargs: Any) -> None:
     """Writes `model.safetensors` and `config.json` that `local-dir:`, `hf-hub:` and transformers' wrapper all read.
 
     timm records every argument of the model, also the number of classes, under `model_args`. transformers passes that
     number itself and refuses to be given it twice: it is kept at the top of the file only, where timm reads it as well.
+    Both files are written elsewhere first: a failure leaves the folder as it was.
 
     Args:
         model: A model made by `timm.create_model`.
-        folder: Is made if missing; files of these names in it are replaced.
-        **kwargs: `model_config` of `timm.models.save_for_hf`.
+        folder: Made if need be; other files in it stay.
+        force: Replace a model that the folder holds.
+        **kwargs: `data_config`, `model_config` of `timm.models.save_for_hf`.
+
+    Raises:
+        FileExistsError: The folder holds a model, or is a file.
     """
-    save_for_hf(model, str(folder), safe_serialization=True, **kwargs)
-    path = Path(folder) / 'config.json'
-    config = json.loads(path.read_text(encoding='utf-8'))
-    config.get('model_args', {}).pop('num_classes', None)
-    path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    folder = os.path.abspath(folder)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise FileExistsError(f'{folder!r} is a file: name a folder')
+    if not force:
+        for name in _MODEL_FILES:
+            if os.path.exists(os.path.join(folder, name)):
+                raise FileExistsError(f'{folder!r} holds a model already ({name}): name another folder or force it')
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f'.{os.path.basename(folder)}.', dir=os.path.dirname(folder))
+    try:
+        save_for_hf(model, temporary, safe_serialization=True, **kwargs)
+        path = os.path.join(temporary, CONFIG)
+        with open(path, encoding='utf-8') as file:
+            config = json.load(file)
+        config.get('model_args', {}).pop('num_classes', None)
+        with open(path, 'w', encoding='utf-8') as file:
+            json.dump(config, file, indent=2)
+            file.write('\n')
+        os.makedirs(folder, exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

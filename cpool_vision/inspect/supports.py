@@ -1,5 +1,4 @@
 """How far each context pool of a model looks: mean and quantiles of its supports for a batch of images."""
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,7 +37,6 @@ def support_statistics(maps: Mapping[str, ContextMaps], image_size: tuple[int, i
     """
     found = []
     for layer, each in maps.items():
-        cell = math.sqrt(image_size[0] * image_size[1] / (each.grid[0] * each.grid[1]))
-        sigma = each.sigma.detach().double().cpu().numpy().ravel() * cell
+        sigma = each.sigma.detach().double().cpu().numpy().ravel() * each.cell(image_size)
         found.append(SupportStatistics(layer, float(sigma.mean()), *map(float, np.quantile(sigma, QUANTILES))))
     return found

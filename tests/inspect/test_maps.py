@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from cpool_vision.inspect import context_maps
+from cpool_vision.inspect import context_maps, support_statistics
 from cpool_vision.layers import ContextPool2d
 from cpool_vision.models._builder import context_pools
 
@@ -97,3 +97,13 @@ def test_a_failing_model_is_restored():
 def test_a_model_without_pools_is_refused():
     with pytest.raises(ValueError, match='ContextPoolResNet holds no context pool: build a cpool variant'):
         context_maps(timm.create_model('resnet_micro_cpool_32', cpool_positions='none'), torch.randn(1, 3, 32, 32))
+
+
+def test_supports_inside_windows_are_in_pixels_of_the_image():
+    model = timm.create_model('swin_micro_cpool_patch2_window4_32', cpool_positions='window', cpool_stages=0)
+    images = torch.randn(2, 3, 32, 32)
+    maps = context_maps(model, images)
+    each = next(iter(maps.values()))
+    # sixteen windows of 4 x 4 tokens, each token of 2 x 2 pixels
+    assert each.grid == (4, 4) and each.windows == 16
+    assert support_statistics(maps, (32, 32))[0].mean == pytest.approx(2 * float(each.sigma.double().mean()))

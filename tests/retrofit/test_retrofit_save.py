@@ -82,7 +82,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     with monkeypatch.context() as patch:
-        patch.setattr('cpool_vision.retrofit.save.save_for_hf', broken)
+        patch.setattr('cpool_vision.hub.save_for_hf', broken)
         with pytest.raises(OSError, match='No space'):
             save_model(trained('test_resnet'), str(folder), force=True)
     assert (folder / 'model.safetensors').read_bytes() == before and files(tmp_path) == ['model']
