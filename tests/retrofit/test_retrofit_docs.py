@@ -1,9 +1,5 @@
 import json
-import os
 import pathlib
-import re
-import subprocess
-import sys
 
 import pytest
 
@@ -16,17 +12,6 @@ PAGE = ROOT / 'docs' / 'retrofit.md'
 
 def rows():
     return json.loads(retrofit_sweep.RESULTS.read_text(encoding='utf-8'))['rows']
-
-
-def test_examples_of_the_page_run(tmp_path):
-    blocks = re.findall(r'^```python\n(.*?)^```', PAGE.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 6
-    script = tmp_path / 'examples.py'
-    script.write_text('\n'.join(blocks), encoding='utf-8')
-    result = subprocess.run(  # noqa: S603
-        [sys.executable, '-W', 'ignore', str(script)], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)})
-    assert result.returncode == 0, result.stderr
 
 
 def test_the_table_of_the_page_is_that_of_the_results():

@@ -1,0 +1,56 @@
+"""Every Python block of the documentation runs, every page is in the site's navigation, every link leads somewhere."""
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / 'docs').glob('*.md'))
+BLOCK = re.compile(r'^```python\n(.*?)^```', re.MULTILINE | re.DOTALL)
+LINK = re.compile(r'\]\((?!https?:|#|mailto:)([^)#\s]+)')
+WITH_BLOCKS = [page for page in (ROOT / 'README.md', *PAGES) if BLOCK.search(page.read_text(encoding='utf-8'))]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """What the pages take for granted: weights to download, images, a file of predictions."""
+    create = timm.create_model
+
+    def create_model(name, pretrained=False, **kwargs):
+        return create(name, pretrained=pretrained and name.startswith('local-dir:'), **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', create_model)
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / 'p.npz', topk_index=np.array([[1], [0]]), topk_prob=np.array([[.9], [.8]]),
+             target=np.array([0, 0]), filename=np.array(['a.jpg', 'b.jpg']), class_name=np.array(['cat', 'dog']))
+    return {'__name__': 'page', 'images': torch.randn(1, 3, 224, 224)}
+
+
+@pytest.mark.parametrize('page', WITH_BLOCKS, ids=lambda page: page.name)
+def test_blocks_run(page, offline):
+    torch.manual_seed(0)
+    text = page.read_text(encoding='utf-8')
+    for match in BLOCK.finditer(text):
+        line = text[:match.start()].count('\n') + 2
+        code = compile('\n' * (line - 1) + match[1], str(page), 'exec')
+        exec(code, offline)  # noqa: S102  the project's own pages
+
+
+def test_pages_with_blocks_are_found():
+    assert {'README.md', 'models.md', 'retrofit.md', 'inspection.md'} <= {page.name for page in WITH_BLOCKS}
+
+
+def test_navigation_holds_every_page():
+    site = yaml.safe_load((ROOT / 'mkdocs.yml').read_text(encoding='utf-8'))
+    listed = [page for entry in site['nav'] for page in entry.values()]
+    assert sorted(listed) == [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize('page', [ROOT / 'README.md', *PAGES], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding='utf-8')):
+        assert (page.parent / target).exists(), f'{page.name} links to {target}, which does not exist'
