@@ -31,13 +31,13 @@ CASES = (
 )
 
 
-def make_step(name: str, batch: int, **kwargs: Any) -> Callable[[], None]:
+def make_step(name: str, batch: int, num_classes: int = 1000, **kwargs: Any) -> Callable[[], None]:
     """One training step of a model, on a batch of noise."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=1000, **kwargs).train()
+    model = timm.create_model(name, num_classes=num_classes, **kwargs).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     images = torch.randn(batch, *model.pretrained_cfg['input_size'])
-    targets = torch.randint(1000, (batch,))
+    targets = torch.randint(num_classes, (batch,))
 
     def step() -> None:
         F.cross_entropy(model(images), targets).backward()
