@@ -9,8 +9,13 @@
 
 #define MAX_SPREAD 60.0f /* of the logits in a map: beyond, products of factors leave the range of fp32 */
 
-/* Largest logit, and whether windows and factors may be used. */
-static void read_logits(const float *l, int64_t n, float *pixel, float *top, int *whole, int *wide) {
+/* Of one map: the largest logit, whether every key must be read, and whether factors leave the range of fp32. */
+typedef struct {
+    float top;
+    int whole, wide;
+} Facts;
+
+static Facts read_logits(const float *l, int64_t n, float *pixel) {
     float high = -INFINITY, low = INFINITY;
     int finite = 1;
     for (int64_t i = 0; i < n; ++i) {
@@ -18,25 +23,41 @@ static void read_logits(const float *l, int64_t n, float *pixel, float *top, int
         low = l[i] < low ? l[i] : low;
         finite &= (l[i] - l[i] == 0);
     }
-    *top = high;
-    *whole = !finite;
-    *wide = !finite || !(high - low <= MAX_SPREAD);
-    if (*wide) return;
+    const Facts facts = {high, !finite, !finite || !(high - low <= MAX_SPREAD)};
+    if (facts.wide) return facts;
     float middle = 0.5f * (high + low);
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         *(vf *)(pixel + i) = vexp(*(const vf *)(l + i) - middle);
     }
     for (; i < n; ++i) pixel[i] = expf(l[i] - middle);
+    return facts;
 }
 
-typedef struct {
-    float top;
-    int whole, wide;
-} Facts;
+/* What every thread does first: memory for its tile, and a share of the maps' logits. Returns 0 without memory. */
+static int begin(Tile *t, const Shape *p, int backward, const float *logits, float *pixel, Facts *facts, int *failed) {
+    const int64_t n = p->height * p->width;
+    const int ok = open_tile(t, p, backward);
+    if (!ok) {
+#pragma omp atomic write
+        *failed = 1;
+    }
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < p->maps; ++m) facts[m] = read_logits(logits + m * n, n, pixel + m * n);
+    return ok;
+}
+
+/* Keys and weights of a tile of map m, not normalised; sets their sums and returns whether to go by lists. */
+static int weigh(Tile *t, const Shape *p, const Facts *facts, int64_t m, int ty, int tx, const float *sigma,
+                 const float *logits, const float *pixel, vf *total) {
+    const int64_t n = p->height * p->width, no = p->out_height * p->out_width;
+    make_tile(t, p, ty, tx, sigma + m * no, logits + m * n, facts[m].top, facts[m].whole);
+    *total = make_weights(t, p, logits + m * n, pixel + m * n, facts[m].wide);
+    return is_narrow(t, p, trim(t, p, total));
+}
 
 int cpool_forward(const Shape *p, const float *x, const float *logits, const float *sigma, float *pixel, float *y) {
-    const int64_t n = p->height * p->width, no = p->out_height * p->out_width, c = p->channels;
+    const int64_t c = p->channels;
     const int rows = (int)((p->out_height + TILE_H - 1) / TILE_H), cols = (int)((p->out_width + TILE_W - 1) / TILE_W);
     Facts *facts = malloc(sizeof(Facts) * p->maps);
     int failed = !facts;
@@ -45,25 +66,16 @@ int cpool_forward(const Shape *p, const float *x, const float *logits, const flo
     {
         FLUSH_SUBNORMALS;
         Tile tile, *t = &tile;
-        int ok = open_tile(t, p, 0);
-        if (!ok) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < p->maps; ++m)
-            read_logits(logits + m * n, n, pixel + m * n, &facts[m].top, &facts[m].whole, &facts[m].wide);
+        const int ok = begin(t, p, 0, logits, pixel, facts, &failed);
 #pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < p->maps * rows; ++job) {
             if (!ok) continue;
             const int64_t m = job / rows, b = m / p->groups, g = m % p->groups;
-            const Facts *f = &facts[m];
             const float *in = x + b * p->x_image + g * c;
             float *out = y + b * p->y_image + g * c * p->y_channel;
             for (int tx = 0; tx < cols; ++tx) {
-                make_tile(t, p, (int)(job % rows), tx, sigma + m * no, logits + m * n, f->top, f->whole);
-                vf total = make_weights(t, p, logits + m * n, pixel + m * n, f->wide);
-                const int narrow = is_narrow(t, p, trim(t, p, &total));
+                vf total;
+                const int narrow = weigh(t, p, facts, m, (int)(job % rows), tx, sigma, logits, pixel, &total);
                 memset(narrow ? (vf *)t->rows : t->columns, 0, c * sizeof(vf));
                 for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
                     int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
@@ -105,27 +117,18 @@ int cpool_backward(const Shape *p, const float *grad, const float *x, const floa
     {
         FLUSH_SUBNORMALS;
         Tile tile, *t = &tile;
-        int ok = open_tile(t, p, 1);
-        if (!ok) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < p->maps; ++m)
-            read_logits(logits + m * n, n, pixel + m * n, &facts[m].top, &facts[m].whole, &facts[m].wide);
+        const int ok = begin(t, p, 1, logits, pixel, facts, &failed);
 #pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < p->maps * p->bands; ++job) {
             if (!ok) continue;
             const int64_t m = job / p->bands, band = job % p->bands, b = m / p->groups, g = m % p->groups;
-            const Facts *f = &facts[m];
             const float *in = x + b * p->x_image + g * c, *dy = grad + b * p->y_image + g * c * p->y_channel;
             float *din = dx + (band * images + b) * n * stride + g * c;
             float *dl = dlogits + (band * p->maps + m) * n;
             for (int ty = (int)(rows * band / p->bands); ty < rows * (band + 1) / p->bands; ++ty)
                 for (int tx = 0; tx < cols; ++tx) {
-                    make_tile(t, p, ty, tx, sigma + m * no, logits + m * n, f->top, f->whole);
-                    vf total = make_weights(t, p, logits + m * n, pixel + m * n, f->wide);
-                    const int narrow = is_narrow(t, p, trim(t, p, &total));
+                    vf total;
+                    const int narrow = weigh(t, p, facts, m, ty, tx, sigma, logits, pixel, &total);
                     vf inverse = 1.0f / total;
                     for (int q = 0; q < LANES; ++q)
                         if (t->index[q] < 0) inverse[q] = 0;
