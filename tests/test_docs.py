@@ -8,6 +8,8 @@ import timm
 import torch
 import yaml
 
+from benchmarks import api_reference
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
 BLOCK = re.compile(r'^```python\n(.*?)^```', re.MULTILINE | re.DOTALL)
@@ -54,3 +56,8 @@ def test_navigation_holds_every_page():
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text(encoding='utf-8')):
         assert (page.parent / target).exists(), f'{page.name} links to {target}, which does not exist'
+
+
+def test_reference_is_that_of_the_docstrings():
+    assert api_reference.PAGE.read_text(encoding='utf-8') == api_reference.render(), (
+        'run python -m benchmarks.api_reference --write')
