@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpool_vision.inspect.canvas import new_figure, save_figure
+
 from .spec import Study
 
 CONFIDENCE = 0.95
@@ -81,13 +83,10 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
     Raises:
         PlotDependencyError: matplotlib is not installed.
     """
-    from cpool_vision.profile.plot import check_plot
-    check_plot(str(path))
-    from matplotlib.figure import Figure
     axes_of = [('macs', 1e-6, 'multiply-adds per image (M)')]
     if any(r['step_ratio'] is not None for r in rows):
         axes_of.append(('step_ratio', 1., 'training step, time over that of the base'))
-    figure = Figure(figsize=(5.5 * len(axes_of), 4.2), layout='constrained')
+    figure = new_figure(5.5 * len(axes_of), 4.2, layout='constrained')
     for axes, (key, scale, label) in zip(figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of, strict=True):
         for i, r in enumerate(rows):
             if r[key] is None:
@@ -102,4 +101,4 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=5, frameon=False, fontsize='small')
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, str(path), dpi=130)

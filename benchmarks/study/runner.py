@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cpool_vision.engine.atomic import write_atomic
+from cpool_vision.engine import atomic
 
 from ..results import measure
 from .spec import Study
@@ -27,7 +27,7 @@ class StaleRunError(ValueError):
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` as a whole, so that an interruption leaves what was there; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(str(path), lambda file: file.write(text.encode()))
+    atomic.write_text(str(path), text)
 
 
 def run_name(arm: str, seed: int) -> str:

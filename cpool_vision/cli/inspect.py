@@ -230,7 +230,7 @@ def _check(args: argparse.Namespace) -> list[str]:
 def _inspect(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     wanted = _check(args)
-    from cpool_vision.engine.atomic import write_atomic
+    from cpool_vision.engine.atomic import write_text
     from cpool_vision.inspect.draw import save_figure
     from cpool_vision.inspect.report import Report
 
@@ -248,11 +248,9 @@ def _inspect(argv: Sequence[str] | None) -> None:
                     add_run(report, args.run, args.dpi)
                 if inspection is not None:
                     inspection.add_to(report)
-                text = report.html()
-                write_atomic(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+                write_text(path, report.html())
             elif inspection is not None and name == 'json':
-                text = json.dumps(inspection.numbers, indent=1, ensure_ascii=False) + '\n'
-                write_atomic(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+                write_text(path, json.dumps(inspection.numbers, indent=1, ensure_ascii=False) + '\n')
             elif inspection is not None:
                 save_figure(inspection.figure(name), path, args.dpi)
         print(path)

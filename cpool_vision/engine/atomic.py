@@ -52,6 +52,11 @@ def write_atomic(path: str, write: Callable[[Any], None]) -> None:
             os.remove(temporary)
 
 
+def write_text(path: str, text: str, errors: str = 'strict') -> None:
+    """`write_atomic` of a text in UTF-8; `errors` as in `str.encode`."""
+    write_atomic(path, lambda file: file.write(text.encode(errors=errors)))
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

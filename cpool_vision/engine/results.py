@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from .atomic import write_atomic
+from .atomic import write_atomic, write_text
 from .errors import ConfigError, OutputError
 from .results_markdown import format_markdown
 
@@ -91,7 +91,7 @@ def write_results(path: str, results: Row | Sequence[Row], kind: str = 'csv') ->
         writer.writeheader()
         writer.writerows(rows)
         text = out.getvalue()
-    write_atomic(path, lambda file: file.write(text.encode(errors='surrogateescape')))
+    write_text(path, text, errors='surrogateescape')
 
 
 class Predictions:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cpool_vision.inspect.draw import save_figure
+from cpool_vision.inspect.canvas import PlotDependencyError, new_figure, require_matplotlib, save_figure
 
 from .errors import ConfigError, OutputError
 from .metrics import BINS, ClassFigures
@@ -19,12 +19,9 @@ _BLUE, _RED, _GREY = '#3b6ea5', '#c0504d', '#9a9a9a'
 
 def _matplotlib() -> Any:
     try:
-        import matplotlib
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-    except ImportError as error:
+        return require_matplotlib()
+    except PlotDependencyError as error:
         raise ConfigError("--plots needs matplotlib: pip install 'cpool_vision[plot]', or drop the flag") from error
-    return matplotlib
 
 
 def check_plots(folder: str) -> None:
@@ -43,18 +40,11 @@ def check_plots(folder: str) -> None:
         raise OutputError(f'--plots {folder!r} cannot be written: choose another folder')
 
 
-def _canvas(width: float, height: float) -> Any:
-    matplotlib = _matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
-    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-    return figure
-
-
 def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> Any:
     """Share of each true class (row) that is predicted as each class (column)."""
     classes = len(confusion)
     side = 2.6 + min(classes, _NAMED) * 0.13
-    figure = _canvas(side + 0.5, side)
+    figure = new_figure(side + 0.5, side, layout='constrained')
     axes = figure.subplots()
     total = confusion.sum(axis=1, keepdims=True)
     share = np.divide(100. * confusion, total, out=np.zeros(confusion.shape), where=total > 0)
@@ -77,7 +67,7 @@ def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> Any:
 
 def reliability_figure(figures: ClassFigures, ece: float) -> Any:
     """Accuracy over confidence in bins, and how many images each bin holds."""
-    figure = _canvas(3.0, 3.6)
+    figure = new_figure(3.0, 3.6, layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     edges = np.linspace(0, 100, BINS + 1)
     used = figures.bin_images > 0
@@ -101,7 +91,7 @@ def per_class_figure(figures: ClassFigures, names: Sequence[str]) -> Any:
     order = present[np.argsort(-figures.accuracy[present], kind='stable')]
     accuracy = figures.accuracy[order]
     named = len(order) <= _NAMED
-    figure = _canvas(3.4, 0.8 + 0.14 * len(order) if named else 5.)
+    figure = new_figure(3.4, 0.8 + 0.14 * len(order) if named else 5., layout='constrained')
     axes = figure.subplots()
     axes.barh(range(len(order)), accuracy, height=0.8 if named else 1., color=_BLUE)
     if named:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from timm.models import safe_model_name
 
-from .atomic import write_atomic
+from .atomic import write_text
 from .checkpoint import to_plain
 from .errors import OutputError
 from .resume import EXTENSION
@@ -94,7 +94,7 @@ class RunFolder:
                 if file.read() != text:
                     keep_copy(target)
         if text is not None:
-            write_atomic(target, lambda file: file.write(text.encode()))
+            write_text(target, text)
         elif os.path.exists(target):
             os.remove(target)
 

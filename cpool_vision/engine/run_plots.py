@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpool_vision.inspect.draw import PlotDependencyError
+from cpool_vision.inspect.canvas import new_figure, require_matplotlib
 
 from .errors import ConfigError
 from .table import read_rows
@@ -166,20 +166,14 @@ def runs_figure(runs: Sequence[RunCurves]) -> 'Figure':
     Raises:
         PlotDependencyError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise PlotDependencyError("drawing needs matplotlib: pip install 'cpool_vision[plot]'") from error
+    matplotlib = require_matplotlib()
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
     layers = list(dict.fromkeys(layer for run in runs for layer in run.supports))
     lines = -(-len(layers) // _COLUMNS)
     colours = [f'C{index % 10}' for index in range(len(runs))]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 2.3 + 1.5 * lines), layout='constrained')
-        FigureCanvasAgg(figure)
+        figure = new_figure(7.2, 2.3 + 1.5 * lines, layout='constrained')
         parts: Any = figure.subfigures(2, 1, height_ratios=(2.0, 1.5 * lines)) if lines else [figure]
         panels = list(parts[0].subplots(1, 3))
         _draw_curves(panels, runs, colours)

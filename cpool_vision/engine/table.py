@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .atomic import write_atomic
+from .atomic import write_text
 from .checkpoint import to_plain
 from .errors import OutputError
 
@@ -36,7 +36,7 @@ def _write(path: str, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=columns, restval='', lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def _epoch(row: Mapping[str, Any]) -> int:

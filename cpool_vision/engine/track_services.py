@@ -8,7 +8,7 @@ from typing import Any
 
 from cpool_vision.inspect import SupportStatistics
 
-from .atomic import write_atomic
+from .atomic import write_text
 from .checkpoint import to_plain
 from .errors import ConfigError
 
@@ -52,7 +52,7 @@ class ServiceRuns:
         """Notes the name of a run."""
         if isinstance(name, str) and name and self.names.get(service) != name:
             self.names[service] = name
-            write_atomic(self.path, lambda file: file.write(json.dumps(self.names).encode()))
+            write_text(self.path, json.dumps(self.names))
 
 
 class TensorBoardTracker:

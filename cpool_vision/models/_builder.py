@@ -42,7 +42,8 @@ PRETRAINED_INIT = 'identity'
 _PREDICTOR_KEYS = ('.reduce.weight', '.reduce.bias', '.predict.weight', '.predict.bias')
 
 
-def _as_tuple(value: Any) -> tuple:
+def as_tuple(value: Any) -> tuple:
+    """A sequence as it is, one string or number as a sequence of it."""
     return (value,) if isinstance(value, (str, int)) else tuple(value)
 
 
@@ -72,7 +73,7 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         known = POSITIONS[self.family]
-        positions = DEFAULT_POSITIONS[self.family] if self.positions is None else _as_tuple(self.positions)
+        positions = DEFAULT_POSITIONS[self.family] if self.positions is None else as_tuple(self.positions)
         if positions == ('none',):
             positions = ()
         for position in positions:
@@ -81,7 +82,7 @@ class PoolConfig:
                     f"unknown position {position!r} for {self.family}: choose from {', '.join(known)}, or 'none'")
         if self.mixer not in MIXERS:
             raise ValueError(f"cpool_mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}")
-        stages = DEFAULT_STAGES[self.family] if self.stages is None else _as_tuple(self.stages)
+        stages = DEFAULT_STAGES[self.family] if self.stages is None else as_tuple(self.stages)
         for stage in stages:
             if stage not in STAGES:
                 raise ValueError(f'cpool_stages must be among {STAGES}, got {stage!r}')

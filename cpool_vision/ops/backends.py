@@ -2,6 +2,7 @@
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -94,9 +95,11 @@ def choose_backend(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int,
         ValueError: `backend` is unknown.
         NotImplementedError: the requested backend cannot take these arguments. There is no silent fallback.
     """
-    if backend is None and torch.onnx.is_in_onnx_export():
-        return 'reference'  # made of operators that ONNX knows
     if backend is None:
+        # Importing torch.onnx takes a while, and only who has imported it exports.
+        onnx = sys.modules.get('torch.onnx')
+        if onnx is not None and onnx.is_in_onnx_export():
+            return 'reference'  # made of operators that ONNX knows
         for name, predicate in _PREDICATES.items():
             # The interpreter of Triton's kernels is for tests, far slower than any other backend.
             if not (name == 'triton' and not x.is_cuda) and predicate(x, weight_logits, sigma, stride) is None:

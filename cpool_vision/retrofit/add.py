@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import ContextPool2d
+from ..models._builder import as_tuple
+from ..models._builder import context_pools as iterate_pools
 from .attach import attach, detach
 from .places import POSITIONS, Finder, NoPlaceError, Place
 from .pools import GridContextPool, follow_images, make_pool, unfollow_images
@@ -16,10 +18,6 @@ _logger = logging.getLogger(__name__)
 ARCHITECTURE = 'contextpool_retrofit'
 # Maps of finer stages hold so many pixels that a pool can cost more than the rest of the stage.
 MIN_REDUCTION = 8
-
-
-def _as_tuple(value: Any) -> tuple:
-    return (value,) if isinstance(value, (str, int)) else tuple(value)
 
 
 def _choose(model: nn.Module, finder: Finder, size: tuple[int, int], positions: tuple | None,
@@ -117,7 +115,7 @@ def _fit(model: nn.Module, x: Tensor, finder: Finder, places: list[Place],
 
 def context_pools(model: nn.Module) -> dict[str, ContextPool2d]:
     """Name and module of every context pool in `model`."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ContextPool2d)}
+    return dict(iterate_pools(model))
 
 
 def add_context_pool(
@@ -174,11 +172,11 @@ def add_context_pool(
     expected = run(model, x)
     finder = Finder(model, x)
     if places is not None:
-        chosen = _named(model, finder, _as_tuple(places))
+        chosen = _named(model, finder, as_tuple(places))
     else:
         chosen = _choose(
-            model, finder, (x.shape[-2], x.shape[-1]), None if positions is None else _as_tuple(positions),
-            None if stages is None else _as_tuple(stages))
+            model, finder, (x.shape[-2], x.shape[-1]), None if positions is None else as_tuple(positions),
+            None if stages is None else as_tuple(stages))
     chosen, native = _fit(model, x, finder, chosen, explicit=places is not None)
     image_reader = finder.image_reader()
     del finder
