@@ -79,6 +79,7 @@ except OutputError as error:
 else:
     raise AssertionError
 print(f'process {rank} is done')
+dist.destroy_process_group()
 '''
 
 
