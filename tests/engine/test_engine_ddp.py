@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,9 @@ from cpool_vision.engine.bulk import run_validation
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..'))
 
 
-def torchrun(flags: list[str]) -> subprocess.CompletedProcess[str]:
+def torchrun(flags: list[str], script: str = os.path.join(ROOT, 'train.py')) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # noqa: S603
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         os.path.join(ROOT, 'train.py'), *flags],
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script, *flags],
         capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
@@ -51,6 +51,30 @@ def test_two_processes_train_validate_exactly_and_resume(
     for key in ('state_dict', 'state_dict_ema'):
         for name, value in one[key].items():
             assert torch.equal(value, two[key][name]), name
+
+
+_LIST_THREADS = """
+import glob, os
+from cpool_vision.cli import train
+if os.environ['ENTRY'] == 'main':
+    train.main()
+else:
+    train._train(None)
+for name in glob.glob('/proc/self/task/*/comm'):
+    print('thread', open(name).read().strip(), flush=True)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='lists threads by /proc')
+@pytest.mark.parametrize('entry', ['main', '_train'])
+def test_threads_of_the_process_group_end_before_the_interpreter(
+        base_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    script = tmp_path / 'run.py'
+    script.write_text(_LIST_THREADS)
+    monkeypatch.setenv('ENTRY', entry)
+    done = torchrun([*base_flags, '--epochs', '1', '-b', '4'], str(script))
+    assert 'thread python' in done.stdout, done.stderr
+    assert ('gloo' in done.stdout) is (entry == '_train')  # without main's last step they live on
 
 
 @pytest.mark.slow
