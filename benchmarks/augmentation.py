@@ -26,8 +26,8 @@ from timm.data import create_transform
 from cpool_vision.data import ShapesDataset
 from cpool_vision.data.augment import Pipeline
 from cpool_vision.data.augment_config import list_presets
-from cpool_vision.engine.keyed import DrawnSeeds, seed_generators
-from cpool_vision.engine.posterize import allow_zero_bits
+from cpool_vision.engine.data.keyed import DrawnSeeds, seed_generators
+from cpool_vision.engine.data.posterize import allow_zero_bits
 
 from .markers import write_between
 

@@ -13,7 +13,7 @@ import pathlib
 import sys
 from typing import Any
 
-from cpool_vision.engine import args_train, args_validate
+from cpool_vision.engine.flags import args_train, args_validate
 
 from .markers import print_difference, replace_between
 

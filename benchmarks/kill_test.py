@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from cpool_vision.engine.checkpoint import read_checkpoint
+from cpool_vision.engine.checkpoints.checkpoint import read_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = ('undisturbed', 'killed')

@@ -11,8 +11,8 @@ from typing import Any
 import timm
 
 import cpool_vision  # noqa: F401  registers the variants
-from cpool_vision.engine import args_train
-from cpool_vision.engine.checkpoint import load_weights, read_weights
+from cpool_vision.engine.checkpoints.checkpoint import load_weights, read_weights
+from cpool_vision.engine.flags import args_train
 from cpool_vision.hub import save_for_hub
 
 from .results import measure, read_settings

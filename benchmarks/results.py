@@ -12,9 +12,9 @@ from typing import Any
 import timm
 
 import cpool_vision  # noqa: F401  registers the variants
-from cpool_vision.engine import args_validate
-from cpool_vision.engine.config import parse_args, read_yaml
-from cpool_vision.engine.validate_run import validate
+from cpool_vision.engine.flags import args_validate
+from cpool_vision.engine.flags.config import parse_args, read_yaml
+from cpool_vision.engine.validation.validate_run import validate
 
 from .markers import write_between
 from .model_table import count

@@ -17,8 +17,8 @@ from benchmarks import kill_test, release, results
 from cpool_vision.cli import draw, inspect, retrofit, train, validate
 from cpool_vision.data.augment import AugmentationError
 from cpool_vision.data.augment_config import read_config
+from cpool_vision.engine.checkpoints.seal import save_sealed
 from cpool_vision.engine.errors import UserError
-from cpool_vision.engine.seal import save_sealed
 
 MODEL = 'test_resnet'
 DATA = ['--dataset', 'cpool/shapes', '--num-classes', '10', '-b', '8', '-j', '0', '--img-size', '32', '--device', 'cpu']
@@ -290,7 +290,7 @@ def test_arguments_on_the_command_line_are_values(flags: list[str], flag: pathli
 
 def test_settings_of_timms_own_checkpoints_are_read_as_values(tmp_path: pathlib.Path, flag: pathlib.Path) -> None:
     """A Namespace is let through, with nothing but plain values in it."""
-    from cpool_vision.engine.checkpoint import read_checkpoint
+    from cpool_vision.engine.checkpoints.checkpoint import read_checkpoint
     from cpool_vision.engine.errors import CheckpointError
 
     path = tmp_path / 'a.pth.tar'

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpool_vision.engine.errors import UserError
-from cpool_vision.engine.progress import setup_logging
-from cpool_vision.engine.signals import StopRequested
+from cpool_vision.engine.processes.signals import StopRequested
+from cpool_vision.engine.tracking.progress import setup_logging
 
 
 def run(command: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:

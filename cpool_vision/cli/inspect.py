@@ -204,7 +204,7 @@ def _check(args: argparse.Namespace) -> list[str]:
         OutputError: a file that cannot be written.
     """
     from cpool_vision.engine.errors import ConfigError
-    from cpool_vision.engine.results import check_writable
+    from cpool_vision.engine.validation.results import check_writable
 
     wanted = [name for name in _FLAGS if getattr(args, name)]
     if not wanted:

@@ -58,8 +58,8 @@ def add_run(report: 'Report', folder: str, dpi: int) -> None:
     Raises:
         ConfigError: no run, or its files cannot be read.
     """
-    from cpool_vision.engine.args_train import build_parser
-    from cpool_vision.engine.run_plots import read_run, runs_figure
+    from cpool_vision.engine.flags.args_train import build_parser
+    from cpool_vision.engine.tracking.run_plots import read_run, runs_figure
 
     run = read_run(folder)
     settings = read_settings(folder)

@@ -78,7 +78,7 @@ class Loaded:
 
 def _settings(args: argparse.Namespace) -> argparse.Namespace:
     """The settings of validation, with ours in their place."""
-    from cpool_vision.engine.args_validate import build_parser as build_validate_parser
+    from cpool_vision.engine.flags.args_validate import build_parser as build_validate_parser
 
     settings = build_validate_parser().parse_args([])
     for key, value in vars(args).items():
@@ -103,7 +103,7 @@ def _pictures(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[l
     import numpy as np
     from PIL import Image
 
-    from cpool_vision.engine.data import build_dataset
+    from cpool_vision.engine.data.loaders import build_dataset
     from cpool_vision.engine.errors import ConfigError, DatasetError
 
     pictures: list[Any] = []

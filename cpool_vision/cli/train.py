@@ -7,9 +7,9 @@ from . import common
 
 
 def _train(argv: Sequence[str] | None) -> None:
-    from cpool_vision.engine.args_train import build_parser
-    from cpool_vision.engine.config import parse_args
-    from cpool_vision.engine.train_run import train
+    from cpool_vision.engine.flags.args_train import build_parser
+    from cpool_vision.engine.flags.config import parse_args
+    from cpool_vision.engine.training.train_run import train
 
     result = train(parse_args(build_parser, argv))
     if result:

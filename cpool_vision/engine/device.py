@@ -17,7 +17,7 @@ from timm import utils
 from timm.layers import set_fast_norm
 
 from .errors import ConfigError
-from .rendezvous import rendezvous_url
+from .processes.rendezvous import rendezvous_url
 
 _logger = logging.getLogger(__name__)
 _DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}

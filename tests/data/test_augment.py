@@ -334,7 +334,7 @@ import urllib.request
 urllib.request.build_opener = refuse
 import warnings
 warnings.simplefilter('error')
-import cpool_vision, cpool_vision.data, cpool_vision.engine.train_run, cpool_vision.data.augment
+import cpool_vision, cpool_vision.data, cpool_vision.engine.training.train_run, cpool_vision.data.augment
 assert not {'albumentations', 'cv2'} & set(sys.modules)
 from cpool_vision.data.augment import Pipeline
 Pipeline('light')

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from timm.layers import set_fast_norm
 
-from cpool_vision.engine import args_train, args_validate
-from cpool_vision.engine.config import parse_args
-from cpool_vision.engine.train_run import train
+from cpool_vision.engine.flags import args_train, args_validate
+from cpool_vision.engine.flags.config import parse_args
+from cpool_vision.engine.training.train_run import train
 
 CLASSES = ('cat', 'dog', 'owl')
 

@@ -27,9 +27,9 @@ from cpool_vision.engine import (
     train_run,
     validate_run,
 )
-from cpool_vision.engine.config import parse_args
 from cpool_vision.engine.errors import ConfigError
-from cpool_vision.engine.evaluate import Evaluation
+from cpool_vision.engine.flags.config import parse_args
+from cpool_vision.engine.validation.evaluate import Evaluation
 
 CPU = torch.device('cpu')
 

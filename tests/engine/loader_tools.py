@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cpool_vision.engine import data
+from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.device import Precision
 
 INPUT = {'input_size': (3, 24, 24), 'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear',

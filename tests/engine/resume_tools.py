@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpool_vision.engine.checkpointer import Checkpointer
+from cpool_vision.engine.checkpoints.checkpointer import Checkpointer
 
 
 class Crash(BaseException):

@@ -4,8 +4,8 @@ import torch
 import torch.nn as nn
 from loop_tools import make_batches, make_run
 
-from cpool_vision.engine.meter import LossMeter
-from cpool_vision.engine.train_loop import count_updates, group_size, train_one_epoch
+from cpool_vision.engine.tracking.meter import LossMeter
+from cpool_vision.engine.training.train_loop import count_updates, group_size, train_one_epoch
 
 
 @pytest.mark.parametrize('batches, accum', [(13, 8), (15, 8), (9, 5), (8, 4), (3, 8), (5, 1)])

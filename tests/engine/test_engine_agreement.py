@@ -7,7 +7,7 @@ import sys
 import pytest
 from torch.distributed.rendezvous import rendezvous
 
-from cpool_vision.engine.rendezvous import rendezvous_url
+from cpool_vision.engine.processes.rendezvous import rendezvous_url
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SCRIPT = '''
@@ -15,9 +15,9 @@ import signal, sys
 import torch
 import torch.distributed as dist
 from cpool_vision.engine.errors import CheckpointError, OutputError
-from cpool_vision.engine.resume import check_agreement
-from cpool_vision.engine.seal import save_sealed
-from cpool_vision.engine.vote import Verdict, Vote, agree_on_failure
+from cpool_vision.engine.checkpoints.resume import check_agreement
+from cpool_vision.engine.checkpoints.seal import save_sealed
+from cpool_vision.engine.processes.vote import Verdict, Vote, agree_on_failure
 
 dist.init_process_group('gloo')
 rank, cpu, folder = dist.get_rank(), torch.device('cpu'), sys.argv[1]
@@ -46,9 +46,9 @@ for path in (f'{folder}/{rank}', f'{folder}/1' if rank else ''):
         raise AssertionError(path)
 
 import types
-from cpool_vision.engine.checkpointer import Checkpointer, gather_process_state, load_process_state
-from cpool_vision.engine.meter import LossMeter
-from cpool_vision.engine.position import Position
+from cpool_vision.engine.checkpoints.checkpointer import Checkpointer, gather_process_state, load_process_state
+from cpool_vision.engine.tracking.meter import LossMeter
+from cpool_vision.engine.checkpoints.position import Position
 
 norm, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
 norm.running_mean.fill_(rank)

@@ -14,9 +14,11 @@ from timm.data import IterableImageDataset
 from cpool_vision.cli import train as cli_train
 from cpool_vision.data.augment import Augmentation, Pipeline
 from cpool_vision.data.augment_config import list_presets
-from cpool_vision.engine import args_train, data, keyed
-from cpool_vision.engine.augmentation import check_same_pipeline
+from cpool_vision.engine.data import keyed
+from cpool_vision.engine.data import loaders as data
+from cpool_vision.engine.data.augmentation import check_same_pipeline
 from cpool_vision.engine.errors import ConfigError
+from cpool_vision.engine.flags import args_train
 
 Train = Callable[..., dict[str, Any]]
 CASES = {

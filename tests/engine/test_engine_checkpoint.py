@@ -13,9 +13,8 @@ import torch.nn as nn
 import yaml
 from timm.task import ClassificationTask
 
-from cpool_vision.engine import checkpoint, saver
-from cpool_vision.engine.bulk import run_validation
-from cpool_vision.engine.checkpoint import (
+from cpool_vision.engine.checkpoints import checkpoint, saver
+from cpool_vision.engine.checkpoints.checkpoint import (
     link_atomic,
     load_weights,
     read_checkpoint,
@@ -23,9 +22,10 @@ from cpool_vision.engine.checkpoint import (
     to_plain,
     write_atomic,
 )
+from cpool_vision.engine.checkpoints.saver import CheckpointSaver, TrainState
 from cpool_vision.engine.errors import CheckpointError, CheckpointNotFoundError, OutputError
-from cpool_vision.engine.run_folder import RunFolder
-from cpool_vision.engine.saver import CheckpointSaver, TrainState
+from cpool_vision.engine.tracking.run_folder import RunFolder
+from cpool_vision.engine.validation.bulk import run_validation
 
 
 def make_state() -> TrainState:

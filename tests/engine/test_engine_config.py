@@ -11,10 +11,10 @@ import torch
 import yaml
 
 import cpool_vision  # noqa: F401
-from cpool_vision.engine import args_train
-from cpool_vision.engine.config import parse_args
 from cpool_vision.engine.errors import ConfigError
-from cpool_vision.engine.run_folder import settings_text
+from cpool_vision.engine.flags import args_train
+from cpool_vision.engine.flags.config import parse_args
+from cpool_vision.engine.tracking.run_folder import settings_text
 
 CONFIGS = sorted(glob.glob(os.path.join(os.path.dirname(__file__), '..', '..', 'configs', '*.yaml')))
 Write = Callable[[str], str]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpool_vision.engine.bulk import run_validation
+from cpool_vision.engine.validation.bulk import run_validation
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..'))
 

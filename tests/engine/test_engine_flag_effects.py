@@ -11,9 +11,9 @@ import torch
 from flag_probes import Probes
 from timm.models import create_model
 
-from cpool_vision.engine import args_train
-from cpool_vision.engine.config import parse_args
-from cpool_vision.engine.train_run import train
+from cpool_vision.engine.flags import args_train
+from cpool_vision.engine.flags.config import parse_args
+from cpool_vision.engine.training.train_run import train
 
 with open(os.path.join(os.path.dirname(__file__), 'flag_cases.json'), encoding='utf-8') as file:
     CONTENT = json.load(file)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cpool_vision.engine import args_train, args_validate
+from cpool_vision.engine.flags import args_train, args_validate
 
 with open(os.path.join(os.path.dirname(__file__), 'timm_flags.json'), encoding='utf-8') as file:
     FACTS = json.load(file)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks import flags_table
-from cpool_vision.engine import args_train
+from cpool_vision.engine.flags import args_train
 
 HERE = pathlib.Path(__file__).parent
 

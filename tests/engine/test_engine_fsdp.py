@@ -16,10 +16,10 @@ from loop_tools import make_batches, make_run
 from resume_tools import unequal
 
 from benchmarks.kill_test import Run, compare_runs, run_killed
-from cpool_vision.engine import sharding
+from cpool_vision.engine.checkpoints.saver import TrainState
 from cpool_vision.engine.errors import ConfigError
-from cpool_vision.engine.saver import TrainState
-from cpool_vision.engine.train_loop import train_one_epoch
+from cpool_vision.engine.processes import sharding
+from cpool_vision.engine.training.train_loop import train_one_epoch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 FLAGS = [
@@ -192,7 +192,8 @@ SHARE = """
 import sys
 import torch.distributed as dist
 from cpool_vision.cli import train
-from cpool_vision.engine import sharding, train_run
+from cpool_vision.engine.processes import sharding
+from cpool_vision.engine.training import train_run
 
 real = train_run.shard_task
 

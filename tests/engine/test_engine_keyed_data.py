@@ -12,7 +12,8 @@ from loader_tools import CASES, Build, Inside, Seeded, Unseeded, builder, check_
 from timm.data import FastCollateMixup
 from timm.data.random_erasing import RandomErasing
 
-from cpool_vision.engine import data, keyed
+from cpool_vision.engine.data import keyed
+from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.errors import ConfigError
 
 

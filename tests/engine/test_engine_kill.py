@@ -131,7 +131,7 @@ def test_a_run_stopped_by_sigterm_to_one_process_goes_on_exactly(
 CRASH = '''
 import os, signal, sys
 from cpool_vision.cli import train
-from cpool_vision.engine import checkpointer
+from cpool_vision.engine.checkpoints import checkpointer
 
 real, seen = checkpointer.Checkpointer.after_update, [0]
 
@@ -202,7 +202,7 @@ def test_forks_after_collective_operations_do_not_hang(tmp_path: pathlib.Path) -
 LOSE = '''
 import sys
 from cpool_vision.cli import train
-from cpool_vision.engine import train_run
+from cpool_vision.engine.training import train_run
 
 train_run.load_process_state = lambda *_: None
 sys.exit(train.main())

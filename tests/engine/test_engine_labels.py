@@ -12,9 +12,14 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from cpool_vision.engine.bulk import run_validation
 from cpool_vision.engine.errors import ConfigError, DatasetError, DatasetNotFoundError
-from cpool_vision.engine.labels import describe_classes, read_class_subset, read_real_labels, read_valid_labels
+from cpool_vision.engine.validation.bulk import run_validation
+from cpool_vision.engine.validation.labels import (
+    describe_classes,
+    read_class_subset,
+    read_real_labels,
+    read_valid_labels,
+)
 
 WNIDS = ImageNetInfo('imagenet-1k').label_names()
 

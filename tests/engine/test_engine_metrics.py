@@ -19,12 +19,12 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
 )
 
-from cpool_vision.engine import metrics as module
+from cpool_vision.engine.data.unreadable import UNREADABLE
 from cpool_vision.engine.device import Precision
 from cpool_vision.engine.errors import ConfigError, DatasetError
-from cpool_vision.engine.evaluate import check_views, evaluate
-from cpool_vision.engine.metrics import ClassTally, MultiLabelTally, Tally, wilson_interval
-from cpool_vision.engine.unreadable import UNREADABLE
+from cpool_vision.engine.validation import metrics as module
+from cpool_vision.engine.validation.evaluate import check_views, evaluate
+from cpool_vision.engine.validation.metrics import ClassTally, MultiLabelTally, Tally, wilson_interval
 
 CPU = torch.device('cpu')
 PLAIN = Precision(None, None, 'cpu')

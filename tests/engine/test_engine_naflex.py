@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models import create_model
 
-from cpool_vision.engine import naflex
+from cpool_vision.engine.data import naflex
 from cpool_vision.engine.device import Precision
 from cpool_vision.engine.errors import ConfigError
 
@@ -166,7 +166,7 @@ RUN = ['--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=16'
 
 def test_a_run_trains_resumes_and_validates(run_train: Callable[..., Any], load: Callable[..., Any], image_root: str,
                                             validate_args: Callable[..., argparse.Namespace]) -> None:
-    from cpool_vision.engine.validate_run import validate
+    from cpool_vision.engine.validation.validate_run import validate
 
     flags = [*RUN, '--model-ema', '--mixup', '0.2', '--reprob', '0.5']
     whole = run_train(*flags, '--experiment', 'whole')

@@ -10,10 +10,10 @@ import torch.nn as nn
 from loop_tools import make_batches, make_run
 from resume_tools import break_off, rows, unequal
 
-from cpool_vision.engine import train_loop
 from cpool_vision.engine.errors import ConfigError, NonFiniteLossError
-from cpool_vision.engine.train_loop import Run, train_one_epoch
-from cpool_vision.engine.vote import Vote
+from cpool_vision.engine.processes.vote import Vote
+from cpool_vision.engine.training import train_loop
+from cpool_vision.engine.training.train_loop import Run, train_one_epoch
 
 CPU = torch.device('cpu')
 NAN, INF = float('nan'), float('inf')

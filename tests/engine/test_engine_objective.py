@@ -13,8 +13,8 @@ from timm.loss import AsymmetricLossSingleLabel, BinaryCrossEntropy, JsdCrossEnt
 from timm.scheduler import MultiStepLRScheduler
 from timm.scheduler.wsd_lr import WSDLRScheduler
 
-from cpool_vision.engine import loss, objective
 from cpool_vision.engine.errors import ConfigError
+from cpool_vision.engine.training import loss, objective
 
 Args = Callable[..., argparse.Namespace]
 LR = 0.4

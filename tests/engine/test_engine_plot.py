@@ -8,7 +8,7 @@ import pytest
 
 from cpool_vision.cli import plot
 from cpool_vision.engine.errors import ConfigError
-from cpool_vision.engine.run_plots import read_run, runs_figure
+from cpool_vision.engine.tracking.run_plots import read_run, runs_figure
 
 SUMMARY = ('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n'
            '0,2.0,1.9,10,50,0.1\n1,1.5,,,,0.05\n2,1.2,1.1,40,80,0.01\n')

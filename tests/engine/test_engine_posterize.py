@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageOps
 from timm.data import auto_augment
 
-from cpool_vision.engine.posterize import allow_zero_bits, posterize
+from cpool_vision.engine.data.posterize import allow_zero_bits, posterize
 
 
 @pytest.mark.parametrize('name', ['PosterizeIncreasing', 'Posterize', 'PosterizeOriginal'])

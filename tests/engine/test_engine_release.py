@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks.release import release
 from benchmarks.results import format_table, measure
-from cpool_vision.engine import args_validate
-from cpool_vision.engine.config import parse_args
-from cpool_vision.engine.validate_run import validate
+from cpool_vision.engine.flags import args_validate
+from cpool_vision.engine.flags.config import parse_args
+from cpool_vision.engine.validation.validate_run import validate
 
 MODEL = ['--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]']
 INPUT = ['--mean', '0.4', '0.5', '0.6', '--std', '0.3', '0.3', '0.3', '--crop-pct', '1.0']

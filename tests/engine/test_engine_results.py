@@ -18,13 +18,13 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from cpool_vision.cli.validate import main
-from cpool_vision.engine.bulk import run_validation
-from cpool_vision.engine.cost import count_macs
 from cpool_vision.engine.errors import ConfigError, OutputError
-from cpool_vision.engine.evaluate import fill_batch
-from cpool_vision.engine.metrics import ClassFigures
-from cpool_vision.engine.results import finite, write_results
-from cpool_vision.engine.results_plots import draw_plots
+from cpool_vision.engine.validation.bulk import run_validation
+from cpool_vision.engine.validation.cost import count_macs
+from cpool_vision.engine.validation.evaluate import fill_batch
+from cpool_vision.engine.validation.metrics import ClassFigures
+from cpool_vision.engine.validation.results import finite, write_results
+from cpool_vision.engine.validation.results_plots import draw_plots
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..'))
 
@@ -231,7 +231,7 @@ class Streamed(torch.utils.data.IterableDataset):
 
 def test_several_processes_refuse_what_cannot_be_exact(validate_args: Callable[..., Any], base: list[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpool_vision.engine import bulk, validate_run
+    from cpool_vision.engine.validation import bulk, validate_run
     args = validate_args(*base, '--retry')
     args.distributed, args.rank, args.world_size = True, 0, 2
     with pytest.raises(ConfigError, match='--retry works in one process'):

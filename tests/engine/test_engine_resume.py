@@ -9,8 +9,10 @@ from loader_tools import Shards
 from resume_tools import break_off, rows, unequal
 from timm.data import IterableImageDataset
 
-from cpool_vision.engine import checkpointer, data, train_loop, train_run
+from cpool_vision.engine.checkpoints import checkpointer
+from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.errors import CheckpointError, ConfigError
+from cpool_vision.engine.training import train_loop, train_run
 
 Train = Callable[..., dict[str, Any]]
 Load = Callable[..., dict[str, Any]]

@@ -9,9 +9,9 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 
-from cpool_vision.engine import sampling
+from cpool_vision.engine.data import sampling
+from cpool_vision.engine.data.sampling import BatchKey, BatchKeys, EpochOrder, keyed_permutation, keyed_seeds
 from cpool_vision.engine.errors import ConfigError
-from cpool_vision.engine.sampling import BatchKey, BatchKeys, EpochOrder, keyed_permutation, keyed_seeds
 
 
 class Sized:

@@ -15,12 +15,13 @@ from resume_tools import break_off, rows, unequal
 from timm.models import load_state_dict
 from timm.task import ClassificationTask
 
-from cpool_vision.engine import atomic, resume, seal
+from cpool_vision.engine import atomic
+from cpool_vision.engine.checkpoints import resume, seal
+from cpool_vision.engine.checkpoints.position import Position
+from cpool_vision.engine.checkpoints.resume import find_newest, list_candidates
+from cpool_vision.engine.checkpoints.saver import CheckpointSaver, TrainState
+from cpool_vision.engine.checkpoints.seal import check_seal, read_seal, save_sealed
 from cpool_vision.engine.errors import CheckpointError, CheckpointVersionError, OutputError
-from cpool_vision.engine.position import Position
-from cpool_vision.engine.resume import find_newest, list_candidates
-from cpool_vision.engine.saver import CheckpointSaver, TrainState
-from cpool_vision.engine.seal import check_seal, read_seal, save_sealed
 
 Train = Callable[..., dict[str, Any]]
 Load = Callable[..., dict[str, Any]]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from loop_tools import make_batches, make_run
 
 from benchmarks.kill_test import compare_runs
-from cpool_vision.engine.train_loop import train_one_epoch
+from cpool_vision.engine.training.train_loop import train_one_epoch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 FLAGS = [
@@ -109,7 +109,7 @@ def test_two_nodes_train_as_two_processes_of_one(one_node: pathlib.Path, tmp_pat
 CRASH = '''
 import os, signal, sys
 from cpool_vision.cli import train
-from cpool_vision.engine import checkpointer
+from cpool_vision.engine.checkpoints import checkpointer
 
 real, seen = checkpointer.Checkpointer.after_update, [0]
 

@@ -12,8 +12,10 @@ import pytest
 from resume_tools import rows, unequal
 
 from cpool_vision.cli import train as cli_train
-from cpool_vision.engine import checkpointer, signals, train_loop, train_run
-from cpool_vision.engine.signals import StopRequested, StopSignals
+from cpool_vision.engine.checkpoints import checkpointer
+from cpool_vision.engine.processes import signals
+from cpool_vision.engine.processes.signals import StopRequested, StopSignals
+from cpool_vision.engine.training import train_loop, train_run
 
 Train = Callable[..., dict[str, Any]]
 Load = Callable[..., dict[str, Any]]
@@ -142,7 +144,7 @@ def test_other_threads_leave_signals_alone() -> None:
 def test_the_second_signal_has_its_default_action(number: signal.Signals) -> None:
     code = f'''
 import os
-from cpool_vision.engine.signals import StopSignals
+from cpool_vision.engine.processes.signals import StopSignals
 with StopSignals():
     os.kill(os.getpid(), {number})
     print('saved', flush=True)

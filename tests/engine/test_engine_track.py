@@ -10,11 +10,11 @@ import pytest
 import torch
 from resume_tools import break_off, rows
 
-from cpool_vision.engine import track
 from cpool_vision.engine.errors import ConfigError, OutputError
-from cpool_vision.engine.support_log import measure_supports
-from cpool_vision.engine.table import EpochTable, UpdateTable
-from cpool_vision.engine.track_services import ServiceRuns, TensorBoardTracker
+from cpool_vision.engine.tracking import track
+from cpool_vision.engine.tracking.support_log import measure_supports
+from cpool_vision.engine.tracking.table import EpochTable, UpdateTable
+from cpool_vision.engine.tracking.track_services import ServiceRuns, TensorBoardTracker
 
 Train = Callable[..., dict[str, Any]]
 POOLS = ['--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]']
@@ -68,7 +68,7 @@ def test_supports_are_those_of_the_validated_weights(run_train: Train, load: Cal
         seen: list[Any] = []
         patch.setattr(track.Trackers, 'log_epoch', lambda self, row, update, supports: (
             seen.append(supports), real(self, row, update, supports)))
-        from cpool_vision.engine import train_run
+        from cpool_vision.engine.training import train_run
         measure = train_run.measure_supports
         patch.setattr(train_run, 'measure_supports', lambda model, batch, precision: (
             images.append(batch.clone()), measure(model, batch, precision))[1])
@@ -91,7 +91,7 @@ def test_models_without_pools_have_no_file_of_supports(run_train: Train) -> None
 def test_recording_leaves_the_run_alone(run_train: Train, load: Callable[..., Any],
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     with_tracks = run_train(*POOLS, '--experiment', 'a')['folder']
-    from cpool_vision.engine import train_run
+    from cpool_vision.engine.training import train_run
     monkeypatch.setattr(train_run, 'measure_supports', lambda *_: [])
     without = run_train(*POOLS, '--no-tensorboard', '--experiment', 'b')['folder']
     one, two = (load(folder, 'last.pth.tar')['state_dict'] for folder in (with_tracks, without))

@@ -12,8 +12,8 @@ from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEn
 from timm.models import create_model
 from timm.models import load_checkpoint as timm_load_checkpoint
 
-from cpool_vision.engine import objective, train_loop, train_run
 from cpool_vision.engine.errors import CheckpointError, ConfigError, DatasetError, OutputError, UnknownModelError
+from cpool_vision.engine.training import objective, train_loop, train_run
 
 Train = Callable[..., dict[str, Any]]
 Load = Callable[..., dict[str, Any]]

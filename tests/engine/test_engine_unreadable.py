@@ -12,9 +12,9 @@ from loader_tools import CASES, CPU, Build, builder, same
 from PIL import Image
 from timm.data import ImageDataset
 
-from cpool_vision.engine import data
+from cpool_vision.engine.data import loaders as data
+from cpool_vision.engine.data.unreadable import StrictImageDataset, Unreadable, UnreadableLog, refuse_unreadable
 from cpool_vision.engine.errors import DatasetError
-from cpool_vision.engine.unreadable import StrictImageDataset, Unreadable, UnreadableLog, refuse_unreadable
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 
-from cpool_vision.engine import bulk
-from cpool_vision.engine.bulk import run_validation, write_results
 from cpool_vision.engine.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -25,6 +23,8 @@ from cpool_vision.engine.errors import (
     OutputError,
     UnknownModelError,
 )
+from cpool_vision.engine.validation import bulk
+from cpool_vision.engine.validation.bulk import run_validation, write_results
 
 Validate = Callable[..., Any]
 

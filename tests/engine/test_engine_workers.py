@@ -27,9 +27,9 @@ from loader_tools import (
 )
 from timm.data import IterableImageDataset
 
-from cpool_vision.engine import data
+from cpool_vision.engine.data import loaders as data
+from cpool_vision.engine.data.sampling import BatchKeys
 from cpool_vision.engine.errors import ConfigError, DatasetError
-from cpool_vision.engine.sampling import BatchKeys
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_workers_as_torch_starts_them_do_not(kind: str, start: str, survives: bo
     code = f'''
 import subprocess, time
 from torch.utils.data import DataLoader
-from cpool_vision.engine.worker import WorkerSignals
+from cpool_vision.engine.data.worker import WorkerSignals
 iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn={start}))
 next(iterator)
 subprocess.run(['kill', '-{kind}', *[str(worker.pid) for worker in iterator._workers]], check=True)
@@ -138,7 +138,7 @@ def test_workers_end_with_the_process(image_root: str, leave: str) -> None:
     code = f'''
 import os, sys
 from torch.utils.data import DataLoader
-from cpool_vision.engine.worker import WorkerSignals
+from cpool_vision.engine.data.worker import WorkerSignals
 iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn=WorkerSignals()))
 next(iterator)
 print(*[worker.pid for worker in iterator._workers], flush=True)

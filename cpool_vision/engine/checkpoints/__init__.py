@@ -1,0 +1,1 @@
+"""Checkpoints: format, keeping, finding, and where a run stands."""

@@ -1,0 +1,143 @@
+"""`--aug-config`: albumentations in the training loader, and the same pipeline in a resumed run."""
+import argparse
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cpool_vision.data.augment import Augmentation, AugmentationError, Pipeline
+
+from ..errors import ConfigError
+from ..flags.args_train import build_parser
+from .keyed import KeyedDataset, kept_generators
+from .sampling import BatchKey
+
+_logger = logging.getLogger(__name__)
+RECORD = 'augmentation.json'
+KEY = 'aug_pipeline'  # among the settings in a checkpoint
+# flags that ask for something which a pipeline of the user's own does not do; the value that switches each off
+_EXCLUDED = {
+    'aa': None, 'aug_splits': 0, 'no_aug': False, 'naflex_loader': False, 'train_crop_mode': None, 'vflip': 0.,
+    'color_jitter_prob': None, 'grayscale_prob': None, 'gaussian_blur_prob': None}
+_IDLE = ('scale', 'ratio', 'hflip', 'color_jitter', 'train_interpolation')
+
+
+def open_pipeline(args: argparse.Namespace) -> Pipeline | None:
+    """The pipeline that `--aug-config` names, None without.
+
+    Raises:
+        ConfigError: see `Pipeline`; also flags that do not go with it.
+    """
+    if not args.aug_config:
+        return None
+    for name, off in _EXCLUDED.items():
+        if getattr(args, name) != off:
+            flag = '--' + name.replace('_', '-')
+            raise ConfigError(f'{flag} is part of what --aug-config {args.aug_config} replaces: leave out one of them')
+    if args.no_prefetcher and args.reprob:
+        raise ConfigError('without the prefetcher, --reprob is part of what --aug-config replaces: drop one of them, '
+                          'or put Erasing into the pipeline')
+    try:
+        return Pipeline(args.aug_config)
+    except AugmentationError as error:
+        raise ConfigError(f'--aug-config: {error}') from error
+
+
+def describe_pipeline(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Every transform of `--aug-config` with all its arguments and the release of albumentations, None without.
+
+    Flags of timm's transforms that no longer act are named in the log.
+
+    Raises:
+        ConfigError: see `open_pipeline`.
+    """
+    pipeline = open_pipeline(args)
+    if pipeline is None:
+        return None
+    parser = build_parser()
+    idle = [name for name in _IDLE if getattr(args, name) != parser.get_default(name)]
+    if idle:
+        _logger.warning('--aug-config %s takes the place of timm\'s transforms: %s has no effect.', args.aug_config,
+                        ', '.join('--' + name.replace('_', '-') for name in idle))
+    return pipeline.record
+
+
+def transform_maker(args: argparse.Namespace, data_config: Mapping[str, Any], pipeline: Pipeline,
+                    ) -> Callable[[tuple[int, int, int]], Augmentation]:
+    """Function that makes the transform for an input size (channels, height, width).
+
+    It gives uint8 for timm's prefetcher, or normalises where there is none; on images it raises `ConfigError`.
+    """
+    normalisation = (data_config['mean'], data_config['std']) if args.no_prefetcher else None
+
+    def make(size: tuple[int, int, int]) -> Augmentation:
+        try:
+            return pipeline.build(size, normalisation, ConfigError)
+        except AugmentationError as error:
+            raise ConfigError(f'--aug-config: {error}') from error
+
+    return make
+
+
+def try_pipeline(args: argparse.Namespace, dataset: Any) -> None:
+    """Augments one image for each input size, so that a pipeline that does not fit is refused before training.
+
+    Raises:
+        ConfigError: it fails, or gives another size.
+    """
+    if not isinstance(dataset, KeyedDataset):
+        return
+    sizes = args.train_img_sizes
+    with kept_generators():
+        for choice in range(len(sizes)) if sizes else [None]:
+            dataset.__getitems__(BatchKey(0, 0, (0,), (0,), choice))
+
+
+def record_text(record: Mapping[str, Any] | None) -> str | None:
+    """What the run folder keeps of a pipeline: a file that `--aug-config` reads."""
+    return None if record is None else json.dumps(record, indent=1) + '\n'
+
+
+def _difference(former: Any, now: Any, path: str = '') -> str:
+    """Where two records differ first."""
+    if isinstance(former, Mapping) and isinstance(now, Mapping) and former.get('__class_fullname__') == now.get(
+            '__class_fullname__'):
+        for key in sorted({*former, *now}):
+            if former.get(key) != now.get(key):
+                name = former.get('__class_fullname__', '')
+                return _difference(former.get(key), now.get(key), f'{path} {name} {key}'.strip())
+    if isinstance(former, list) and isinstance(now, list) and len(former) == len(now):
+        for place, (one, two) in enumerate(zip(former, now, strict=True), 1):
+            if one != two:
+                return _difference(one, two, f'{path} {place}')
+    sides = [each.get('__class_fullname__', each) if isinstance(each, Mapping) else
+             [part.get('__class_fullname__') for part in each] if isinstance(each, list) and each and all(
+                 isinstance(part, Mapping) for part in each) else each for each in (former, now)]
+    return f'{path.removeprefix("transform ")} was {sides[0]}, now {sides[1]}'
+
+
+def check_same_pipeline(content: Mapping[str, Any], path: str, record: Mapping[str, Any] | None, refuse: bool) -> None:
+    """Compares the pipeline with that of the run which wrote a checkpoint; timm's checkpoints name none.
+
+    Args:
+        content: the checkpoint.
+        path: its file.
+        record: pipeline of this run, None for timm's transforms.
+        refuse: another one is an error rather than a warning.
+
+    Raises:
+        ConfigError: another pipeline, and `refuse`.
+    """
+    settings = content.get('args')
+    if not isinstance(settings, Mapping) or KEY not in settings or settings[KEY] == record:
+        return
+    former = settings[KEY]
+    if former is None or record is None:
+        names = ['timm\'s transforms' if each is None else 'a pipeline of albumentations' for each in (former, record)]
+        what = f'it was {names[0]}, now {names[1]}'
+    else:
+        what = _difference(former, record)
+    if refuse:
+        raise ConfigError(f'--resume {path!r} was trained with another --aug-config: {what}; use that of the former '
+                          f'run ({RECORD} in its folder), or begin another run')
+    _logger.warning('%s was trained with another --aug-config: %s.', path, what)

@@ -1,0 +1,98 @@
+"""Opening the data set of one split."""
+import argparse
+import os
+import pickle
+from typing import Any
+
+from cpool_vision.data import create_dataset
+
+from ..errors import DatasetError, DatasetNotFoundError
+
+_FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')
+_PREFIXES = ('cpool', 'torch', 'hfds', 'hfids', 'tfds', 'wds')
+_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+
+
+def _check_name(name: str) -> None:
+    prefix, slash, rest = name.partition('/')
+    if name in _FOLDER_NAMES or slash and rest and prefix.lower() in _PREFIXES:
+        return
+    raise DatasetError(f'unknown data set {name!r}: leave --dataset empty for a folder or tar, or use one of '
+                       f'{", ".join(each + "/NAME" for each in _PREFIXES)}')
+
+
+def _check_folder(root: str | None, split: str) -> None:
+    if not root:
+        raise DatasetError('no data: give --data-dir FOLDER, or --dataset cpool/shapes for the built-in set')
+    if not os.path.exists(root):
+        raise DatasetNotFoundError(f'data folder {root!r} does not exist: check --data-dir')
+    if not os.path.isdir(root) or not split:
+        return
+    name = split.split('[')[0]
+    groups = (_SPLITS[:2], _SPLITS[2:7])
+    names = next((group for group in groups if name in group), (name,))
+    found = sorted(entry for entry in _SPLITS if os.path.isdir(os.path.join(root, entry)))
+    if found and not any(os.path.exists(os.path.join(root, entry)) for entry in (name, *names)):
+        raise DatasetError(f'split {split!r} is not in {root!r}, which holds {", ".join(found)}: name one of them, '
+                           'or leave the split empty to take the folder itself')
+
+
+def build_dataset(
+        args: argparse.Namespace,
+        split: str,
+        training: bool,
+        input_img_mode: str,
+        num_samples: int | None,
+) -> Any:
+    """Data set of one split.
+
+    Raises:
+        DatasetError: unknown, empty, or more classes than the model has.
+        DatasetNotFoundError: its folder does not exist.
+    """
+    name, root = args.dataset, args.data_dir
+    _check_name(name)
+    if name in _FOLDER_NAMES or name.lower() in ('torch/image_folder', 'torch/folder'):
+        _check_folder(root, split)
+    # a mapping comes from --class-subset
+    if args.class_map and not isinstance(args.class_map, dict) and not os.path.isfile(args.class_map):
+        raise DatasetNotFoundError(f'--class-map {args.class_map!r} does not exist: check the path')
+    where = f'{name!r} in {root!r}' if name and root else repr(name or root)
+    what = f'data set {where}, split {split!r}'
+    kwargs = {'load_bytes': True} if getattr(args, 'tf_preprocessing', False) else {}
+    try:
+        dataset = create_dataset(
+            name,
+            root=root,
+            split=split,
+            is_training=training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            repeats=getattr(args, 'epoch_repeats', 0.),
+            input_img_mode=input_img_mode,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            num_samples=num_samples,
+            trust_remote_code=args.dataset_trust_remote_code,
+            **kwargs,
+        )
+    except FileNotFoundError as error:
+        raise DatasetNotFoundError(f'{what}: {error}; check --data-dir') from error
+    except (AssertionError, ImportError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise DatasetError(f'{what} cannot be opened ({" ".join(str(error).split())}): check --dataset, --data-dir and '
+                           'the split') from error
+    if hasattr(dataset, '__len__') and len(dataset) == 0:
+        raise DatasetError(f'{what} is empty: check --data-dir and the split')
+    _check_classes(dataset, args.num_classes, what)
+    return dataset
+
+
+def _check_classes(dataset: Any, num_classes: int, what: str) -> None:
+    names = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'classes', None)
+    if not names:
+        return
+    count = max(names.values()) + 1 if isinstance(names, dict) else len(names)
+    if count > num_classes:
+        raise DatasetError(f'{what} has {count} classes, the model {num_classes}: set --num-classes {count}')

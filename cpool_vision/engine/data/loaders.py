@@ -1,0 +1,257 @@
+"""Loaders of training and validation."""
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.data
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, Mixup, create_loader
+from timm.data.loader import PrefetchLoader
+from timm.data.naflex_loader import NaFlexPrefetchLoader
+
+from ..device import Precision
+from ..errors import ConfigError, DatasetError
+from .augmentation import open_pipeline, transform_maker, try_pipeline
+from .dataset import build_dataset
+from .keyed import DrawnSeeds, KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
+from .loader_flags import check_train_flags, image_mode, mixing, size_schedule
+from .posterize import allow_zero_bits
+from .sampling import BatchKeys, EpochOrder
+from .stream import StreamedTrainStream, TrainStream
+from .unreadable import UNREADABLE, CountingImageDataset, StrictImageDataset, Unreadable, UnreadableLog
+from .worker import WorkerSignals
+
+__all__ = [
+    'UNREADABLE', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'close_workers', 'image_mode',
+    'list_unreadable', 'mixing', 'set_position', 'share_unreadable', 'unreadable_report',
+]
+
+
+def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device, precision: Precision,
+            ) -> dict[str, Any]:
+    return dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        pin_memory=args.pin_mem,
+        img_dtype=precision.model_dtype or torch.float32,
+        device=device,
+        use_prefetcher=not args.no_prefetcher,
+    )
+
+
+def build_train_loader(
+        args: argparse.Namespace,
+        data_config: dict[str, Any],
+        device: torch.device,
+        precision: Precision,
+        make_transform: Callable[[tuple[int, int, int]], Any] | None = None,
+) -> tuple[Any, Mixup | None]:
+    """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
+
+    Its batches are a function of (seed, epoch, rank, position): iteration begins at the position that `set_position`
+    gave, is the same for any number of workers, and neither reads nor moves this process's global generators. Its
+    length is that of a whole epoch. Of streamed sets see `StreamedTrainStream`.
+
+    Args:
+        args, data_config, device, precision: the run.
+        make_transform: makes the transform of images for an input size (channels, height, width), in place of timm's
+            or that of `--aug-config`.
+            It maps a PIL image to a (channels, height, width) tensor: uint8 for the prefetcher, else normalised. If
+            it has a method `set_random_seed(int)`, that is called before each image.
+
+    Raises:
+        DatasetError: see `build_dataset`; also a split smaller than one batch.
+        ConfigError: flags that exclude each other.
+    """
+    check_train_flags(args)
+    pipeline = open_pipeline(args) if make_transform is None else None
+    if pipeline is not None:
+        make_transform = transform_maker(args, data_config, pipeline)
+    allow_zero_bits()
+    dataset = build_dataset(args, args.train_split, True, image_mode(args, data_config), args.train_num_samples)
+    streamed = isinstance(dataset, torch.utils.data.IterableDataset)
+    if type(dataset) is ImageDataset:
+        dataset = StrictImageDataset(dataset)
+    order = None
+    if streamed and args.aug_repeats:
+        raise ConfigError('--aug-repeats needs a set with an index, not a streamed one: leave it out')
+    if not streamed:
+        order = EpochOrder(len(dataset), args.seed, args.rank, args.world_size, args.aug_repeats)
+        smallest = min(args.train_batch_sizes or [args.batch_size])
+        if len(order) < smallest:
+            raise DatasetError(f'the training split has {len(order)} images per process, fewer than one batch of '
+                               f'{smallest}: lower --batch-size')
+    mix = mixing(args)
+    if args.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
+    try:
+        built = create_loader(
+            dataset,
+            batch_size=args.batch_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            re_split=args.resplit,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob,
+            gaussian_blur_prob=args.gaussian_blur_prob,
+            auto_augment=args.aa,
+            num_aug_splits=args.aug_splits,
+            interpolation=interpolation or data_config['interpolation'],
+            num_workers=args.workers,
+            collate_fn=FastCollateMixup(**mix) if mix and not args.no_prefetcher else None,
+            worker_seeding=args.worker_seeding,
+            persistent_workers=False,
+            input_size_choices=args.train_img_sizes,
+            batch_size_choices=args.train_batch_sizes,
+            batch_choice_weights=args.train_size_probs,
+            **_common(args, data_config, device, precision),
+        )
+        inner = built.loader if isinstance(built, PrefetchLoader) else built
+        if order is None:
+            stream: Any = StreamedTrainStream(inner, args.seed, args.rank)
+        else:
+            stream = _keyed_stream(args, inner, BatchKeys(order, args.batch_size, size_schedule(args, len(order))))
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f'the training loader cannot be built ({error}): check the loader and augmentation flags') \
+            from error
+    if make_transform is not None:
+        _replace_transforms(args, stream.dataset, data_config['input_size'], make_transform)
+    if pipeline is not None:
+        try_pipeline(args, stream.dataset)
+    if not isinstance(built, PrefetchLoader):
+        mixup_fn = KeyedMixup(stream, args.seed, args.rank, args.mixup_off_epoch, **mix) if mix else None
+        return stream, mixup_fn
+    prefetcher: Any = built
+    prefetcher.loader = stream
+    if prefetcher.random_erasing is not None:
+        prefetcher.random_erasing = KeyedErasing(prefetcher.random_erasing, stream, args.seed, args.rank, device)
+    return prefetcher, None
+
+
+def _replace_transforms(args: argparse.Namespace, dataset: Any, input_size: tuple[int, int, int],
+                        make_transform: Callable[[tuple[int, int, int]], Any]) -> None:
+    if args.aug_splits:
+        raise ConfigError('--aug-splits goes with the transforms of timm only: leave it out')
+    if args.no_prefetcher and args.reprob and not args.no_aug:
+        raise ConfigError('without the prefetcher, --reprob is part of the transforms of timm: drop --no-prefetcher or '
+                          '--reprob')
+    if not isinstance(dataset, KeyedDataset):
+        dataset.transform = DrawnSeeds(make_transform(input_size))
+        return
+    sides = args.train_img_sizes
+    dataset.set_transforms([make_transform((input_size[0], side, side)) for side in sides] if sides
+                           else [make_transform(input_size)])
+
+
+def _keyed_stream(args: argparse.Namespace, inner: torch.utils.data.DataLoader, keys: BatchKeys) -> TrainStream:
+    dataset = KeyedDataset(inner.dataset, args.seed)
+    make_loader: Any = torch.utils.data.DataLoader  # typed for lists of indices, for which the keys stand
+    loader = make_loader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=args.workers,
+        collate_fn=KeyedCollate(inner.collate_fn, args.seed, args.rank, args.mixup_off_epoch),
+        pin_memory=args.pin_mem,
+        worker_init_fn=WorkerSignals(),
+        persistent_workers=args.workers > 0,
+        generator=torch.Generator(),  # else each epoch would draw from the global one
+    )
+    return TrainStream(loader, UnreadableLog(dataset.base, args.max_bad_samples), args.use_multi_epochs_loader)
+
+
+def build_eval_loader(
+        args: argparse.Namespace,
+        data_config: dict[str, Any],
+        device: torch.device,
+        precision: Precision,
+        split: str,
+        batch_size: int,
+        num_samples: int | None,
+        distributed: bool = False,
+        **kwargs: Any,
+) -> Any:
+    """Loader of a validation split; images that cannot be read come out with the label `UNREADABLE`.
+
+    Args:
+        args, data_config, device, precision: the run.
+        split: its name.
+        batch_size: images per batch.
+        num_samples: size, for streamed sets.
+        distributed: give each process its share.
+        **kwargs: further arguments of timm's `create_loader`.
+
+    Raises:
+        DatasetError: see `build_dataset`.
+    """
+    dataset = build_dataset(args, split, False, image_mode(args, data_config), num_samples)
+    if type(dataset) is ImageDataset:
+        dataset = CountingImageDataset(dataset)
+    workers = args.workers
+    if distributed and isinstance(dataset, IterableImageDataset):
+        workers = min(2, workers)  # each worker of a streamed set pads its share
+    loader = create_loader(
+        dataset,
+        batch_size=batch_size,
+        interpolation=data_config['interpolation'],
+        num_workers=workers,
+        distributed=distributed,
+        **{'crop_pct': data_config['crop_pct'], **kwargs},
+        **_common(args, data_config, device, precision),
+    )
+    inner: Any = _stream(loader)
+    inner.worker_init_fn = WorkerSignals(inner.worker_init_fn)
+    return loader
+
+
+def _stream(loader: Any) -> Any:
+    return loader.loader if isinstance(loader, (PrefetchLoader, NaFlexPrefetchLoader)) else loader
+
+
+def set_position(loader: Any, epoch: int, batch: int = 0) -> None:
+    """Makes the next iteration of a training loader begin at a batch of an epoch, both counted from 0.
+
+    Raises:
+        ConfigError: no such position.
+    """
+    _stream(loader).set_position(epoch, batch)
+
+
+def close_workers(loader: Any) -> None:
+    """Ends workers that outlive an epoch."""
+    stream = _stream(loader)
+    if isinstance(stream, TrainStream):
+        stream.close()
+
+
+def unreadable_report(loader: Any) -> list[Unreadable]:
+    """Training images that this process could not decode so far and replaced, by their number."""
+    log = _stream(loader).unreadable
+    return [] if log is None else [log.found[index] for index in sorted(log.found)]
+
+
+def list_unreadable(loader: Any, folder: str) -> None:
+    """Lists unreadable training images in `folder`/unreadable.txt from now on; '' for no list."""
+    log = _stream(loader).unreadable
+    if log is not None:
+        log.open(folder)
+
+
+def share_unreadable(loader: Any, device: torch.device) -> int:
+    """Completes the list by what other processes found; every process must call it, at the end of an epoch say.
+
+    Returns:
+        How many unreadable training images there are in all.
+    """
+    log = _stream(loader).unreadable
+    return 0 if log is None else log.share(device)

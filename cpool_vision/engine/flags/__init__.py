@@ -1,0 +1,1 @@
+"""Flags of train.py and validate.py, and the YAML over them."""

@@ -1,0 +1,1 @@
+"""Several processes: how they meet, agree, stop and share a model."""

@@ -1,0 +1,111 @@
+"""The folder of one training run: its name, args.yaml and summary.csv."""
+import argparse
+import glob
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import yaml
+from timm.models import safe_model_name
+
+from ..atomic import write_text
+from ..checkpoints.checkpoint import to_plain
+from ..checkpoints.resume import EXTENSION
+from ..errors import OutputError
+from .table import EpochTable, keep_copy
+
+_WRITTEN = (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'augmentation.json', 'tracking.json', '*.csv')
+_MARKS = ('args.yaml', 'summary.csv', 'last' + EXTENSION)
+
+
+def run_path(args: argparse.Namespace, image_size: int | None = None) -> str:
+    """Folder of the run: `--output` (output/train) / `--experiment` (time-model-size)."""
+    name = args.experiment
+    if not name:
+        parts = [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)]
+        name = '-'.join(parts)
+    return os.path.join(args.output or os.path.join('output', 'train'), name)
+
+
+def check_free(folder: str, resume: str, auto: bool = False) -> bool:
+    """Whether the run continues the one in `folder`.
+
+    Args:
+        folder: run folder.
+        resume: checkpoint to go on from, '' for a new run.
+        auto: whether `--resume auto` found that; a run that was stopped before its first checkpoint begins again.
+
+    Raises:
+        OutputError: the folder holds a run that is not the one being resumed.
+    """
+    inside = bool(resume) and os.path.realpath(os.path.dirname(resume) or '.') == os.path.realpath(folder)
+    if inside:
+        return True
+    if any(os.path.exists(os.path.join(folder, mark)) for mark in _MARKS):
+        if auto:
+            return True
+        raise OutputError(f'{folder!r} already holds a run: resume it with --resume auto, or choose another '
+                          '--experiment or --output')
+    return False
+
+
+def settings_text(args: argparse.Namespace) -> str:
+    """The settings as YAML that `--config` accepts."""
+    return yaml.safe_dump(to_plain(vars(args)), default_flow_style=False)
+
+
+class RunFolder:
+    """An open run folder; created if need be, and proved writable.
+
+    Args:
+        path: the folder.
+        settings: content of args.yaml; a different former one is kept as args.N.yaml.
+        resume_epoch: first epoch to come when a run in this folder is continued, None for a new run.
+
+    Raises:
+        OutputError: the folder cannot be created or written.
+    """
+
+    def __init__(self, path: str, settings: str, resume_epoch: int | None = None) -> None:
+        self.path = path
+        self.summary = EpochTable(os.path.join(path, 'summary.csv'))
+        try:
+            os.makedirs(path, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f'output folder {path!r} cannot be created ({error.strerror}): choose another '
+                              '--output') from error
+        for name in _WRITTEN:
+            for leftover in glob.glob(os.path.join(glob.escape(path), f'.{name}.*tmp')):
+                os.remove(leftover)
+        self.keep('args.yaml', settings)
+        if resume_epoch is not None:
+            self.summary.trim(resume_epoch)
+
+    def keep(self, name: str, text: str | None) -> None:
+        """Writes a file of the folder, or removes it for None; a different former one is kept as NAME.N.EXTENSION.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        target = os.path.join(self.path, name)
+        if os.path.exists(target):
+            with open(target, encoding='utf-8') as file:
+                if file.read() != text:
+                    keep_copy(target)
+        if text is not None:
+            write_text(target, text)
+        elif os.path.exists(target):
+            os.remove(target)
+
+    def add_epoch(self, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Adds a row to summary.csv, in place of an earlier row of the same epoch.
+
+        Args:
+            epoch: the epoch.
+            metrics: the other columns.
+
+        Returns:
+            The row.
+        """
+        return self.summary.add(epoch, [metrics])[0]

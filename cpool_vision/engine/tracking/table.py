@@ -1,0 +1,128 @@
+"""Tables of a run as CSV files that a resumed run goes on with: no row twice, none missing."""
+import csv
+import io
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..atomic import write_text
+from ..checkpoints.checkpoint import to_plain
+from ..errors import OutputError
+
+
+def keep_copy(path: str) -> str:
+    """Copies NAME.EXTENSION to the first free NAME.N.EXTENSION, and returns that."""
+    stem, extension = os.path.splitext(path)
+    number = 1
+    while os.path.exists(f'{stem}.{number}{extension}'):
+        number += 1
+    backup = f'{stem}.{number}{extension}'
+    shutil.copy2(path, backup)
+    return backup
+
+
+def read_rows(path: str) -> list[dict[str, str]]:
+    """Rows that begin with an epoch; none if there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline='', encoding='utf-8') as file:
+        return [row for row in csv.DictReader(file) if row.get('epoch')]
+
+
+def _write(path: str, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns, restval='', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _epoch(row: Mapping[str, Any]) -> int:
+    return int(float(row['epoch']))
+
+
+class EpochTable:
+    """A table with one row or several per epoch, written anew and at once with each epoch.
+
+    Args:
+        path: the file; it appears with the first row.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def trim(self, first_epoch: int) -> None:
+        """Removes the rows from an epoch on; the former file is kept as NAME.N.csv if there were any."""
+        rows = read_rows(self.path)
+        kept: list[dict[str, Any]] = [row for row in rows if _epoch(row) < first_epoch]
+        if len(kept) < len(rows):
+            keep_copy(self.path)
+            _write(self.path, kept) if kept else os.remove(self.path)
+
+    def add(self, epoch: int, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Adds rows of an epoch, in place of earlier ones of the same epoch, and returns them."""
+        new = [{'epoch': int(epoch), **{key: to_plain(value) for key, value in row.items()}} for row in rows]
+        former: list[dict[str, Any]] = [row for row in read_rows(self.path) if _epoch(row) != epoch]
+        _write(self.path, [*former, *new])
+        return new
+
+
+class UpdateTable:
+    """A table with one row per report inside epochs, to which rows are appended.
+
+    Rows that a resumed run will write again are removed first, and so is a row that a crash cut off.
+
+    Args:
+        path: the file; it appears with the first row.
+        epoch: epoch in which the run goes on.
+        update: updates that it has made in all.
+    """
+
+    COLUMNS = ('update', 'epoch', 'loss', 'lr', 'images_per_sec')
+
+    def __init__(self, path: str, epoch: int, update: int) -> None:
+        self.path = path
+        self._file: Any = None
+        rows = [row for row in read_rows(path) if self._is_whole(row)]
+        kept: list[dict[str, Any]] = [row for row in rows if self._stands(row, epoch, update)]
+        if os.path.exists(path):
+            if any(_epoch(row) > epoch for row in rows):
+                keep_copy(path)
+            _write(path, kept) if kept else os.remove(path)
+
+    def _is_whole(self, row: Mapping[str, Any]) -> bool:
+        try:
+            return [float(row[name]) for name in self.COLUMNS] != [] and None not in row
+        except (KeyError, TypeError, ValueError):
+            return False
+
+    @staticmethod
+    def _stands(row: Mapping[str, Any], epoch: int, update: int) -> bool:
+        return _epoch(row) < epoch or _epoch(row) == epoch and int(row['update']) <= update
+
+    def add(self, update: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Appends a row.
+
+        Raises:
+            OutputError: the operating system refused.
+        """
+        row = {'update': update, 'epoch': epoch, **values}
+        try:
+            if self._file is None:
+                new = not os.path.exists(self.path)
+                self._file = open(self.path, 'a', newline='', encoding='utf-8')
+                if new:
+                    self._file.write(','.join(self.COLUMNS) + '\n')
+            self._file.write(','.join(repr(to_plain(row[name])) for name in self.COLUMNS) + '\n')
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f'{self.path!r} cannot be written ({error.strerror}): free space or choose another '
+                              'folder') from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,126 @@
+"""Training loss from the flags, and weights of classes."""
+import argparse
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.loss import compute_class_weights, create_classification_loss, load_class_weights
+
+from ..data.loaders import build_dataset, mixing
+from ..errors import ConfigError
+
+_COMPUTED = ('balanced', 'effective_num')
+
+
+def loss_type(args: argparse.Namespace) -> str:
+    """Kind of loss: `--loss-type`, else what `--jsd-loss` and `--bce-loss` say, else 'ce'.
+
+    Raises:
+        ConfigError: flags that contradict each other.
+    """
+    if args.jsd_loss and args.bce_loss:
+        raise ConfigError('--jsd-loss and --bce-loss exclude each other: drop one of them')
+    former = 'jsd' if args.jsd_loss else 'bce' if args.bce_loss else None
+    if former and args.loss_type not in (None, former):
+        raise ConfigError(f'--{former}-loss and --loss-type {args.loss_type} exclude each other: drop one of them')
+    return args.loss_type or former or 'ce'
+
+
+def class_counts(args: argparse.Namespace) -> torch.Tensor:
+    """Images per class in the training split, int64 `(num_classes,)`.
+
+    Raises:
+        ConfigError: the labels cannot be known without reading the whole set.
+        DatasetError: see `dataset.build_dataset`.
+    """
+    dataset = build_dataset(args, args.train_split, False, args.input_img_mode or 'RGB', args.train_num_samples)
+    samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
+    targets = getattr(dataset, 'targets', None)
+    if samples is not None:
+        labels = [sample[1] for sample in samples]
+    elif targets is not None:
+        labels = list(targets() if callable(targets) else targets)
+    else:
+        raise ConfigError(f'--class-weights {args.class_weights}: the labels of this data set are not listed, so that '
+                          'they cannot be counted; give a file of weights')
+    return torch.bincount(torch.as_tensor([int(label) for label in labels]), minlength=args.num_classes)
+
+
+def resolve_weights(args: argparse.Namespace) -> torch.Tensor | None:
+    """Weight of each class, float32 `(num_classes,)`; None without `--class-weights`.
+
+    'balanced' is N / (C n_c) for n_c of N images in class c of C; 'effective_num' is (1 - b) / (1 - b^n_c) with
+    b = 0.999, scaled to mean 1 (Cui et al., arXiv 1901.05555).
+
+    Raises:
+        ConfigError: unreadable file, another number of weights than classes, or a class without images.
+        DatasetError: see `class_counts`.
+    """
+    value = args.class_weights
+    if not value:
+        return None
+    if value in _COMPUTED:
+        counts = class_counts(args)
+        missing = counts.eq(0).nonzero().flatten().tolist()
+        if missing:
+            raise ConfigError(f'--class-weights {value}: class {missing[0]} has no image in split '
+                              f'{args.train_split!r}; lower --num-classes, or give a file of weights')
+        total = int(counts.sum())
+        if value == 'balanced':
+            return total / (len(counts) * counts.float())
+        return compute_class_weights(counts, total, method=value)[1]
+    try:
+        with open(value, encoding='utf-8'):
+            pass
+        weights: Any = load_class_weights(value)
+    except OSError as error:
+        raise ConfigError(f'--class-weights {value!r} cannot be read ({error.strerror}): name a file, or one of '
+                          f'{", ".join(_COMPUTED)}') from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'--class-weights {value!r} holds no weights ({error}): write one number per class') \
+            from error
+    if not isinstance(weights, torch.Tensor) or len(weights) != args.num_classes:
+        count = len(weights) if isinstance(weights, torch.Tensor) else int(weights is not None)
+        raise ConfigError(f'--class-weights {value!r} holds {count} weights, the model has {args.num_classes} '
+                          'classes: write one per class')
+    return weights
+
+
+def build_loss(args: argparse.Namespace) -> nn.Module:
+    """Training loss, in the form that the targets ask for.
+
+    Mixup and CutMix give soft targets that are smoothed already. Weighted cross-entropy is PyTorch's: class indices
+    are averaged over the sum of their weights, soft targets over the batch.
+
+    Raises:
+        ConfigError: flags that would have no effect, or that exclude each other.
+        DatasetError: see `class_counts`.
+    """
+    kind = loss_type(args)
+    if kind == 'jsd' and args.aug_splits < 2:
+        raise ConfigError('the Jensen-Shannon loss needs --aug-splits 2 or more: add it')
+    if kind != 'bce':
+        idle = [flag for flag, given in (
+            ('--bce-sum', args.bce_sum), ('--bce-target-thresh', args.bce_target_thresh),
+            ('--bce-pos-weight', args.bce_pos_weight)) if given not in (False, None)]
+        if idle:
+            raise ConfigError(f'{idle[0]} has no effect without --bce-loss: add it, or leave {idle[0]} out')
+    if args.class_weights and kind not in ('ce', 'bce'):
+        raise ConfigError(f'--class-weights goes with cross-entropy and --bce-loss, not with {kind}: leave it out')
+    mixed = bool(mixing(args))
+    weights = resolve_weights(args)
+    if kind == 'ce' and weights is not None:
+        return nn.CrossEntropyLoss(weights, label_smoothing=0. if mixed else args.smoothing)
+    try:
+        return create_classification_loss(
+            kind,
+            smoothing=args.smoothing,
+            soft_targets=mixed,
+            class_weight=weights,
+            pos_weight=args.bce_pos_weight,
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            jsd_splits=args.aug_splits,
+        )
+    except ValueError as error:
+        raise ConfigError(f'--loss-type {kind} cannot be set up ({error}): check the loss and mixup flags') from error

@@ -1,0 +1,1 @@
+"""Measuring models: one pass, metrics, costs, results."""

@@ -1,0 +1,307 @@
+"""Accuracy, likelihood and calibration as sums of integers: exact, whatever the order of images and the processes."""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics import Metric
+
+from ..data.unreadable import UNREADABLE
+
+CONFUSION_LIMIT = 2048  # classes; the matrix of more would take over 32 MB
+BINS = 15
+_FRACTION_BITS = 40  # 2^40 in each of 2^23 images still fits 63 bits
+_Z95 = 1.959963984540054
+
+
+def wilson_interval(hits: int, total: int, z: float = _Z95) -> tuple[float, float]:
+    """Confidence interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927); 95 % by default.
+
+    Args:
+        hits: successes.
+        total: trials.
+        z: quantile of the normal distribution.
+
+    Returns:
+        Lower and upper bound, 0 to 1; both NaN without trials.
+    """
+    if not total:
+        return math.nan, math.nan
+    share, weight = hits / total, z * z / total
+    centre = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
+    # at 0 and 1 the bound is the share itself, which rounding would miss
+    return (0. if not hits else centre - half), (1. if hits == total else centre + half)
+
+
+def _fixed_point(values: torch.Tensor) -> torch.Tensor:
+    """Sum of values >= 0 as whole parts and fractions of 2^-40: `(2,)`, int64. Above 2^40 a value counts as that."""
+    values = values.clamp(max=2. ** _FRACTION_BITS)
+    whole = values.floor()
+    return torch.stack([whole.long().sum(), ((values - whole) * 2 ** _FRACTION_BITS).round().long().sum()])
+
+
+def _mean(parts: list[int], count: int) -> float:
+    return ((parts[0] << _FRACTION_BITS) + parts[1]) / (count << _FRACTION_BITS) if count else math.nan
+
+
+def _share(hits: int, total: int) -> float:
+    return 100 * hits / total if total else math.nan
+
+
+class Tally(Metric):
+    """Loss, top-1 and top-5.
+
+    torchmetrics synchronises the states; its own classes are not used, as `MulticlassAccuracy` takes NaN for class 0
+    and float sums of others depend on the order. Adding a batch does not wait for the device.
+
+    A row labelled `UNREADABLE` is counted as such and nothing else. A row with a logit that is NaN or infinite is
+    never classed: it counts as wrong, and not in the loss. Rows labelled with no class are counted as unlabelled.
+
+    Args:
+        device: device of the outputs.
+    """
+
+    full_state_update = False
+    counts: torch.Tensor
+    sums: torch.Tensor
+    _sums = 1
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        self._add('counts', 6)  # images, top-1, top-5, not finite, unreadable, unlabelled
+        self._add('sums', self._sums, 2)
+        self.to(device)
+
+    def _add(self, name: str, *shape: int) -> None:
+        self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx='sum')
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds logits (B, classes) and class indices (B,)."""
+        if len(target):
+            with torch.no_grad():
+                self._count(output.detach().float(), target)
+
+    def _count(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        known = (target >= 0) & (target < output.shape[-1])
+        unreadable = target == UNREADABLE
+        finite = output.isfinite().all(dim=-1)
+        valid = known & finite
+        output, target = output.masked_fill(~finite[:, None], 0), target.masked_fill(~known, 0)
+        ranked = output.topk(min(5, output.shape[-1]), dim=-1).indices
+        hits = ranked.eq(target[:, None]) & valid[:, None]
+        self.counts += torch.stack([
+            known.sum(), hits[:, 0].sum(), hits.sum(), (known & ~finite).sum(), unreadable.sum(),
+            (~known & ~unreadable).sum()])
+        # float64 where the device has it: what the order of additions does to a row is lost in rounding to 2^-40
+        wide = output if output.device.type == 'mps' else output.double()
+        self._score(wide.log_softmax(dim=-1), ranked[:, 0], target, known, valid)
+
+    def _score(self, log_prob: torch.Tensor, guess: torch.Tensor, target: torch.Tensor, known: torch.Tensor,
+               valid: torch.Tensor) -> None:
+        self.sums[0] += _fixed_point(-log_prob.gather(1, target[:, None])[:, 0].masked_fill(~valid, 0))
+
+    def read(self) -> dict[str, float]:
+        """`loss` (natural logarithm), `top1` and `top5` in percent; `images`, `nonfinite`, `unreadable`, `unlabelled`.
+
+        A figure of no image is NaN.
+        """
+        images, top1, top5, nonfinite, unreadable, unlabelled = self.counts.tolist()
+        return {'loss': _mean(self.sums[0].tolist(), images - nonfinite), 'top1': _share(top1, images),
+                'top5': _share(top5, images), 'images': images, 'nonfinite': nonfinite, 'unreadable': unreadable,
+                'unlabelled': unlabelled}
+
+    def compute(self) -> dict[str, float]:
+        """`read`, as torchmetrics calls it."""
+        return self.read()
+
+    def compute_over_processes(self) -> dict[str, float]:
+        """The same over the images of all processes; every process must call it."""
+        with self.sync_context():
+            return self.read()  # `compute` would end the context
+
+
+@dataclass
+class ClassFigures:
+    """Figures by class and by confidence.
+
+    Attributes:
+        images: `(C,)` int64, images of each class.
+        hits: `(C,)` int64, those of them that top-1 gets right.
+        predicted: `(C,)` int64, images that top-1 takes for the class.
+        confusion: `(C, C)` int64, images by true class (row) and predicted class; those with logits that are not
+            finite are in no column. None for more than `CONFUSION_LIMIT` classes.
+        bin_images: `(15,)` int64, images by confidence: bin b holds b/15 < confidence <= (b + 1)/15.
+        bin_hits: `(15,)` int64, those of them that top-1 gets right.
+        bin_confidence: `(15,)` float64, their mean confidence, NaN where there are none.
+    """
+
+    images: NDArray[np.int64]
+    hits: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    confusion: NDArray[np.int64] | None
+    bin_images: NDArray[np.int64]
+    bin_hits: NDArray[np.int64]
+    bin_confidence: NDArray[np.float64] = field(repr=False)
+
+    @property
+    def accuracy(self) -> NDArray[np.float64]:
+        """Accuracy of each class in percent, NaN for a class without images: `(C,)`."""
+        return np.divide(100. * self.hits, self.images, out=np.full(len(self.images), np.nan), where=self.images > 0)
+
+    def averaged(self, average: str) -> dict[str, float]:
+        """`precision`, `recall` and `f1_score` in percent, as of torchmetrics, which would class NaN.
+
+        Args:
+            average: 'micro' over images; 'macro' over classes that an image has or is taken for; or 'weighted' by the
+                images of each class.
+        """
+        hits, images, predicted = (column.astype(float) for column in (self.hits, self.images, self.predicted))
+        if average == 'micro':
+            hits, images, predicted = (column.sum(keepdims=True) for column in (hits, images, predicted))
+        weight = images if average == 'weighted' else (images + predicted > 0).astype(float)
+        pairs = {'precision': (hits, predicted), 'recall': (hits, images), 'f1_score': (2 * hits, images + predicted)}
+        total = weight.sum()
+        return {name: float(100 * (weight * above / np.maximum(below, 1)).sum() / total) if total else math.nan
+                for name, (above, below) in pairs.items()}
+
+
+class ClassTally(Tally):
+    """Also per-class accuracy, confusion matrix, Brier score and calibration error.
+
+    `MulticlassCalibrationError` keeps all confidences in their own dtype and bins in it; here 15 counts and sums do.
+
+    Args:
+        device: device of the outputs.
+        num_classes: number of outputs.
+    """
+
+    class_counts: torch.Tensor
+    bins: torch.Tensor
+    confusion: torch.Tensor
+    _sums = 2  # likelihood, Brier
+
+    def __init__(self, device: torch.device, num_classes: int) -> None:
+        super().__init__(device)
+        self.num_classes = num_classes
+        self._add('class_counts', 3, num_classes)  # images, hits, predictions
+        self._add('bins', 4, BINS)  # images, hits, confidence in whole parts and fractions
+        self.has_confusion = num_classes <= CONFUSION_LIMIT
+        if self.has_confusion:
+            self._add('confusion', num_classes * num_classes)
+        self.to(device)
+
+    def _score(self, log_prob: torch.Tensor, guess: torch.Tensor, target: torch.Tensor, known: torch.Tensor,
+               valid: torch.Tensor) -> None:
+        super()._score(log_prob, guess, target, known, valid)
+        prob = log_prob.exp()
+        others = prob.scatter(1, target[:, None], 0)
+        miss = 1 - prob.gather(1, target[:, None])[:, 0]
+        self.sums[1] += _fixed_point((others.square().sum(dim=-1) + miss.square()).masked_fill(~valid, 0))
+
+        # one cell beyond the last takes the rows that do not count, so that no shape depends on the data
+        hit = valid & (guess == target)
+        classes, none = self.num_classes, torch.full_like(target, self.num_classes)
+        self.class_counts += torch.stack([
+            torch.bincount(torch.where(rows, label, none), minlength=classes + 1)[:classes]
+            for rows, label in ((known, target), (hit, target), (valid, guess))])
+        if self.has_confusion:
+            cell = torch.where(valid, target * classes + guess, torch.full_like(target, classes * classes))
+            self.confusion += torch.bincount(cell, minlength=classes * classes + 1)[:-1]
+
+        confidence = prob.gather(1, guess[:, None])[:, 0]
+        index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+        member = torch.nn.functional.one_hot(torch.where(valid, index, torch.full_like(index, BINS)), BINS + 1)[:, :-1]
+        parts = (confidence * 2. ** _FRACTION_BITS).round().long()
+        fraction = parts & (2 ** _FRACTION_BITS - 1)
+        self.bins += torch.stack([(member * weight[:, None]).sum(dim=0) for weight in (
+            valid.long(), hit.long(), parts >> _FRACTION_BITS, fraction)])
+
+    def figures(self) -> ClassFigures:
+        """Figures by class and by confidence of the states as they are; see `compute_all`."""
+        images, hits, predicted = self.class_counts.cpu().numpy().copy()
+        count, correct, whole, fraction = self.bins.tolist()
+        confidence = [_mean([w, f], n) for w, f, n in zip(whole, fraction, count, strict=True)]
+        matrix = None
+        if self.has_confusion:
+            matrix = self.confusion.cpu().numpy().reshape(self.num_classes, self.num_classes).copy()
+        return ClassFigures(images, hits, predicted, matrix, np.array(count), np.array(correct), np.array(confidence))
+
+    def read(self) -> dict[str, float]:
+        """Also `macro_accuracy`, `ece` and `mce` in percent and `brier`; and 95 % intervals of top-1 and top-5.
+
+        Accuracy is averaged over classes that have images. For the formulas see docs/validation.md.
+        """
+        metrics = super().read()
+        images, top1, top5, nonfinite = self.counts[:4].tolist()
+        scored = images - nonfinite
+        figures = self.figures()
+        gaps = [abs(hits / count - confidence) for count, hits, confidence in zip(
+            figures.bin_images.tolist(), figures.bin_hits.tolist(), figures.bin_confidence.tolist(), strict=True)
+            if count]
+        weights = [count / scored for count in figures.bin_images.tolist() if count]
+        present = figures.accuracy[figures.images > 0].tolist()
+        for name, hits in (('top1', top1), ('top5', top5)):
+            low, high = wilson_interval(hits, images)
+            metrics[f'{name}_low'], metrics[f'{name}_high'] = 100 * low, 100 * high
+        metrics['macro_accuracy'] = math.fsum(present) / len(present) if present else math.nan
+        metrics['brier'] = _mean(self.sums[1].tolist(), scored)
+        metrics['ece'] = 100 * math.fsum(w * g for w, g in zip(weights, gaps, strict=True)) if scored else math.nan
+        metrics['mce'] = 100 * max(gaps) if scored else math.nan
+        return metrics
+
+    def compute_all(self) -> tuple[dict[str, float], ClassFigures]:
+        """`compute_over_processes`, and figures by class and confidence over all processes."""
+        with self.sync_context():
+            return self.read(), self.figures()
+
+
+class MultiLabelTally(Metric):
+    """Top-1 and top-5 where several labels of an image are right (Beyer et al., arXiv:2006.07159, for ImageNet).
+
+    An image without labels does not count; one with a logit that is not finite counts as wrong.
+
+    Args:
+        labels: right classes of each image of the data set; None for one whose labels are not known.
+        device: device of the outputs.
+    """
+
+    full_state_update = False
+    counts: torch.Tensor
+
+    def __init__(self, labels: list[list[int]], device: torch.device) -> None:
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        self.labels = labels
+        self.add_state('counts', torch.zeros(3, dtype=torch.int64), dist_reduce_fx='sum')
+        self.to(device)
+
+    def update(self, output: torch.Tensor, target: torch.Tensor, positions: Sequence[int]) -> None:
+        """Adds logits (B, classes), labels (B,), of which `UNREADABLE` is heeded only, and numbers of images."""
+        if not len(target):
+            return
+        output = output.detach().float()
+        ranked = output.nan_to_num().topk(min(5, output.shape[-1]), dim=-1).indices.tolist()
+        use = (target != UNREADABLE).tolist()
+        finite = output.isfinite().all(dim=-1).tolist()
+        rows = [(guesses, self.labels[position], sound) for guesses, position, used, sound in zip(
+            ranked, positions, use, finite, strict=True) if used and self.labels[position]]
+        hits = [[sound and guess in right for guess in guesses] for guesses, right, sound in rows]
+        self.counts += torch.tensor([len(rows), sum(hit[0] for hit in hits), sum(map(any, hits))],
+                                    device=self.counts.device)
+
+    def compute(self) -> dict[str, float]:
+        """`top1` and `top5` in percent, `images` that have labels, and 95 % intervals."""
+        images, top1, top5 = self.counts.tolist()
+        result: dict[str, Any] = {'top1': _share(top1, images), 'top5': _share(top5, images), 'images': images}
+        for name, hits in (('top1', top1), ('top5', top5)):
+            low, high = wilson_interval(hits, images)
+            result[f'{name}_low'], result[f'{name}_high'] = 100 * low, 100 * high
+        return result
+
+    def compute_over_processes(self) -> dict[str, float]:
+        """The same over the images of all processes; every process must call it."""
+        with self.sync_context():
+            return self.compute()
