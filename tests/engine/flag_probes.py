@@ -16,19 +16,14 @@ from timm.layers import set_fast_norm
 from timm.models import create_model
 from timm.task import distillation
 
-from cpool_vision.engine import (
-    args_validate,
-    data,
-    dataset,
-    device,
-    model,
-    objective,
-    train_loop,
-    train_run,
-    validate_run,
-)
+from cpool_vision.engine import device, model
+from cpool_vision.engine.data import dataset
+from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.errors import ConfigError
+from cpool_vision.engine.flags import args_validate
 from cpool_vision.engine.flags.config import parse_args
+from cpool_vision.engine.training import objective, train_loop, train_run
+from cpool_vision.engine.validation import validate_run
 from cpool_vision.engine.validation.evaluate import Evaluation
 
 CPU = torch.device('cpu')
