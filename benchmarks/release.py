@@ -64,6 +64,15 @@ def changed_settings(settings: dict[str, Any]) -> dict[str, Any]:
             if key in defaults and key not in NO_BEARING and value != defaults[key]}
 
 
+def load_run(run: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Model of a run with the weights of its last checkpoint, the run's settings, and what its input was."""
+    settings = read_settings(run)
+    model: Any = timm.create_model(settings['model'], num_classes=settings['num_classes'], **settings['model_kwargs'])
+    checkpoint = str(run / 'last.pth.tar')
+    load_weights(model, read_weights(checkpoint, 'run', use_ema=False), checkpoint, 'run', settings['model'])
+    return model, settings, {key: settings[key] for key in INPUT_KEYS if settings[key]}
+
+
 def release(run: Path, folder: Path, data_dir: Path, data: str, limits: str) -> None:
     """Writes the entry `folder` for the last checkpoint of `run`.
 
@@ -72,16 +81,13 @@ def release(run: Path, folder: Path, data_dir: Path, data: str, limits: str) -> 
     """
     if folder.exists():
         raise FileExistsError(f'{folder} exists: choose another name or remove it')
-    settings = read_settings(run)
     row = measure(run, data_dir)
-    model: Any = timm.create_model(settings['model'], num_classes=settings['num_classes'], **settings['model_kwargs'])
-    checkpoint = str(run / 'last.pth.tar')
-    load_weights(model, read_weights(checkpoint, 'run', use_ema=False), checkpoint, 'run', settings['model'])
+    model, settings, data_config = load_run(run)
     labels = sorted(p.name for p in (data_dir / 'validation').iterdir())
     save_for_hub(
         model, folder,
         model_config={'label_names': labels},
-        data_config={key: settings[key] for key in INPUT_KEYS if settings[key]})
+        data_config=data_config)
     cfg = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['pretrained_cfg']
     card = CARD.format(
         name=folder.name, model=settings['model'], data=data, limits=limits,

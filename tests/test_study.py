@@ -14,8 +14,17 @@ from PIL import Image
 
 from benchmarks.study import __main__ as command
 from benchmarks.study import runner
+from benchmarks.study.after import draw_supports, format_sizes
 from benchmarks.study.report import format_table, paired_interval, summarise
-from benchmarks.study.runner import StaleRunError, prepare, read_results, result_file, run_missing, score_once
+from benchmarks.study.runner import (
+    StaleRunError,
+    prepare,
+    read_results,
+    restore,
+    result_file,
+    run_missing,
+    score_once,
+)
 from benchmarks.study.spec import read_study
 
 TEXT = '''
@@ -142,6 +151,40 @@ def test_the_final_split_is_scored_once_and_last(study, tmp_path, monkeypatch):
         score_once(study, tmp_path, tmp_path, 'test')
 
 
+def test_figures_made_elsewhere_are_taken_for_the_same_settings_only(study, tmp_path):
+    finish(tmp_path / 'there', 'plain-s0', 50.)
+    finish(tmp_path / 'there', 'pool-s0', 51.)
+    rows = read_results(study, tmp_path / 'there')
+    (tmp_path / 'tiny.yaml').write_text(TEXT.replace('0.02', '0.03'))  # another rate for the arm `pool`
+    changed = read_study(tmp_path / 'tiny.yaml')
+    assert restore(changed, tmp_path / 'here', [*rows, {'arm': 'gone', 'seed': 0}]) == 1
+    assert [row['arm'] for row in read_results(changed, tmp_path / 'here')] == ['plain']
+    assert restore(study, tmp_path / 'here', rows) == 1  # and what is there stays
+    assert 'plain-s0' not in prepare(study, tmp_path / 'here', tmp_path)
+
+
+def test_supports_of_the_last_epoch_are_read_and_drawn(study, tmp_path):
+    finish(tmp_path, 'plain-s0', 50.)
+    finish(tmp_path, 'pool-s0', 51.)
+    run = tmp_path / 'runs' / 'pool-s0'
+    run.mkdir(parents=True)
+    (run / 'supports.csv').write_text(
+        'epoch,layer,mean,q05,q50,q95\n0,a,1,1,1,1\n1,a,2,1,2,3\n1,b,4,3,4,6\n')
+    rows = read_results(study, tmp_path)
+    assert [row['supports'] for row in rows] == [{}, {'a': [2, 1, 2, 3], 'b': [4, 3, 4, 6]}]
+    assert draw_supports('Tiny', rows, tmp_path / 'supports.png')
+    assert (tmp_path / 'supports.png').read_bytes()[:4] == b'\x89PNG'
+    assert not draw_supports('Tiny', rows[:1], tmp_path / 'none.png') and not (tmp_path / 'none.png').exists()
+
+
+def test_sizes_are_compared_with_the_base_at_the_same_size(study):
+    rows = [{'arm': arm, 'seed': seed, 'size': size, 'top1': 40. + size / 8 + seed + gain}
+            for arm, gain in (('plain', 0.), ('pool', 2.)) for seed in (0, 1) for size in (48, 32)]
+    table = format_sizes(study, rows).splitlines()
+    assert table[0] == '| arm | 32 px | 48 px |'
+    assert table[2:] == ['| plain | 44.50 | 46.50 |', '| pool | 46.50 (+2.00 ± 0.00) | 48.50 (+2.00 ± 0.00) |']
+
+
 @pytest.mark.slow
 def test_interrupted_and_called_again(tmp_path, capsys, monkeypatch):
     """SIGTERM in the middle of the first training; the second call goes on and reports."""
@@ -171,10 +214,14 @@ def test_interrupted_and_called_again(tmp_path, capsys, monkeypatch):
     assert 'interrupted: call again to go on' in process.communicate(timeout=60)[0]
     assert process.returncode == 143 and not result_file(output, 'plain-s0').exists()
 
-    monkeypatch.setattr(sys, 'argv', ['study', *arguments, '--time', '--batch', '2', '--repeats', '1'])
+    monkeypatch.setattr(sys, 'argv', ['study', *arguments, '--time', '--batch', '2', '--repeats', '1',
+                                       '--sizes', '32', '48', '--results', str(tmp_path / 'results.json')])
     assert command.main() == 0
     out = capsys.readouterr().out
     assert '| pool | 1 |' in out and '(one seed)' in out
+    assert '| arm | 32 px | 48 px |' in out
+    kept = json.loads((tmp_path / 'results.json').read_text())
+    assert [row['top1'] for row in kept['sizes'] if row['size'] == 32] == [row['top1'] for row in kept['runs']]
     epochs = (output / 'runs' / 'plain-s0' / 'summary.csv').read_text().splitlines()
     assert len(epochs) == 13
     assert (output / 'study.png').read_bytes()[:4] == b'\x89PNG' and Path(output / 'table.md').exists()

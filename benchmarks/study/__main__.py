@@ -11,8 +11,9 @@ from pathlib import Path
 from cpool_vision.profile.measure import machine
 
 from ..markers import write_between
+from .after import draw_supports, format_sizes, score_sizes
 from .report import draw, format_table, summarise
-from .runner import read_results, run_missing, score_once, write_text
+from .runner import read_results, restore, run_missing, run_name, score_once, write_text
 from .spec import read_study
 from .timing import step_ratios
 
@@ -30,8 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--time', action='store_true', help='time training steps of all arms first, on an idle machine')
     parser.add_argument('--batch', type=int, default=32, help='of the timed steps')
     parser.add_argument('--repeats', type=int, default=9, help='of the timed steps')
-    parser.add_argument('--results', type=Path, help='copies the figures and the machine to this JSON file')
-    parser.add_argument('--plot', type=Path, help='draws here; OUT/study.png if not given')
+    parser.add_argument(
+        '--sizes', type=int, nargs='+', metavar='PX', help='score the finished runs at these image sizes as well')
+    parser.add_argument(
+        '--results', type=Path,
+        help='copies the figures and the machine to this JSON file; runs that it holds with the same settings are done')
+    parser.add_argument(
+        '--plot', type=Path, help='draws here, and supports by depth to *_supports.png; OUT/study.png if not given')
     parser.add_argument(
         '--write', type=Path, help='Markdown file with the markers <!-- study STEM --> and <!-- /study STEM -->')
     return parser
@@ -44,9 +50,12 @@ def main() -> int:
     if args.time:
         ratios = step_ratios(study, args.batch, args.repeats)
         write_text(timing, json.dumps({'machine': machine(), 'batch': args.batch, 'ratios': ratios}, indent=1))
+    kept = json.loads(args.results.read_text(encoding='utf-8')) if args.results and args.results.exists() else {}
+    restore(study, args.output, kept.get('runs', []))
     failed = []
-    if args.final_split and not args.data_dir:
-        raise SystemExit('--final-split needs --data-dir')
+    for flag in ('final_split', 'sizes'):
+        if getattr(args, flag) and not args.data_dir:
+            raise SystemExit(f'--{flag.replace("_", "-")} needs --data-dir')
     if args.data_dir:
         try:
             failed = run_missing(study, args.output, args.data_dir.resolve(), args.jobs, args.threads)
@@ -59,7 +68,7 @@ def main() -> int:
     if not results:
         print('no run is finished yet')
         return 1
-    ratios = json.loads(timing.read_text(encoding='utf-8'))['ratios'] if timing.exists() else {}
+    ratios = json.loads(timing.read_text(encoding='utf-8'))['ratios'] if timing.exists() else kept.get('ratios', {})
     rows = summarise(study, results, ratios)
     table = format_table(rows)
     print(f'\n{study.title}\n\n{table}')
@@ -67,11 +76,24 @@ def main() -> int:
     if len(results) < total:
         print(f'\n{len(results)} of {total} runs are finished')
     write_text(args.output / 'table.md', table + '\n')
+    tables = {args.study.stem: table}
+    sizes = kept.get('sizes', [])
+    if args.sizes:
+        here = [run_name(r['arm'], r['seed']) for r in results]
+        names = [name for name in here if (args.output / 'runs' / name).exists()]
+        sizes = score_sizes(study, args.output, names, args.data_dir, args.sizes)
+    if sizes:
+        tables[f'{args.study.stem} sizes'] = format_sizes(study, sizes)
+        print(f'\n{tables[f"{args.study.stem} sizes"]}')
     if args.results:
-        write_text(args.results, json.dumps({'machine': machine(), 'ratios': ratios, 'runs': results}, indent=1) + '\n')
-    draw(study.title, rows, args.plot or args.output / 'study.png')
+        write_text(args.results, json.dumps(
+            {'machine': machine(), 'ratios': ratios, 'runs': results, 'sizes': sizes}, indent=1) + '\n')
+    plot = args.plot or args.output / 'study.png'
+    draw(study.title, rows, plot)
+    draw_supports(study.title, results, plot.with_name(f'{plot.stem}_supports.png'))
     if args.write:
-        write_between(args.write, f'<!-- study {args.study.stem} -->', f'<!-- /study {args.study.stem} -->', table)
+        for name, text in tables.items():
+            write_between(args.write, f'<!-- study {name} -->', f'<!-- /study {name} -->', text)
     return 1 if failed else 0
 
 

@@ -1,11 +1,13 @@
 """Runs what is missing of a study, some runs at a time, and scores what is finished."""
+import csv
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from .spec import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 _POLL_S = 0.5
+_SUPPORT_COLUMNS = ('mean', 'q05', 'q50', 'q95')
 
 
 class StaleRunError(ValueError):
@@ -53,6 +56,28 @@ def prepare(study: Study, output: Path, data_dir: Path) -> list[str]:
         if not result_file(output, name).exists():
             missing.append(name)
     return missing
+
+
+def fingerprint(study: Study, arm: str, seed: int) -> str:
+    """Hash of a run's settings."""
+    text = json.dumps(study.run_settings(study.arms[arm], seed), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def restore(study: Study, output: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Takes figures of an earlier call, made elsewhere perhaps, for those runs whose settings are still the same.
+
+    Returns:
+        Number of runs that need not be done again.
+    """
+    restored = 0
+    wanted = {run_name(arm.name, seed): fingerprint(study, arm.name, seed) for arm, seed in study.runs()}
+    for row in rows:
+        name = run_name(row['arm'], row['seed'])
+        if name in wanted and row.get('settings') == wanted[name] and not result_file(output, name).exists():
+            write_text(result_file(output, name), json.dumps(row, indent=1) + '\n')
+            restored += 1
+    return restored
 
 
 def result_file(output: Path, name: str) -> Path:
@@ -144,7 +169,28 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def learned_supports(run: Path) -> dict[str, list[float]]:
+    """Supports on the first validation batch after the last epoch: mean and quantiles in image pixels, by layer."""
+    file = run / 'supports.csv'
+    if not file.exists():
+        return {}
+    with open(file, newline='', encoding='utf-8') as lines:
+        rows = list(csv.DictReader(lines))
+    last = max((int(row['epoch']) for row in rows), default=0)
+    return {
+        row['layer']: [round(float(row[key]), 4) for key in _SUPPORT_COLUMNS]
+        for row in rows if int(row['epoch']) == last}
+
+
 def read_results(study: Study, output: Path) -> list[dict[str, Any]]:
-    """Figures of the finished runs, in the order of the study."""
-    files = (result_file(output, run_name(arm.name, seed)) for arm, seed in study.runs())
-    return [json.loads(f.read_text(encoding='utf-8')) for f in files if f.exists()]
+    """Figures of the finished runs, in the order of the study, with a hash of their settings and what they learned."""
+    rows = []
+    for arm, seed in study.runs():
+        name = run_name(arm.name, seed)
+        file = result_file(output, name)
+        if file.exists():
+            row = json.loads(file.read_text(encoding='utf-8'))
+            row.setdefault('settings', fingerprint(study, arm.name, seed))
+            row.setdefault('supports', learned_supports(output / 'runs' / name))
+            rows.append(row)
+    return rows
