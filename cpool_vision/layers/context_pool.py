@@ -135,22 +135,33 @@ class ContextPool2d(nn.Module):
         """The hook by which timm's models re-initialise their layers."""
         self.reset_parameters()
 
-    def predict_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels of the map `x`."""
-        maps = self.predict(self.act(self.reduce(x)))
+    def predict_maps(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels of the map `x`.
+
+        Pixels where the boolean `(B, 1, H, W)` `present` is false count as outside the map.
+        """
+        hidden = self.act(self.reduce(x))
+        if present is not None:
+            hidden = hidden.masked_fill(~present, 0.)
+        maps = self.predict(hidden)
         weight_logits = maps[:, :self.groups].type_as(self.predict.weight)
         raw = maps[:, self.groups:, ::self.stride, ::self.stride]
         sigma = torch.ops.cpool_vision.support_size(raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
         return weight_logits, sigma
 
-    def mix(self, x: Tensor) -> Tensor:
-        """The pool of the map `x` alone, without base and gate: `(B, C, H, W)` to `(B, C, Ho, Wo)`."""
-        weight_logits, sigma = self.predict_maps(x)
+    def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """The pool of the map `x` alone, without base and gate: `(B, C, H, W)` to `(B, C, Ho, Wo)`.
+
+        Pixels where the boolean `(B, 1, H, W)` `present` is false weigh nothing; they must be zero in `x`.
+        """
+        weight_logits, sigma = self.predict_maps(x, present)
+        if present is not None:
+            weight_logits = weight_logits.masked_fill(~present, -float('inf'))
         return torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
 
-    def pool_map(self, x: Tensor) -> Tensor:
-        """Pools the map `x`, `(B, C, H, W)` to `(B, C, Ho, Wo)`."""
-        y = self.mix(x)
+    def pool_map(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """Pools the map `x`, `(B, C, H, W)` to `(B, C, Ho, Wo)`; `present` as in `mix`."""
+        y = self.mix(x, present)
         if self.gamma is not None:
             base = self.base(x)
             y = torch.lerp(base, y.type_as(base), self.gamma.view(-1, 1, 1).type_as(base))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from .context_pool import ContextPool2d, Subsample2d
+from .naflex_context_pool import NaFlexContextPool
 from .token_context_pool import TokenContextPool
 
 # Mixers that have no predictor, by the size of their kernel.
@@ -50,7 +51,7 @@ class _Control(ContextPool2d):
         if self.gamma is not None:
             nn.init.zeros_(self.gamma)
 
-    def predict_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_maps(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As in `ContextPool2d`, without the part that the control takes away.
 
         Raises:
@@ -58,7 +59,7 @@ class _Control(ContextPool2d):
         """
         if self.mixer in _KERNELS:
             raise TypeError(f'mixer {self.mixer!r} has neither pooling weights nor supports')
-        weight_logits, sigma = super().predict_maps(x)
+        weight_logits, sigma = super().predict_maps(x, present)
         if self.mixer == 'uniform':
             return torch.zeros_like(weight_logits), sigma
         if self.mixer == 'layer':
@@ -68,8 +69,13 @@ class _Control(ContextPool2d):
         sigma = torch.ops.cpool_vision.support_size(raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
         return weight_logits, sigma
 
-    def mix(self, x: Tensor) -> Tensor:
-        return self.local(x) if self.mixer in _KERNELS else super().mix(x)
+    def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        if self.mixer not in _KERNELS:
+            return super().mix(x, present)
+        y = self.local(x)
+        if self.mixer == 'average' and present is not None:
+            y = y / self.local(present.type_as(x)).clamp(min=1e-3)
+        return y
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, mixer={self.mixer!r}'
@@ -104,18 +110,40 @@ class TokenControlPool(_Control, TokenContextPool):
     """
 
 
-def make_pool(dim: int, *, mixer: str = 'context', tokens: bool = False, **kwargs: Any) -> ContextPool2d:
+class NaFlexControlPool(_Control, NaFlexContextPool):
+    """A control in the place of `NaFlexContextPool`, for tokens of images on grids of their own.
+
+    Args:
+        dim: Channels C.
+        mixer: As in `ControlPool2d`.
+        **kwargs: Further arguments of `NaFlexContextPool`.
+
+    Raises:
+        ValueError: Unknown `mixer`, or an argument is out of range.
+    """
+
+
+_LAYOUTS: dict[str, tuple[type[ContextPool2d], type[_Control]]] = {
+    'map': (ContextPool2d, ControlPool2d),
+    'tokens': (TokenContextPool, TokenControlPool),
+    'naflex': (NaFlexContextPool, NaFlexControlPool),
+}
+
+
+def make_pool(dim: int, *, mixer: str = 'context', layout: str = 'map', **kwargs: Any) -> ContextPool2d:
     """The module that mixes in a model's slot: a context pool, or a control in its place.
 
     Args:
         dim: Channels.
         mixer: One of `MIXERS`.
-        tokens: For tokens `(B, P + H * W, C)` in place of maps `(B, C, H, W)`.
-        **kwargs: Arguments of `ContextPool2d` or `TokenContextPool`.
+        layout: `map` for `(B, C, H, W)`; `tokens` for `(B, P + H * W, C)`; `naflex` for `(B, P + N, C)` of images on
+            grids of their own.
+        **kwargs: Arguments of `ContextPool2d`, `TokenContextPool` or `NaFlexContextPool`.
 
     Raises:
-        ValueError: Unknown `mixer`, or an argument is out of range.
+        ValueError: Unknown `mixer` or `layout`, or an argument is out of range.
     """
-    if mixer == 'context':
-        return TokenContextPool(dim, **kwargs) if tokens else ContextPool2d(dim, **kwargs)
-    return TokenControlPool(dim, mixer=mixer, **kwargs) if tokens else ControlPool2d(dim, mixer=mixer, **kwargs)
+    if layout not in _LAYOUTS:
+        raise ValueError(f'layout must be one of {tuple(_LAYOUTS)}, got {layout!r}')
+    pool, control = _LAYOUTS[layout]
+    return pool(dim, **kwargs) if mixer == 'context' else control(dim, mixer=mixer, **kwargs)

@@ -20,6 +20,7 @@ POSITIONS = {
     'convnext': ('stage', 'downsample'),
     'swin_transformer': ('pre_attn', 'window', 'post_block'),
     'metaformer': ('mixer',),
+    'naflexvit': ('post_block', 'pre_attn'),
 }
 DEFAULT_POSITIONS = {family: positions[:1] for family, positions in POSITIONS.items()}
 STAGES = (0, 1, 2, 3)
@@ -31,7 +32,9 @@ DEFAULT_STAGES = {
     'convnext': (1, 2, 3),
     'swin_transformer': (2, 3),
     'metaformer': STAGES,
+    'naflexvit': STAGES,
 }
+STAGELESS = ('vision_transformer', 'naflexvit')
 DEFAULT_RATIO = 0.1
 DEFAULT_FLOOR = 0.1
 DEFAULT_GROUPS = 1
@@ -98,7 +101,7 @@ class PoolConfig:
         """The `cpool_*` keywords that rebuild this configuration, JSON-able."""
         args = {f'cpool_{k}': v for k, v in self.layer_args.items() if v is not None}
         args['cpool_positions'] = list(self.positions) or 'none'
-        if self.family != 'vision_transformer':
+        if self.family not in STAGELESS:
             args['cpool_stages'] = list(self.stages)
         return args
 

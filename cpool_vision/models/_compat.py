@@ -6,6 +6,7 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.convnext import checkpoint_filter_fn as convnext_filter_fn
 from timm.models.metaformer import checkpoint_filter_fn as metaformer_filter_fn
+from timm.models.naflexvit import checkpoint_filter_fn as naflexvit_filter_fn
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 
@@ -18,6 +19,7 @@ __all__ = [
     'generate_default_cfgs',
     'get_arch_pretrained_cfgs',
     'metaformer_filter_fn',
+    'naflexvit_filter_fn',
     'register_model',
     'swin_filter_fn',
     'vit_filter_fn',

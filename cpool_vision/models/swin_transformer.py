@@ -76,7 +76,7 @@ class ContextPoolSwinTransformer(SwinTransformer):
                 if 'window' in cpool.positions:
                     block.attn.qkv.__class__ = ContextPoolLinear
                     block.attn.qkv.cpool = make_pool(
-                        block.dim, tokens=True, grid_size=block.attn.window_size, **pool_args)
+                        block.dim, layout='tokens', grid_size=block.attn.window_size, **pool_args)
         check_placed(context_pools(self), cpool)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from ..layers import TokenContextPool, make_pool
+from ..layers import ContextPool2d, make_pool
 from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
 from ._compat import checkpoint, feature_take_indices, register_model, vit_filter_fn
 
@@ -26,8 +26,13 @@ class ContextPoolBlock(Block):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cpool_attn: TokenContextPool | None = None
-        self.cpool: TokenContextPool | None = None
+        self.cpool_attn: ContextPool2d | None = None
+        self.cpool: ContextPool2d | None = None
+
+    def add_branches(self, x: Tensor, read: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """The residual stream `x` plus attention over the tokens `read`, plus the MLP."""
+        x = x + self.drop_path1(self.ls1(self.attn(read, attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def forward(
             self,
@@ -40,8 +45,7 @@ class ContextPoolBlock(Block):
         y = self.norm1(x)
         if self.cpool_attn is not None:
             y = self.cpool_attn(y, height, width)
-        x = x + self.drop_path1(self.ls1(self.attn(y, attn_mask=attn_mask, is_causal=is_causal)))
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = self.add_branches(x, y, attn_mask, is_causal)
         if self.cpool is not None:
             x = self.cpool(x, height, width)
         return x
@@ -81,9 +85,9 @@ class ContextPoolVisionTransformer(VisionTransformer):
         )
         for i, block in enumerate(self.blocks):
             if 'pre_attn' in positions:
-                block.cpool_attn = make_pool(self.embed_dim, tokens=True, **pool_args)
+                block.cpool_attn = make_pool(self.embed_dim, layout='tokens', **pool_args)
             if 'post_block' in positions and i + 1 < len(self.blocks):
-                block.cpool = make_pool(self.embed_dim, tokens=True, **pool_args)
+                block.cpool = make_pool(self.embed_dim, layout='tokens', **pool_args)
         check_placed(context_pools(self), cpool)
 
     def set_input_size(

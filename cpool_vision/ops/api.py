@@ -30,6 +30,7 @@ def context_pool2d(
     Args:
         x: features `(B, C, H, W)`, floating point, of any strides; channels-last input gives channels-last output.
         weight_logits: logarithms of the pooling weights, `(B, G, H, W)`; each of G groups pools `C / G` channels.
+            A pixel of logit -inf, whose features are finite, weighs exactly nothing, as if it were not there.
         sigma: support sizes, `(B, G, ceil(H / stride), ceil(W / stride))`: standard deviations in input pixels, > 0.
             `weight_logits` and `sigma` may be of another floating dtype than `x`, and better stay in fp32.
         stride: output cells are `stride` pixels apart.

@@ -160,24 +160,25 @@ def test_batches_train_a_model(build: Callable[..., Any]) -> None:
     assert all(torch.isfinite(model(patches)).all() for patches, _ in eval_loader)
 
 
-RUN = ['--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=16', 'depth=1', 'num_heads=2',
-       'patch_size=8', '--naflex-loader', '--naflex-train-seq-lens', '4', '9', '--naflex-max-seq-len', '16']
+RUN = ['--model-kwargs', 'embed_dim=16', 'depth=2', 'num_heads=2', 'patch_size=8', '--naflex-loader',
+       '--naflex-train-seq-lens', '4', '9', '--naflex-max-seq-len', '16']
 
 
-def test_a_run_trains_resumes_and_validates(run_train: Callable[..., Any], load: Callable[..., Any], image_root: str,
-                                            validate_args: Callable[..., argparse.Namespace]) -> None:
+@pytest.mark.parametrize('name', ['naflexvit_base_patch16_gap', 'naflexvit_small_cpool_patch16_gap'])
+def test_a_run_trains_resumes_and_validates(name: str, run_train: Callable[..., Any], load: Callable[..., Any],
+                                            image_root: str, validate_args: Callable[..., argparse.Namespace]) -> None:
     from cpool_vision.engine.validation.validate_run import validate
 
-    flags = [*RUN, '--model-ema', '--mixup', '0.2', '--reprob', '0.5']
+    flags = ['--model', name, *RUN, '--model-ema', '--mixup', '0.2', '--reprob', '0.5']
     whole = run_train(*flags, '--experiment', 'whole')
     again = run_train(*flags, '--experiment', 'again', '--resume', f'{whole["folder"]}/checkpoint-0.pth.tar')
     one, two = load(whole['folder'], 'last.pth.tar'), load(again['folder'], 'last.pth.tar')
     assert all(torch.equal(value, two['state_dict'][key]) for key, value in one['state_dict'].items())
     assert again['epochs'][-1]['eval_loss'] == whole['epochs'][-1]['eval_loss']
     row = validate(validate_args(
-        '--data-dir', image_root, *RUN[:7], '--naflex-loader', '--naflex-max-seq-len', '16', '--num-classes', '3',
-        '--img-size', '32', '--checkpoint', f'{whole["folder"]}/last.pth.tar', '--use-ema', '-j', '0',
-        '--device', 'cpu'))
+        '--data-dir', image_root, '--model', name, *RUN[:5], '--naflex-loader', '--naflex-max-seq-len', '16',
+        '--num-classes', '3', '--img-size', '32', '--checkpoint', f'{whole["folder"]}/last.pth.tar', '--use-ema',
+        '-j', '0', '--device', 'cpu'))
     assert row['loss'] == pytest.approx(whole['epochs'][-1]['eval_loss'], abs=1e-3)
     other = run_train(*flags, '--experiment', 'unscaled', '--naflex-loss-scale', 'none')
     assert other['epochs'][-1]['train_loss'] != whole['epochs'][-1]['train_loss']

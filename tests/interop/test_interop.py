@@ -10,8 +10,8 @@ from torch import nn
 from cpool_vision.hub import save_for_hub
 from cpool_vision.layers import ContextPool2d
 
-CNN, VIT = 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32'
-SMALL = {CNN: dict(layers=[1, 1, 1, 1]), VIT: dict(depth=2, embed_dim=32, num_heads=2)}
+CNN, VIT, NAFLEX = 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32', 'naflexvit_micro_cpool_patch4_gap'
+SMALL = {CNN: dict(layers=[1, 1, 1, 1]), **dict.fromkeys((VIT, NAFLEX), dict(depth=2, embed_dim=32, num_heads=2))}
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
@@ -30,7 +30,7 @@ def images():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize('name', [CNN, VIT])
+@pytest.mark.parametrize('name', [CNN, VIT, NAFLEX])
 def test_export_with_any_batch(name, images):
     model = make(name)
     program = torch.export.export(model, (images,), dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1, max=64)}})
@@ -42,7 +42,7 @@ def test_export_with_any_batch(name, images):
     assert targets.count('cpool_vision.context_pool2d.default') == pools > 0
 
 
-@pytest.mark.parametrize('name', [CNN, VIT])
+@pytest.mark.parametrize('name', [CNN, VIT, NAFLEX])
 def test_onnx_with_any_batch(name, images, tmp_path):
     pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')

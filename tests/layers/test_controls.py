@@ -21,12 +21,12 @@ def make(mixer, **kwargs):
 
 def test_context_is_the_pool_itself():
     assert type(make_pool(8)) is ContextPool2d
-    assert type(make_pool(8, tokens=True)) is TokenContextPool
+    assert type(make_pool(8, layout='tokens')) is TokenContextPool
 
 
 @pytest.mark.parametrize('mixer', MIXERS)
 def test_maps_and_tokens_agree(mixer):
-    pool, token_pool = make(mixer), make(mixer, tokens=True, num_prefix_tokens=1, grid_size=(11, 9))
+    pool, token_pool = make(mixer), make(mixer, layout='tokens', num_prefix_tokens=1, grid_size=(11, 9))
     token_pool.load_state_dict(pool.state_dict())
     prefix = torch.randn(2, 1, 8)
     y = token_pool(torch.cat([prefix, X.flatten(2).mT], 1))

@@ -13,6 +13,7 @@ MODELS = [
     ('resnet_micro_cpool_32', 'resnet', 16),
     ('resnet18_cpool', 'resnet', 64),
     ('resnet50_cpool', 'resnet', 32),
+    ('naflexvit_micro_cpool_patch4_gap', 'naflexvit', 32),
     ('poolformer_micro_cpool_32', 'metaformer', 16),
     ('swin_micro_cpool_patch2_window4_32', 'swin_transformer', 32),
     ('vit_micro_cpool_patch4_32', 'vision_transformer', 32),
@@ -37,6 +38,8 @@ PLACES = {
     ('swin_micro_cpool_patch2_window4_32', 'window'): [
         f'layers.{i}.blocks.{j}.attn.qkv.cpool' for i, n in ((2, 4), (3, 1)) for j in range(n)],
     ('swin_micro_cpool_patch2_window4_32', 'post_block'): [f'layers.2.blocks.{j}.cpool' for j in range(3)],
+    ('naflexvit_micro_cpool_patch4_gap', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
+    ('naflexvit_micro_cpool_patch4_gap', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
     ('vit_micro_cpool_patch4_32', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
     ('vit_micro_cpool_patch4_32', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
 }

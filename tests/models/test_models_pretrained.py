@@ -13,18 +13,20 @@ PAIRS = [
     ('convnext_atto_cpool', 'convnext_atto', 64),
     ('resnet18_cpool', 'resnet18', 64),
     ('vit_tiny_cpool_patch16_224', 'vit_tiny_patch16_224', 224),
+    ('naflexvit_base_cpool_patch16_gap', 'naflexvit_base_patch16_gap', 64),
     ('poolformer_s12_cpool', 'poolformer_s12', 64),
     ('swin_tiny_cpool_patch4_window7_224', 'swin_tiny_patch4_window7_224', 224),
 ]
 EVERYWHERE = {
     'convnext_atto': POSITIONS['convnext'],
+    'naflexvit_base_patch16_gap': POSITIONS['naflexvit'],
     'poolformer_s12': POSITIONS['metaformer'],
     'resnet18': POSITIONS['resnet'],
     'swin_tiny_patch4_window7_224': POSITIONS['swin_transformer'],
     'vit_tiny_patch16_224': POSITIONS['vision_transformer'],
 }
 MICRO = [
-    'convnext_micro_cpool_32', 'poolformer_micro_cpool_32', 'resnet_micro_cpool_32',
+    'convnext_micro_cpool_32', 'naflexvit_micro_cpool_patch4_gap', 'poolformer_micro_cpool_32', 'resnet_micro_cpool_32',
     'swin_micro_cpool_patch2_window4_32', 'vit_micro_cpool_patch4_32']
 
 
@@ -76,14 +78,14 @@ def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
 def test_pretrained_with_another_head_and_stem(weights, name, base, size):
     model, overlay = weights(base)
     x = torch.randn(1, 1, size, size)
+    colour = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0).eval()
     variant = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=1).eval()
     assert variant(x).shape == (1, 5)
     headless = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, in_chans=1).eval()
-    grey = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, in_chans=1).eval()
     with torch.no_grad():
-        torch.testing.assert_close(headless(x), grey(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(headless(x), colour(x.expand(-1, 3, -1, -1)), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize('name,base,size', PAIRS)

@@ -14,6 +14,8 @@ BASES = {
     'convnext_nano_cpool': 'convnext_nano',
     'convnext_small_cpool': 'convnext_small',
     'convnext_tiny_cpool': 'convnext_tiny',
+    **{f'naflexvit_base_cpool_patch16_{kind}': f'naflexvit_base_patch16_{kind}'
+       for kind in ('gap', 'par_gap', 'parfac_gap')},
     'poolformer_s12_cpool': 'poolformer_s12',
     'poolformer_s24_cpool': 'poolformer_s24',
     'poolformer_s36_cpool': 'poolformer_s36',
@@ -32,6 +34,7 @@ BASES = {
 }
 MICRO = {
     'convnext_micro_cpool_32': 'convnext',
+    'naflexvit_micro_cpool_patch4_gap': 'naflexvit',
     'poolformer_micro_cpool_32': 'metaformer',
     'resnet_micro_cpool_32': 'resnet',
     'swin_micro_cpool_patch2_window4_32': 'swin_transformer',
@@ -41,9 +44,9 @@ DEPTHS = {
     f'vit_{size}_cpool_d{depth}_patch16_224': (f'vit_{size}_patch16_224', depth)
     for size in ('small', 'base') for depth in (6, 8, 9, 10)}
 PREFIXES = {
-    'convnext': 'convnext', 'poolformer': 'metaformer', 'poolformerv2': 'metaformer', 'resnet18': 'resnet',
-    'resnet34': 'resnet', 'resnet50': 'resnet', 'resnet101': 'resnet', 'swin': 'swin_transformer',
-    'vit': 'vision_transformer'}
+    'convnext': 'convnext', 'naflexvit': 'naflexvit', 'poolformer': 'metaformer', 'poolformerv2': 'metaformer',
+    'resnet18': 'resnet', 'resnet34': 'resnet', 'resnet50': 'resnet', 'resnet101': 'resnet',
+    'swin': 'swin_transformer', 'vit': 'vision_transformer'}
 FAMILY = dict(MICRO, **{name: PREFIXES[name.split('_')[0]] for name in BASES})
 
 
@@ -56,7 +59,7 @@ def size(model):
 
 
 def test_the_zoo_is_listed():
-    assert sorted(timm.list_models('*cpool*')) == sorted([*BASES, *MICRO, *DEPTHS])
+    assert sorted(timm.list_models('*cpool*')) == sorted([*BASES, *MICRO, *DEPTHS, 'naflexvit_small_cpool_patch16_gap'])
     assert cpool_vision.list_models() == timm.list_models('*cpool*')
     assert cpool_vision.list_models('vit_*cpool*') == timm.list_models('vit_*cpool*')
 

@@ -7,7 +7,7 @@ from cpool_vision.models._builder import context_pools
 
 CONV = ['convnext_micro_cpool_32', 'resnet_micro_cpool_32', 'poolformer_micro_cpool_32']
 VIT = 'vit_micro_cpool_patch4_32'
-MICRO = [*CONV, 'swin_micro_cpool_patch2_window4_32', VIT]
+MICRO = [*CONV, 'naflexvit_micro_cpool_patch4_gap', 'swin_micro_cpool_patch2_window4_32', VIT]
 
 
 def make(name, **kwargs):

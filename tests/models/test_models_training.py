@@ -8,6 +8,7 @@ from cpool_vision.models._builder import POSITIONS, context_pools, pool_keys
 
 MICRO = {
     'convnext_micro_cpool_32': 'convnext',
+    'naflexvit_micro_cpool_patch4_gap': 'naflexvit',
     'poolformer_micro_cpool_32': 'metaformer',
     'resnet_micro_cpool_32': 'resnet',
     'swin_micro_cpool_patch2_window4_32': 'swin_transformer',

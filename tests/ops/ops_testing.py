@@ -74,3 +74,19 @@ def assert_as_good_as_eager(case: Case, backend: str, stride: int = 1) -> None:
             f'{name}: max error {float(error.max()):.2e}, eager {float(eager_error.max()):.2e}, {floor=:.1e}')
         assert float(error.mean()) <= 2 * (float(eager_error.mean()) + floor / 4), (
             f'{name}: mean error {float(error.mean()):.2e}, eager {float(eager_error.mean()):.2e}, {floor=:.1e}')
+
+
+def assert_absent_pixels_do_nothing(case: Case, backend: str) -> None:
+    """Pixels of logit -inf: pooled and differentiated as the map that ends before them, whatever their features are."""
+    x, logits, sigma, grad = (t.clone() for t in case)
+    h, w = x.shape[2] - 4, x.shape[3] - 7
+    part = tuple(t[..., :h, :w].contiguous() for t in case)
+    for t, fill in ((x, 1e4), (logits, -float('inf')), (grad, 0.)):
+        t[:, :, h:], t[..., w:] = fill, fill
+    got, expected = run(pool(backend), (x, logits, sigma, grad)), run(dense(), part)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name][..., :h, :w], value, rtol=1e-3, atol=1e-4)
+    for name in ('dx', 'dlogits', 'dsigma'):
+        outside = got[name].clone()
+        outside[..., :h, :w] = 0
+        assert not outside.any(), name

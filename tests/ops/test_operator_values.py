@@ -3,7 +3,16 @@ import random
 
 import pytest
 import torch
-from ops_testing import FAST_BACKENDS, HOST_BACKENDS, assert_as_good_as_eager, dense, make_case, pool, run
+from ops_testing import (
+    FAST_BACKENDS,
+    HOST_BACKENDS,
+    assert_absent_pixels_do_nothing,
+    assert_as_good_as_eager,
+    dense,
+    make_case,
+    pool,
+    run,
+)
 
 from cpool_vision.ops import context_pool2d, plan
 from cpool_vision.ops.plan import BY_SOFTMAX
@@ -57,6 +66,12 @@ def test_extreme_supports(sigma, backend):
 @pytest.mark.parametrize('backend', FAST_BACKENDS)
 def test_logits_far_apart_do_not_underflow(backend):
     assert_as_good_as_eager(make_case(1, 4, 32, 30, sigma=(0.2, 1.0), logit_scale=60.0), backend)
+
+
+@pytest.mark.parametrize('backend', HOST_BACKENDS)
+@pytest.mark.parametrize('size, largest', [((9, 12), 3.), ((41, 30), 1.5), ((41, 30), 40.)])
+def test_pixels_of_logit_minus_infinity_are_absent(size, largest, backend):
+    assert_absent_pixels_do_nothing(make_case(2, 4, *size, groups=2, sigma=(.2, largest)), backend)
 
 
 def test_bound_detects_a_wrong_result():

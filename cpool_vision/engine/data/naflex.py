@@ -58,9 +58,8 @@ def check_naflex(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:
     get_patch_size = getattr(model, 'get_patch_size', None)
     if get_patch_size is None:
         raise ConfigError(
-            f'--naflex-loader gives patches with coordinates and a mask, --model {args.model!r} takes whole images '
-            "(the context pool of the *_cpool models works on a full grid): choose one of timm's naflexvit models, or "
-            'leave --naflex-loader out')
+            f'--naflex-loader gives patches with coordinates and a mask, --model {args.model!r} takes whole images: '
+            'choose a naflexvit model (naflexvit_*_cpool_* or one of timm), or leave --naflex-loader out')
     idle = (
         ('no_prefetcher', 'patches are normalised by the prefetcher'), ('channels_last', 'patches have no layout'),
         ('torchscript', 'dictionaries cannot be scripted'), ('train_img_sizes', 'both set the size of a batch'),
