@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.release import release
 from benchmarks.results import format_table, measure
+from benchmarks.zoo import card
 from cpool_vision.engine.flags import args_validate
 from cpool_vision.engine.flags.config import parse_args
 from cpool_vision.engine.validation.validate_run import validate
@@ -23,13 +24,14 @@ def test_a_run_becomes_a_row_and_an_entry_with_the_same_figures(
     assert '| `resnet_micro_cpool_32` | context pool | 24 | 2 |' in format_table([row])
 
     entry = tmp_path / 'zoo' / 'tiny'
-    release(run, entry, Path(image_root), 'random images', 'Good for nothing.')
+    release(run, entry, Path(image_root), 'random images', 'python train.py --drop 0.2', 'Good for nothing.')
     again = validate(parse_args(args_validate.build_parser, [
         '--model', f'local-dir:{entry}', '--data-dir', image_root, '-j', '0', '--device', 'cpu']))
     assert again['loss'] == pytest.approx(row['loss'], abs=1e-3) and again['top1'] == row['top1']
-    card = (entry / 'README.md').read_text()
-    assert 'trained from scratch on\nrandom images' in card and 'drop: 0.2' in card and 'Good for nothing.' in card
-    assert 'mean [0.4, 0.5, 0.6]' in card and 'cat, dog, owl' in card
-    assert {path.name for path in entry.iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
+    text = card(entry)
+    assert 'trained from scratch on\nrandom images' in text and 'drop: 0.2' in text and 'Good for nothing.' in text
+    assert 'mean [0.4, 0.5, 0.6]' in text and 'cat, dog, owl' in text
+    assert f'| 24 | 2 | {row["params"] / 1e6:.3f} |' in text and f'| 7 | {row["top1"]:.2f} |' in text
+    assert {path.name for path in entry.iterdir()} == {'release.json', 'config.json', 'model.safetensors'}
     with pytest.raises(FileExistsError, match='choose another name'):
-        release(run, entry, Path(image_root), '', '')
+        release(run, entry, Path(image_root), '', '', '')
