@@ -1,8 +1,8 @@
 """Cards, index and reference logits of the zoo: `python -m benchmarks.zoo --write`; without the flag says what differs.
 
-An entry is a folder of models/ with `model.safetensors` and `config.json` in timm's format and `release.json`: how it was
-made and what it scored. README.md of the entry and of models/ follow from these. Reference logits, of images that follow
-from a formula, are written for new entries only: they are what later versions are held to.
+An entry is a folder of models/ with `model.safetensors` and `config.json` in timm's format and `release.json`: how it
+was made and what it scored. README.md of the entry and of models/ follow from these. Reference logits, of images that
+follow from a formula, are written for new entries only: they are what later versions are held to.
 """
 import argparse
 import json
@@ -61,17 +61,17 @@ model = timm.create_model('local-dir:models/{name}', pretrained=True).eval()
 Input: {size} x {size} RGB, scaled to [0, 1], mean {mean}, standard deviation {std}. Labels are the class folders in
 alphabetical order: {labels}.
 
-The picture: circles have a radius of one standard deviation of the pooling mask; the weight map shows the binary logarithm
-of a pixel's weight over that of a uniform map (`{draw}`).
+The picture: circles have a radius of one standard deviation of the pooling mask; the weight map shows the binary
+logarithm of a pixel's weight over that of a uniform map (`{draw}`).
 
 Licence of the weights: Apache-2.0.
 '''
 
 _INDEX = '''# Released models
 
-Small models trained from scratch by the committed configs: demonstrations of each family, not for use on other images. A
-folder loads by `timm.create_model('local-dir:models/NAME', pretrained=True)` after `import cpool_vision`; its card says how
-it was trained and scored. This page is written by `python -m benchmarks.zoo --write`.
+Small models trained from scratch by the committed configs: demonstrations of each family, not for use on other images.
+A folder loads by `timm.create_model('local-dir:models/NAME', pretrained=True)` after `import cpool_vision`; its card
+says how it was trained and scored. This page is written by `python -m benchmarks.zoo --write`.
 
 | model | data | epochs | parameters (M) | MACs (M) | top-1 (%) | weights (MB) |
 |---|---|---:|---:|---:|---:|---:|
@@ -86,7 +86,7 @@ def entries() -> list[Path]:
 
 def draw_command(name: str) -> str:
     """The command that drew the picture of an entry."""
-    return (f'cpool-inspect local-dir:models/{name} --data-dir DIR --num-images 3 --layers 2 --dpi 80 '
+    return (f'cpool-inspect local-dir:models/{name} --data-dir DIR --num-images 3 --layers 2 --dpi 110 '
             f'-o models/{name}/supports.png')
 
 
@@ -117,7 +117,7 @@ def index() -> str:
 
 
 def reference_images(height: int, width: int) -> Tensor:
-    """Images `(4, 3, height, width)` in [0, 1] that follow from integers alone: waves of growing frequency in colours."""
+    """Images `(4, 3, height, width)` in [0, 1] that follow from integers alone: coloured waves of growing frequency."""
     i, c = torch.arange(_IMAGES).view(-1, 1, 1, 1), torch.arange(3).view(1, -1, 1, 1)
     y, x = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
     phase = (3 + 4 * i + c) * y + (5 + 2 * i * c) * x + 40 * c + (x * y * (i + 1)) // 8
