@@ -1,5 +1,6 @@
 """Patch sequences of timm's NaFlex loader: effects of the flags, positions, training and validation."""
 import argparse
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from timm.models import create_model
 from cpool_vision.engine.data import naflex
 from cpool_vision.engine.device import Precision
 from cpool_vision.engine.errors import ConfigError
+from cpool_vision.engine.tracking.support_log import keep_first_input, measure_supports
 
 INPUT = {'input_size': (3, 32, 32), 'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear',
          'crop_pct': 1.0}
@@ -160,6 +162,28 @@ def test_batches_train_a_model(build: Callable[..., Any]) -> None:
     assert all(torch.isfinite(model(patches)).all() for patches, _ in eval_loader)
 
 
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_supports_are_measured_on_images_of_one_size(channels_last: bool) -> None:
+    model = create_model('naflexvit_micro_cpool_patch4_gap', depth=2, patchify_channels_last=channels_last).eval()
+    images = [torch.randn(3, height, width) for height, width in ((8, 12), (12, 8), (8, 12))]
+    patches, coord, valid = torch.full((3, 7, 48), 9.), torch.zeros(3, 7, 2).long(), torch.zeros(3, 7).bool()
+    for i, image in enumerate(images):
+        for j in range(6):
+            row, column = divmod(j, image.shape[2] // 4)
+            patch = image[:, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
+            patches[i, j] = (patch.permute(1, 2, 0) if channels_last else patch).flatten()
+            coord[i, j], valid[i, j] = torch.tensor([row, column]), True
+    batch = dict(patches=patches, patch_coord=coord, patch_valid=valid)
+    with keep_first_input(model) as kept:
+        output = model(batch)
+    assert torch.equal(kept[0], torch.stack(images[::2]))
+    torch.testing.assert_close(model(kept[0]), output[::2], rtol=1e-4, atol=1e-5)
+    assert [each.layer for each in measure_supports(model, kept[0], PLAIN)] == ['blocks.0.cpool']
+    with keep_first_input(model) as kept:
+        model(dict(batch, patch_valid=valid & (torch.arange(7) != 2)))
+    assert kept == []
+
+
 RUN = ['--model-kwargs', 'embed_dim=16', 'depth=2', 'num_heads=2', 'patch_size=8', '--naflex-loader',
        '--naflex-train-seq-lens', '4', '9', '--naflex-max-seq-len', '16']
 
@@ -180,5 +204,6 @@ def test_a_run_trains_resumes_and_validates(name: str, run_train: Callable[..., 
         '--num-classes', '3', '--img-size', '32', '--checkpoint', f'{whole["folder"]}/last.pth.tar', '--use-ema',
         '-j', '0', '--device', 'cpu'))
     assert row['loss'] == pytest.approx(whole['epochs'][-1]['eval_loss'], abs=1e-3)
+    assert pathlib.Path(whole['folder'], 'supports.csv').exists() == ('cpool' in name)
     other = run_train(*flags, '--experiment', 'unscaled', '--naflex-loss-scale', 'none')
     assert other['epochs'][-1]['train_loss'] != whole['epochs'][-1]['train_loss']
