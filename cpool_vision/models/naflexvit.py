@@ -79,8 +79,8 @@ class ContextPoolNaFlexVit(NaFlexVit):
         **kwargs: Further arguments of `NaFlexVit`, fields of its configuration among them.
 
     Raises:
-        ValueError: `block_fn` is given, the options ask for EVA's blocks (rotary embeddings, gates, SwiGLU), or
-            `patch_drop_rate > 0` with pools: positions that change with every step are no grid.
+        ValueError: `block_fn` is given; or, with pools, the options ask for EVA's blocks (rotary embeddings, gates,
+            SwiGLU), or `patch_drop_rate > 0`: dropped patches leave no grid.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class ContextPoolNaFlexVit(NaFlexVit):
         super().__init__(dataclasses.replace(cfg, block_fn=block_fn), *args, **kwargs)
         cpool = cpool or PoolConfig('naflexvit')
         positions = cpool.positions
+        self.has_pools = bool(positions)
         if positions and cfg.patch_drop_rate > 0:
             raise ValueError(
                 f'patch_drop_rate must be 0 with context pooling, got {cfg.patch_drop_rate}: '
@@ -109,7 +110,7 @@ class ContextPoolNaFlexVit(NaFlexVit):
             device=kwargs.get('device'),
             dtype=kwargs.get('dtype'),
         )
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks if positions else ()):
             if not isinstance(block, ContextPoolNaFlexBlock):
                 raise ValueError(
                     f'the options ask for {type(block).__name__}, which has no place for a pool: leave out rope_type, '
@@ -127,11 +128,13 @@ class ContextPoolNaFlexVit(NaFlexVit):
             patch_valid: Tensor | None,
             attn_mask: Tensor | None,
     ) -> dict[str, Any]:
-        # timm hands the mask on to every block, under checkpointing too, and reads it nowhere else
-        grids = grids_of_input(
-            x, patch_coord, patch_valid, self.embeds.patch_size, self.embeds.dynamic_img_pad, self.num_prefix_tokens)
         embeds: dict[str, Any] = super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
-        embeds['attn_mask'] = GridMask(embeds['attn_mask'], grids)
+        if self.has_pools:
+            grids = grids_of_input(
+                x, patch_coord, patch_valid, self.embeds.patch_size, self.embeds.dynamic_img_pad,
+                self.num_prefix_tokens)
+            # timm hands the mask on to every block, under checkpointing too, and reads it nowhere else
+            embeds['attn_mask'] = GridMask(embeds['attn_mask'], grids)
         return embeds
 
 

@@ -168,6 +168,7 @@ def test_without_pools_it_is_timms_own():
         patch_size=4, embed_dim=32, depth=2, num_heads=2, pos_embed_grid_size=(8, 8), global_pool='avg', fc_norm=True,
         reg_tokens=2, num_classes=5).double().eval()
     timms.load_state_dict(plain.state_dict())
+    timm.create_model(NAME, cpool_positions='none', rope_type='axial', patch_drop_rate=.5, device='meta')
     batch = batch_of([as_patches(image) for image in images()])
     assert torch.equal(plain(batch), timms(batch))
     kwargs = dict(output_fmt='NLC', output_dict=True, return_prefix_tokens=True, indices=[0])
