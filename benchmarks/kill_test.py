@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from cpool_vision.engine.checkpoints.checkpoint import read_checkpoint
+from cpool_vision.engine.checkpoints.resume import EXTENSIONS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = ('undisturbed', 'killed')
@@ -95,11 +96,17 @@ class Run:
 
     def seconds(self) -> float:
         """Time between the opening of the run folder and the last checkpoint, of a run in one go."""
-        return ((self.folder / 'last.pth.tar').stat().st_mtime_ns - self._stamp()) / 1e9
+        return (checkpoint_of(self.folder, 'last').stat().st_mtime_ns - self._stamp()) / 1e9
 
     def complete(self) -> bool:
         """Whether a launch came to the end."""
         return b'--result' in self.log.read_bytes()
+
+
+def checkpoint_of(folder: pathlib.Path, stem: str) -> pathlib.Path:
+    """The checkpoint of this name in a run folder, a file or a folder of parts."""
+    return next((path for path in (folder / (stem + each) for each in EXTENSIONS) if path.exists()),
+                folder / (stem + EXTENSIONS[0]))
 
 
 def _children() -> dict[int, list[int]]:
@@ -168,14 +175,17 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def compare_checkpoints(one: pathlib.Path, two: pathlib.Path) -> tuple[int, list[str]]:
-    """Number of entries in two checkpoint files, and the names of those that are not equal bit for bit.
+    """Number of entries in two checkpoints, and the names of those that are not equal bit for bit.
 
-    Left out are the settings, which name folders and the checkpoint to resume from.
+    Left out are the settings, which name folders and the checkpoint to resume from, and of the history the extensions.
     """
     sides = []
     for path in (one, two):
         content = read_checkpoint(str(path), 'checkpoint')
         sides.append(flatten({key: value for key, value in content.items() if key != 'args'}))
+        for name, value in sides[-1].items():
+            if name.startswith('.saver.checkpoint_files') and isinstance(value, str):
+                sides[-1][name] = value.partition('.')[0]
     names = set(sides[0]) | set(sides[1])
     missing = object()
     return len(names), sorted(
@@ -193,8 +203,10 @@ def read_rows(folder: pathlib.Path, name: str) -> list[dict[str, str]]:
 def compare_runs(one: pathlib.Path, two: pathlib.Path) -> list[str]:
     """What differs between two run folders."""
     wrong = []
-    for name in ('last.pth.tar', 'model_best.pth.tar'):
-        count, unequal = compare_checkpoints(one / name, two / name)
+    for stem in ('last', 'model_best'):
+        paths = checkpoint_of(one, stem), checkpoint_of(two, stem)
+        name = paths[0].name
+        count, unequal = compare_checkpoints(*paths)
         print(f'{name}: {count - len(unequal)} of {count} entries are equal bit for bit')
         wrong += [f'{name} {entry}' for entry in unequal]
     records = [path.read_text(encoding='utf-8') if path.exists() else '' for path in (

@@ -9,7 +9,8 @@ from typing import Any
 from .errors import OutputError
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
+    """Flushes the names in a folder to disk, where the system can."""
     if os.name != 'posix':
         return
     handle = os.open(path, os.O_RDONLY)
@@ -43,7 +44,7 @@ def write_atomic(path: str, write: Callable[[Any], None]) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = ''
-        _sync_directory(folder)
+        sync_directory(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, 'strerror', None) or error
         raise OutputError(f'{path!r} cannot be written ({reason}): free space or choose another folder') from error
@@ -80,11 +81,37 @@ def link_atomic(source: str, target: str) -> None:
                 write_atomic(target, lambda out: shutil.copyfileobj(file, out))
             return
         os.replace(temporary, target)
-        _sync_directory(os.path.dirname(os.path.abspath(target)))
+        sync_directory(os.path.dirname(os.path.abspath(target)))
     except OSError as error:
         raise OutputError(f'{target!r} cannot be written ({error.strerror or error})') from error
     finally:
         if os.path.exists(temporary):  # a rename between two names of one file leaves the first
+            os.remove(temporary)
+
+
+def point_atomic(path: str, target: str) -> None:
+    """Lets a symbolic link stand for a finished folder, in place of a former link of that name.
+
+    Args:
+        path: the link.
+        target: name of a folder beside it.
+
+    Raises:
+        OutputError: the operating system refused.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = os.path.join(folder, f'.{os.path.basename(path)}.link.tmp')
+    try:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        os.symlink(target, temporary, target_is_directory=True)
+        os.replace(temporary, path)
+        sync_directory(folder)
+    except OSError as error:
+        raise OutputError(f'{path!r} cannot be made a symbolic link ({error.strerror or error}): choose a folder where '
+                          'that is possible') from error
+    finally:
+        if os.path.lexists(temporary):
             os.remove(temporary)
 
 
@@ -107,7 +134,7 @@ def keep_former(path: str, name: str) -> Iterator[None]:
         link_atomic(path, temporary)
         yield
         os.replace(temporary, name)
-        _sync_directory(os.path.dirname(os.path.abspath(name)))
+        sync_directory(os.path.dirname(os.path.abspath(name)))
     except OutputError:
         raise
     except OSError as error:

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from loop_tools import make_batches, make_run
+from divided_tools import prepare
+from loop_tools import make_batches
 from resume_tools import unequal
 
 from benchmarks.kill_test import Run, compare_runs, run_killed
@@ -29,38 +30,12 @@ FLAGS = [
     '--model-ema-decay', '0.9', '--device', 'cpu', '--recovery-interval', '1', '--no-tensorboard']
 
 
-class TinyBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(12, 12)
-        self.norm = nn.BatchNorm1d(12)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.norm(self.linear(x)).relu()
-
-
-def tiny() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Sequential(TinyBlock(), TinyBlock()), nn.Dropout(0.2), nn.Linear(12, 3))
-
-
 @pytest.fixture
 def process_group(tmp_path: pathlib.Path) -> Iterator[None]:
     """A group of this process alone."""
     dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def prepare(fsdp: bool, batches: int = 7) -> tuple[Any, TrainState]:
-    run: Any = make_run(make_batches(batches), 3, model=tiny())
-    args = argparse.Namespace(model_ema=True, model_ema_decay=0.9, model_ema_warmup=False)
-    if fsdp:
-        sharding.shard_task(run.task, args, torch.device('cpu'))
-    else:
-        run.task.setup_ema(decay=0.9)
-    run.optimizer = torch.optim.AdamW(run.task.get_trainable_module().parameters(), lr=0.1)
-    return run, TrainState(run.task, run.optimizer, run.loss_scaler, None, {'model': 'tiny'})
 
 
 def content_of(state: TrainState) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def count_calls(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
     for name in CALLS[2:]:
         wrap(os, name)
     wrap(atomic.tempfile, 'mkstemp')
-    wrap(seal._Hashed, 'write')
+    wrap(seal.HashedFile, 'write')
     wrap(seal.struct, 'pack')  # between content and seal
 
 

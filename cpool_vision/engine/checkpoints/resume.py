@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
 
 from ..errors import CheckpointError, CheckpointVersionError, ConfigError
-from .checkpoint import read_checkpoint
+from ..processes.vote import agree_on_failure, agree_on_number
+from .checkpoint import open_checkpoint
+from .parts import hash_of
 from .seal import read_seal
 
 _logger = logging.getLogger(__name__)
 EXTENSION = '.pth.tar'
+FOLDER = '.sharded'
+EXTENSIONS = (EXTENSION, FOLDER)
 PREVIOUS = 'previous'
 RECOVERY = 'recovery-'
 
@@ -29,14 +32,14 @@ def serial_of(path: str) -> float:
 
 
 def list_candidates(folder: str) -> list[str]:
-    """Checkpoints in a run folder, the newest first; of several names of one file only the first."""
+    """Checkpoints in a run folder, the newest first; of several names of one file or folder only the first."""
     patterns = ('last', f'{RECOVERY}*', PREVIOUS, 'checkpoint-*', 'model_best')
-    paths = [path for pattern in patterns
-             for path in glob.glob(os.path.join(glob.escape(folder), pattern + EXTENSION))]
+    paths = [path for pattern in patterns for extension in EXTENSIONS
+             for path in glob.glob(os.path.join(glob.escape(folder), pattern + extension))]
     known: set[tuple[int, int]] = set()
     distinct = []
     for path in paths:
-        status = os.stat(path)
+        status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link may have lost its folder
         if (status.st_dev, status.st_ino) not in known:
             known.add((status.st_dev, status.st_ino))
             distinct.append(path)
@@ -44,12 +47,58 @@ def list_candidates(folder: str) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Team:
+    """The processes that open a checkpoint together.
+
+    Attributes:
+        rank, processes: of this one, and how many.
+        device: where what they agree on is reduced.
+    """
+
+    rank: int = 0
+    processes: int = 1
+    device: torch.device = torch.device('cpu')
+
+    def open(self, path: str, flag: str) -> dict[str, Any]:
+        """`open_checkpoint`, with the same outcome on all processes; every one must call it.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointError: see there; also if another process could not read it.
+        """
+        content, error = {}, None
+        try:
+            content = open_checkpoint(path, flag, self.rank, self.processes)
+        except CheckpointError as caught:
+            error = caught
+        failed = agree_on_failure(error is not None, self.device, self.processes > 1)
+        if error is not None:
+            raise error
+        if failed:
+            raise CheckpointError(f'{flag} {path!r} cannot be read by another process: see its message')
+        return content
+
+    def check_alike(self, text: str, what: str) -> None:
+        """Refuses processes that see different files; every one must call it.
+
+        Args:
+            text: the same on all processes if they see the same.
+            what: this process would resume from, for the message.
+
+        Raises:
+            CheckpointError: it differs.
+        """
+        if not agree_on_number(hash_of(text), self.device, self.processes > 1):
+            raise CheckpointError(f'this process would resume from {what or "nothing"!r}, others from another '
+                                  'checkpoint: --output must be a folder that all of them share')
+
+
+@dataclass(frozen=True)
 class Found:
     """A checkpoint to resume from.
 
     Attributes:
-        path: its file, '' for a new run.
-        content: its dictionary, None for a new run.
+        path: its file or folder, '' for a new run.
+        content: its dictionary, None for a new run; tensors in parts are still in their files.
         damaged: newer files that were passed over.
     """
 
@@ -58,19 +107,22 @@ class Found:
     damaged: tuple[str, ...] = ()
 
 
-def find_newest(folder: str) -> Found:
+def find_newest(folder: str, team: Team = Team()) -> Found:
     """The newest checkpoint of a run folder that is whole; nothing if the folder has none at all.
 
-    Damaged ones are named in the log and passed over.
+    Damaged ones are named in the log and passed over. Every process of the team must call it.
 
     Raises:
         CheckpointVersionError: the newest whole one is of a newer release.
-        CheckpointError: there are some, and all are damaged.
+        CheckpointError: there are some, and all are damaged; or the processes see different ones.
     """
     damaged: list[str] = []
-    for path in list_candidates(folder):
+    candidates = list_candidates(folder)
+    seen = [(os.path.basename(path), read_seal(path)) for path in candidates]
+    team.check_alike(repr(seen), candidates[0] if candidates else '')
+    for path in candidates:
         try:
-            return Found(path, read_checkpoint(path, '--resume auto:'), tuple(damaged))
+            return Found(path, team.open(path, '--resume auto:'), tuple(damaged))
         except CheckpointVersionError:
             raise
         except CheckpointError as error:
@@ -91,22 +143,24 @@ def set_aside(paths: tuple[str, ...]) -> None:
             _logger.warning('Damaged checkpoint %s cannot be renamed (%s).', path, error.strerror)
 
 
-def open_resume(args: argparse.Namespace, folder: str) -> Found:
-    """The checkpoint that `--resume` names.
+def open_resume(args: argparse.Namespace, folder: str, device: torch.device) -> Found:
+    """The checkpoint that `--resume` names; every process must call it.
 
     Args:
         args: settings.
         folder: run folder of `--experiment`, in which `auto` looks.
+        device: where the processes reduce what they agree on.
 
     Raises:
         ConfigError: `auto` without `--experiment`.
         CheckpointError, CheckpointNotFoundError: see `read_checkpoint` and `find_newest`.
     """
+    team = Team(args.rank, args.world_size, device)
     if args.resume != 'auto':
-        return Found(args.resume, read_checkpoint(args.resume, '--resume')) if args.resume else Found()
+        return Found(args.resume, team.open(args.resume, '--resume')) if args.resume else Found()
     if not args.experiment:
         raise ConfigError("--resume auto needs --experiment NAME, so that the run's folder is known: add it")
-    return find_newest(folder)
+    return find_newest(folder, team)
 
 
 def check_agreement(path: str, device: torch.device, distributed: bool) -> None:
@@ -115,12 +169,6 @@ def check_agreement(path: str, device: torch.device, distributed: bool) -> None:
     Raises:
         CheckpointError: the files differ.
     """
-    if not distributed:
-        return
     seal = read_seal(path) if path else None
-    number = int(seal.sha256[:15], 16) if seal is not None else int(bool(path))
-    ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
-    if ends[0] != -ends[1]:
-        raise CheckpointError(f'this process would resume from {path or "nothing"!r}, others from another checkpoint: '
-                              '--output must be a folder that all of them share')
+    text = seal.sha256 if seal is not None else str(bool(path))
+    Team(processes=2 if distributed else 1, device=device).check_alike(text, path)

@@ -3,8 +3,9 @@ import glob
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.task import TrainingTask
@@ -15,8 +16,9 @@ from ..atomic import keep_former, link_atomic
 from ..errors import CheckpointError
 from ..processes.sharding import divide_like, divide_optimizer_state, gather_whole
 from .checkpoint import describe_misfit, pick_weights, to_plain
+from .parts import make_whole
 from .position import Position
-from .resume import EXTENSION, PREVIOUS, RECOVERY, list_candidates, serial_of
+from .resume import EXTENSION, EXTENSIONS, PREVIOUS, RECOVERY, list_candidates, serial_of
 from .seal import read_seal, save_sealed
 
 _logger = logging.getLogger(__name__)
@@ -46,14 +48,19 @@ class TrainState:
     def __post_init__(self) -> None:
         self._gathered: dict[str, Any] | None = None
 
-    def _tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Any]:
+        """Model, average and optimizer, as this process holds them."""
         return {'optimizer': self.optimizer.state_dict(), **self.task.get_checkpoint_state(),
                 **self.task.get_checkpoint_state(ema=True)}
 
     def gather(self, keep: bool) -> None:
         """Makes whole what `--fsdp` divides, for the next checkpoint; every process must call it."""
         if isinstance(self.task.get_trainable_module(), FSDPModule):
-            self._gathered = gather_whole(self._tensors(), keep)
+            self.hold(gather_whole(self.tensors(), keep))
+
+    def hold(self, tensors: dict[str, Any]) -> None:
+        """Lets the next checkpoint have these in the place of `tensors`."""
+        self._gathered = tensors
 
     def to_checkpoint(self, epoch: int) -> dict[str, Any]:
         """Content of a checkpoint in timm's format (version 2: `epoch` is the last finished one, -1 for none)."""
@@ -64,7 +71,7 @@ class TrainState:
             'args': to_plain(self.args),
             **self.extra,
         }
-        content.update(self._tensors() if self._gathered is None else self._gathered)
+        content.update(self.tensors() if self._gathered is None else self._gathered)
         self._gathered = None  # as large as the model
         if self.loss_scaler.is_enabled():
             content[SCALER_KEY] = self.loss_scaler.state_dict()
@@ -89,7 +96,7 @@ class TrainState:
             CheckpointError: another architecture, class count or optimizer.
         """
         weights, _ = pick_weights(content, use_ema=False)
-        self._load_weights(weights, content.get('task_state'), path, ema=False)
+        self._load_weights(weights, make_whole(content.get('task_state')), path, ema=False)
         if not weights_only:
             self._load_optimizer(content, path)
         epoch = content.get('epoch')
@@ -102,7 +109,8 @@ class TrainState:
         weights, is_ema = pick_weights(content, use_ema=True)
         if not is_ema:
             _logger.warning('%s has no averaged weights: the average starts from its plain weights.', path)
-        self._load_weights(weights, content.get('task_state_ema' if is_ema else 'task_state'), path, ema=True)
+        task_state = make_whole(content.get('task_state_ema' if is_ema else 'task_state'))
+        self._load_weights(weights, task_state, path, ema=True)
 
     def _load_weights(self, weights: dict[str, torch.Tensor], task_state: Any, path: str, ema: bool) -> None:
         model = unwrap_model(self.task.get_eval_model(ema=ema))
@@ -132,6 +140,49 @@ class TrainState:
             self.scheduler.restore_lr = content.get('lr_before_noise')
 
 
+class Store(Protocol):
+    """How checkpoints get under their names: as files, or as folders of parts (`folder_store.FolderStore`).
+
+    Attributes:
+        extension: of the names.
+    """
+
+    extension: str
+
+    def write(self, path: str, content: Mapping[str, Any], serial: int) -> None:
+        """Writes a checkpoint in one step, see `seal.save_sealed`."""
+
+    def link(self, source: str, target: str) -> None:
+        """Gives a checkpoint a second name, see `atomic.link_atomic`."""
+
+    def keep_former(self, path: str, name: str) -> AbstractContextManager[None]:
+        """Gives what the body replaces another name, see `atomic.keep_former`."""
+
+    def clean(self) -> None:
+        """Frees the space of checkpoints that have no name any more."""
+
+
+class FileStore:
+    """Checkpoints as files of `torch.save`."""
+
+    extension = EXTENSION
+
+    def write(self, path: str, content: Mapping[str, Any], serial: int) -> None:
+        """See `Store`."""
+        save_sealed(path, content, serial)
+
+    def link(self, source: str, target: str) -> None:
+        """See `Store`."""
+        link_atomic(source, target)
+
+    def keep_former(self, path: str, name: str) -> AbstractContextManager[None]:
+        """See `Store`."""
+        return keep_former(path, name)
+
+    def clean(self) -> None:
+        """The file system does."""
+
+
 class CheckpointSaver:
     """Writes `last`, `checkpoint-EPOCH` for the best epochs, `model_best`, and `recovery-EPOCH-BATCH` inside epochs.
 
@@ -143,21 +194,24 @@ class CheckpointSaver:
         folder: run folder.
         max_history: numbered checkpoints to keep, best first.
         decreasing: a lower metric is better.
+        store: how they are written, as files if None.
     """
 
-    def __init__(self, folder: str, max_history: int = 10, decreasing: bool = False) -> None:
+    def __init__(self, folder: str, max_history: int = 10, decreasing: bool = False, store: Store | None = None,
+                 ) -> None:
         if max_history < 1:
             raise ValueError(f'max_history must be >= 1, got {max_history}')
         self.folder = folder
         self.max_history = max_history
         self.decreasing = decreasing
+        self.store: Store = store or FileStore()
         self.files: list[tuple[str, float]] = []  # (file name, metric), best first
         self.best_metric: float | None = None
         self.best_epoch: int | None = None
 
     def path(self, stem: str) -> str:
         """Path of `last`, `model_best`, `checkpoint-EPOCH` and so on."""
-        return os.path.join(self.folder, stem + EXTENSION)
+        return os.path.join(self.folder, stem + self.store.extension)
 
     def is_better(self, metric: float, than: float | None) -> bool:
         """Whether a metric beats another; anything beats None, and NaN beats nothing."""
@@ -187,7 +241,7 @@ class CheckpointSaver:
             OutputError: a file cannot be written; the former checkpoints are intact.
         """
         metric = float(metric)
-        name = f'checkpoint-{epoch}{EXTENSION}'
+        name = f'checkpoint-{epoch}{self.store.extension}'
         improved = self.is_better(metric, self.best_metric)
         if improved:
             self.best_metric, self.best_epoch = metric, int(epoch)
@@ -196,12 +250,15 @@ class CheckpointSaver:
         kept, dropped = files[:self.max_history], files[self.max_history:]
 
         content = {**state.to_checkpoint(epoch), 'metric': metric, 'saver': self._history(kept)}
-        with keep_former(self.path('last'), self.path(PREVIOUS)):
-            save_sealed(self.path('last'), content, self._next_serial())
+        with self.store.keep_former(self.path('last'), self.path(PREVIOUS)):
+            self.store.write(self.path('last'), content, self._next_serial())
         if (name, metric) in kept:
-            link_atomic(self.path('last'), os.path.join(self.folder, name))
+            self.store.link(self.path('last'), os.path.join(self.folder, name))
         if improved:
-            link_atomic(self.path('last'), self.path('model_best'))
+            self.store.link(self.path('last'), self.path('model_best'))
+            self._remove_other_forms('model_best')
+        if os.path.exists(self.path(PREVIOUS)):
+            self._remove_other_forms('last', PREVIOUS)
         self.files = kept
         for old, _ in dropped:
             if old != name:
@@ -220,7 +277,7 @@ class CheckpointSaver:
         """
         path = self.path(f'{RECOVERY}{position.epoch}-{position.batch}')
         content = {**state.to_checkpoint(position.epoch - 1), 'saver': self._history(self.files)}
-        save_sealed(path, content, self._next_serial())
+        self.store.write(path, content, self._next_serial())
         self._prune()
         return path
 
@@ -228,21 +285,31 @@ class CheckpointSaver:
         return 1 + max((seal.serial for path in list_candidates(self.folder) if (seal := read_seal(path))), default=0)
 
     def _recoveries(self) -> list[str]:
-        return glob.glob(os.path.join(glob.escape(self.folder), f'{RECOVERY}*{EXTENSION}'))
+        return [path for extension in EXTENSIONS
+                for path in glob.glob(os.path.join(glob.escape(self.folder), f'{RECOVERY}*{extension}'))]
+
+    def _remove_other_forms(self, *stems: str) -> None:
+        """A run that was resumed with another `--checkpoint-format` has names of both."""
+        for path in (os.path.join(self.folder, stem + extension) for stem in stems for extension in EXTENSIONS):
+            if path not in map(self.path, stems) and os.path.lexists(path):
+                self._remove(path)
 
     def _prune(self) -> None:
         recoveries = self._recoveries()
-        others = [path for path in (self.path('last'), self.path(PREVIOUS)) if os.path.exists(path)]
+        others = [path for stem in ('last', PREVIOUS) for path in
+                  (os.path.join(self.folder, stem + extension) for extension in EXTENSIONS) if os.path.exists(path)]
         newest = sorted([*others, *recoveries], key=serial_of, reverse=True)[:2]
         for path in recoveries:
             if path not in newest:
                 self._remove(path)
+        self.store.clean()
 
     def finish(self) -> None:
         """Removes the files from inside epochs when the run is complete and two whole checkpoints stand."""
         if os.path.exists(self.path('last')) and os.path.exists(self.path(PREVIOUS)):
             for path in self._recoveries():
                 self._remove(path)
+            self.store.clean()
 
     def _remove(self, path: str) -> None:
         try:
@@ -253,13 +320,13 @@ class CheckpointSaver:
     def _complete(self, content: dict[str, Any], saved: dict[str, Any]) -> None:
         """Gives `last` the further names that a kill right after it was written kept it from getting."""
         last, epoch = self.path('last'), content.get('epoch')
-        name = f'checkpoint-{epoch}{EXTENSION}'
+        name = f'checkpoint-{epoch}{self.store.extension}'
         names = [name] if any(entry[0] == name for entry in saved.get('checkpoint_files', [])) else []
         if saved.get('best_epoch') == epoch:
-            names.append(f'model_best{EXTENSION}')
+            names.append(f'model_best{self.store.extension}')
         for target in (os.path.join(self.folder, each) for each in names):
             if not os.path.exists(target) or not os.path.samefile(last, target):
-                link_atomic(last, target)
+                self.store.link(last, target)
 
     def restore(self, content: dict[str, Any], path: str = '') -> None:
         """Takes over history and best metric from a checkpoint of this folder; lost files are forgotten.
@@ -275,7 +342,7 @@ class CheckpointSaver:
             self._complete(content, saved)
         self.files = [
             (os.path.basename(str(name)), float(metric)) for name, metric in saved.get('checkpoint_files', [])
-            if metric is not None and os.path.isfile(os.path.join(self.folder, os.path.basename(str(name))))
+            if metric is not None and os.path.exists(os.path.join(self.folder, os.path.basename(str(name))))
         ]
         self.best_metric = saved.get('best_metric')
         self.best_epoch = saved.get('best_epoch')

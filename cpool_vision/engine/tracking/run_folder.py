@@ -2,6 +2,7 @@
 import argparse
 import glob
 import os
+import shutil
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -11,12 +12,13 @@ from timm.models import safe_model_name
 
 from ..atomic import write_text
 from ..checkpoints.checkpoint import to_plain
-from ..checkpoints.resume import EXTENSION
+from ..checkpoints.resume import EXTENSION, EXTENSIONS, FOLDER
 from ..errors import OutputError
 from .table import EpochTable, keep_copy
 
-_WRITTEN = (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'augmentation.json', 'tracking.json', '*.csv')
-_MARKS = ('args.yaml', 'summary.csv', 'last' + EXTENSION)
+_WRITTEN = (f'*{EXTENSION}', f'*{FOLDER}', 'shards*', 'unreadable.txt', 'args.yaml', 'augmentation.json',
+            'tracking.json', '*.csv')
+_MARKS = ('args.yaml', 'summary.csv', *('last' + extension for extension in EXTENSIONS))
 
 
 def run_path(args: argparse.Namespace, image_size: int | None = None) -> str:
@@ -39,7 +41,8 @@ def check_free(folder: str, resume: str, auto: bool = False) -> bool:
     Raises:
         OutputError: the folder holds a run that is not the one being resumed.
     """
-    inside = bool(resume) and os.path.realpath(os.path.dirname(resume) or '.') == os.path.realpath(folder)
+    parent = os.path.dirname(os.path.abspath(resume))
+    inside = bool(resume) and os.path.realpath(parent) == os.path.realpath(folder)
     if inside:
         return True
     if any(os.path.exists(os.path.join(folder, mark)) for mark in _MARKS):
@@ -77,7 +80,10 @@ class RunFolder:
                               '--output') from error
         for name in _WRITTEN:
             for leftover in glob.glob(os.path.join(glob.escape(path), f'.{name}.*tmp')):
-                os.remove(leftover)
+                if os.path.isdir(leftover) and not os.path.islink(leftover):
+                    shutil.rmtree(leftover)
+                else:
+                    os.remove(leftover)
         self.keep('args.yaml', settings)
         if resume_epoch is not None:
             self.summary.trim(resume_epoch)
