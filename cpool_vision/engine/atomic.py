@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import OutputError
+from .errors import OutputError, UserError
 
 
 def sync_directory(path: str) -> None:
@@ -45,6 +45,8 @@ def write_atomic(path: str, write: Callable[[Any], None]) -> None:
         os.replace(temporary, path)
         temporary = ''
         sync_directory(folder)
+    except UserError:  # what `write` reads from is at fault
+        raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         reason = getattr(error, 'strerror', None) or error
         raise OutputError(f'{path!r} cannot be written ({reason}): free space or choose another folder') from error

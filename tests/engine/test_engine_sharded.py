@@ -212,7 +212,7 @@ def test_both_processes_go_back_when_one_finds_a_damaged_part(
     assert (run / 'recovery-1-4.sharded.damaged').is_symlink() and compare_runs(whole_run, run) == []
 
 
-@pytest.mark.parametrize('count, flags', [(3, SHARDED), (1, [])])
+@pytest.mark.parametrize('count, flags', [pytest.param(3, SHARDED, marks=pytest.mark.slow), (1, [])])
 def test_other_numbers_of_processes_go_on_from_the_end_of_an_epoch_as_from_a_whole_file(
         broken_run: pathlib.Path, tmp_path: pathlib.Path, count: int, flags: list[str]) -> None:
     start = {'parts': str(broken_run / 'last.sharded'), 'whole': str(tmp_path / 'last.pth.tar')}
@@ -336,9 +336,10 @@ def test_a_text_is_shared_and_numbers_are_compared(tmp_path: pathlib.Path) -> No
 @pytest.mark.parametrize('seed', range(2))
 def test_two_processes_killed_at_random_instants_end_as_with_whole_checkpoints(tmp_path: pathlib.Path, seed: int,
                                                                                ) -> None:
-    flags = [*FLAGS, '--epochs', '3', '--train-num-samples', '96']
+    flags = [*FLAGS, '--epochs', '4', '--train-num-samples', '96']
     whole, run = Run(tmp_path, 'whole', [*flags, *FSDP], 2), Run(tmp_path, 'parts', [*flags, *SHARDED], 2)
     whole.finish()
-    assert run_killed(run, 4, whole.seconds(), random.Random(40 + seed)) == 4  # noqa: S311
+    # over part of the time only, as a machine with other work may be faster the second time
+    assert run_killed(run, 4, 0.6 * whole.seconds(), random.Random(40 + seed)) == 4  # noqa: S311
     assert compare_runs(whole.folder, run.folder) == []
     assert not list(run.folder.glob('.*'))

@@ -16,6 +16,7 @@ from .seal import INDEX, hash_file, read_sealed_json
 
 FORMAT = 'cpool_vision checkpoint in parts'
 _TENSOR, _ITEMS = '$tensor', '$items'
+_LARGEST = 2 ** 48  # entries of a tensor, beyond any memory
 
 
 class Reference(str):
@@ -84,6 +85,8 @@ def _read_tensors(entries: Mapping[str, Any], files: PartFiles, sizes: list[int]
             raise ValueError(f'{name} has the unknown dtype {entry["dtype"]!r}')
         dtype, dim = DTYPES[entry['dtype']], entry['dim']
         shape, offsets = _integers(entry['shape'], name), _integers(entry['offsets'], name)
+        if math.prod(max(size, 1) for size in shape) > _LARGEST:  # also where another size is 0
+            raise ValueError(f'{name} of shape {shape} is too large')
         if dim is None:
             left[0] -= math.prod(shape) * dtype.itemsize
             sound = not offsets
