@@ -1,4 +1,5 @@
 """Context pooling of feature maps: a lean predictor of weights and supports in front of the operator."""
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,8 @@ class ContextPool2d(nn.Module):
         floor: Smallest support, in pixels.
         init: `paper` outputs the pool itself. `identity` outputs `base(x) + gamma * (pool(x) - base(x))` with a gate
             per channel that starts at zero, so that a fresh layer returns exactly `base(x)`.
+        support_init: Mean support of a fresh layer relative to the largest, between 0 and 1. At 0.5 the raw supports
+            start at zero; a small value starts near the identity and leaves room to grow.
         hidden_dim: Width of the predictor; `max(16, dim // 16)` rounded to a multiple of 8 if None.
         base: What `identity` starts from; the identity itself at stride 1 if None. Not kept with `init='paper'`.
         act_layer: Activation of the predictor.
@@ -80,6 +83,7 @@ class ContextPool2d(nn.Module):
             ratio: float = 0.1,
             floor: float = 0.1,
             init: str = 'paper',
+            support_init: float = 0.5,
             hidden_dim: int | None = None,
             base: nn.Module | None = None,
             act_layer: Callable[..., nn.Module] = nn.GELU,
@@ -100,6 +104,9 @@ class ContextPool2d(nn.Module):
             raise ValueError(f'floor must be > 0 (pixels), got {floor}')
         if init not in INITS:
             raise ValueError(f'init must be one of {INITS}, got {init!r}')
+        if not 0 < support_init < 1:
+            raise ValueError(
+                f'support_init must lie between 0 and 1 (a fraction of the largest support), got {support_init}')
         if hidden_dim is not None and hidden_dim < 1:
             raise ValueError(f'hidden_dim must be at least 1 or None, got {hidden_dim}')
         if init == 'identity' and stride > 1 and base is None:
@@ -113,6 +120,7 @@ class ContextPool2d(nn.Module):
         self.groups = groups
         self.ratio = float(ratio)
         self.floor = float(floor)
+        self.support_init = float(support_init)
         self.backend = backend
 
         self.reduce = nn.Conv2d(dim, hidden_dim, 1, **dd)
@@ -123,13 +131,21 @@ class ContextPool2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets small predictor weights (std .02), zero biases and a closed gate."""
+        """Sets small predictor weights (std .02), zero biases but for the supports', and a closed gate."""
         for conv in (self.reduce, self.predict):
             nn.init.trunc_normal_(conv.weight, std=.02)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
+        if self.predict.bias is not None:
+            with torch.no_grad():
+                self.predict.bias[self.groups:] = self.initial_raw_support
         if self.gamma is not None:
             nn.init.zeros_(self.gamma)
+
+    @property
+    def initial_raw_support(self) -> float:
+        """What the support activation maps to `support_init` of the largest support."""
+        return math.log(self.support_init / (1 - self.support_init))
 
     def init_weights(self) -> None:
         """The hook by which timm's models re-initialise their layers."""
@@ -177,4 +193,4 @@ class ContextPool2d(nn.Module):
     def extra_repr(self) -> str:
         gate = 'identity' if self.gamma is not None else 'paper'
         return (f'{self.dim}, stride={self.stride}, groups={self.groups}, ratio={self.ratio}, floor={self.floor}, '
-                f'init={gate!r}')
+                f'init={gate!r}, support_init={self.support_init}')

@@ -37,12 +37,12 @@ class _Control(ContextPool2d):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Like `ContextPool2d`; supports of a layer start at half of the largest."""
+        """Like `ContextPool2d`; supports of a layer start at `support_init` of the largest."""
         mixer = getattr(self, 'mixer', None)
         if mixer not in _KERNELS:
             super().reset_parameters()
             if mixer == 'layer':
-                nn.init.zeros_(self.support)
+                nn.init.constant_(self.support, self.initial_raw_support)
             return
         if isinstance(self.local, nn.Conv2d):
             nn.init.dirac_(self.local.weight, groups=self.dim)
@@ -65,7 +65,7 @@ class _Control(ContextPool2d):
         if self.mixer == 'layer':
             raw = self.support.view(1, -1, 1, 1).expand_as(sigma)
         else:
-            raw = torch.zeros_like(sigma)
+            raw = torch.full_like(sigma, self.initial_raw_support)
         sigma = torch.ops.cpool_vision.support_size(raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
         return weight_logits, sigma
 
@@ -87,8 +87,9 @@ class ControlPool2d(_Control):
     Args:
         dim: Channels C.
         mixer: One of `MIXERS` but `context`. `uniform`: equal pooling weights, predicted supports. `fixed`: predicted
-            weights, every support half of the largest. `layer`: predicted weights, one learned support per group for
-            the whole map. `identity`: the input itself, every `stride`-th pixel. `average`: the mean of 3 x 3 pixels.
+            weights, every support `support_init` of the largest. `layer`: predicted weights, one learned support per
+            group for the whole map. `identity`: the input itself, every `stride`-th pixel. `average`: the mean of 3 x 3
+            pixels.
             `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity.
         **kwargs: Further arguments of `ContextPool2d`.
 

@@ -39,6 +39,7 @@ DEFAULT_RATIO = 0.1
 DEFAULT_FLOOR = 0.1
 DEFAULT_GROUPS = 1
 DEFAULT_INIT = 'paper'
+DEFAULT_SUPPORT_INIT = 0.5
 DEFAULT_MIXER = 'context'
 PRETRAINED_INIT = 'identity'
 
@@ -58,7 +59,7 @@ class PoolConfig:
         family: Key of `POSITIONS`.
         positions: A position or a sequence of them; `'none'` or an empty sequence gives the plain base architecture.
         stages: Index or indices of the stages that pool (staged families only).
-        ratio, floor, groups, init, backend: As in `ContextPool2d`.
+        ratio, floor, groups, init, support_init, backend: As in `ContextPool2d`.
         mixer: What stands in the pools' places, for comparisons; one of `cpool_vision.layers.MIXERS`.
 
     Raises:
@@ -71,6 +72,7 @@ class PoolConfig:
     floor: float = DEFAULT_FLOOR
     groups: int = DEFAULT_GROUPS
     init: str = DEFAULT_INIT
+    support_init: float = DEFAULT_SUPPORT_INIT
     backend: str | None = None
     mixer: str = DEFAULT_MIXER
 
@@ -95,7 +97,7 @@ class PoolConfig:
     @property
     def layer_args(self) -> dict[str, Any]:
         """Keyword arguments for the layer."""
-        return {k: getattr(self, k) for k in ('ratio', 'floor', 'groups', 'init', 'backend', 'mixer')}
+        return {k: getattr(self, k) for k in ('ratio', 'floor', 'groups', 'init', 'support_init', 'backend', 'mixer')}
 
     def model_args(self) -> dict[str, Any]:
         """The `cpool_*` keywords that rebuild this configuration, JSON-able."""

@@ -185,6 +185,17 @@ def test_the_output_is_no_view_of_something_inside(memory_format, size, groups):
     assert not y._is_view()
 
 
+@pytest.mark.parametrize('support_init', [.1, .5, .8])
+def test_fresh_supports_are_the_asked_part_of_the_largest(support_init):
+    torch.manual_seed(0)
+    pool = ContextPool2d(32, groups=2, ratio=.4, floor=.2, support_init=support_init)
+    sigma = pool.maps(torch.randn(2, 32, 9, 4))[1]
+    torch.testing.assert_close(sigma, torch.full_like(sigma, .2 + .4 * 6 * support_init), atol=.02, rtol=.02)
+    pool.predict.bias.data.fill_(5.)
+    pool.init_weights()  # as timm's models call it
+    torch.testing.assert_close(pool.maps(torch.randn(2, 32, 9, 4))[1], sigma, atol=.02, rtol=.02)
+
+
 def test_maps_stores_nothing():
     pool = make(groups=2)
     before = set(pool.__dict__), set(pool.state_dict()), set(dict(pool.named_buffers()))
@@ -202,6 +213,8 @@ def test_maps_stores_nothing():
     (dict(dim=32, ratio=float('nan')), r'ratio must be > 0 .*, got nan'),
     (dict(dim=32, floor=-1.), r'floor must be > 0 .*, got -1.0'),
     (dict(dim=32, init='zero'), r"init must be one of \('paper', 'identity'\), got 'zero'"),
+    (dict(dim=32, support_init=0.), r'support_init must lie between 0 and 1 .*, got 0.0'),
+    (dict(dim=32, support_init=1.), r'support_init must lie between 0 and 1 .*, got 1.0'),
     (dict(dim=32, hidden_dim=0), r'hidden_dim must be at least 1 or None, got 0'),
     (dict(dim=32, init='identity', stride=2), r"init='identity' with stride=2 needs base"),
 ])

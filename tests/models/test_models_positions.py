@@ -98,9 +98,11 @@ def test_stages_are_selectable(name, prefixes):
 def test_settings_reach_every_pool():
     for name, _, _ in MODELS:
         model = timm.create_model(
-            name, cpool_ratio=.3, cpool_floor=.2, cpool_groups=4, cpool_init='identity', device='meta')
+            name, cpool_ratio=.3, cpool_floor=.2, cpool_groups=4, cpool_init='identity', cpool_support_init=.2,
+            device='meta')
         pools = [pool for _, pool in context_pools(model)]
-        assert pools and {(p.ratio, p.floor, p.groups, p.gamma is None) for p in pools} == {(.3, .2, 4, False)}
+        assert pools and {(p.ratio, p.floor, p.groups, p.gamma is None, p.support_init) for p in pools} == {
+            (.3, .2, 4, False, .2)}
 
 
 def test_strided_positions_halve_the_map():
