@@ -35,6 +35,21 @@ def break_off(run: Callable[[], Any], update: int) -> None:
             run()
 
 
+def watch_calls(patch: pytest.MonkeyPatch, act: Callable[[str], None], *calls: tuple[Any, str]) -> None:
+    """Lets `act` happen before each call of functions, given as (module, name), with the name."""
+    def wrap(place: Any, name: str) -> None:
+        real = getattr(place, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            act(name)
+            return real(*args, **kwargs)
+
+        patch.setattr(place, name, call)
+
+    for place, name in calls:
+        wrap(place, name)
+
+
 def flatten(value: Any, name: str = '') -> dict[str, Any]:
     """Leaves of nested dictionaries and lists, by their path."""
     if isinstance(value, dict):

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from divided_tools import in_threads
+from resume_tools import watch_calls
 from shard_tools import SOME, alter, cut, divided, link, lose, reseal, save_one, save_steps, whole_tensors
 
 from cpool_vision.engine.checkpoints import folder_store, parts, seal
@@ -133,27 +134,14 @@ def test_a_newer_schema_is_an_error_and_nothing_is_passed_over(tmp_path: pathlib
         find_newest(str(tmp_path))
 
 
-# ---- saves that break off
-
-CALLS = ('mkdir', 'fsync', 'rename', 'replace', 'symlink', 'remove', 'open')
+CALLS = ('mkdir', 'fsync', 'rename', 'replace', 'symlink', 'remove')
 
 
 def count_calls(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
     """Lets `act` happen before each call that changes a file, with the name of the call."""
-    def wrap(place: Any, name: str) -> None:
-        real = getattr(place, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            act(name)
-            return real(*args, **kwargs)
-
-        patch.setattr(place, name, call)
-
-    for name in CALLS[:-1]:
-        wrap(os, name)
-    wrap(parts.HashedFile, 'write')
-    wrap(folder_store.shutil, 'rmtree')
-    wrap(folder_store, 'seal_json')
+    watch_calls(
+        patch, act, *((os, name) for name in CALLS), (parts.HashedFile, 'write'), (folder_store.shutil, 'rmtree'),
+        (folder_store, 'seal_json'))
 
 
 @pytest.mark.parametrize('kind', ['epoch', 'recovery'])

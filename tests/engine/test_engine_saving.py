@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from resume_tools import break_off, rows, unequal
+from resume_tools import break_off, rows, unequal, watch_calls
 from timm.models import load_state_dict
 from timm.task import ClassificationTask
 
@@ -25,7 +25,7 @@ from cpool_vision.engine.errors import CheckpointError, CheckpointVersionError, 
 
 Train = Callable[..., dict[str, Any]]
 Load = Callable[..., dict[str, Any]]
-CALLS = ('open', 'write', 'fsync', 'replace', 'link', 'remove', 'chmod')
+CALLS = ('fsync', 'replace', 'link', 'remove', 'chmod')
 
 
 def make_state() -> TrainState:
@@ -63,20 +63,9 @@ def save_one(folder: str, kind: str) -> None:
 
 def count_calls(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
     """Lets `act` happen before each call of the operating system that changes a file, with the name of the call."""
-    def wrap(place: Any, name: str) -> None:
-        real = getattr(place, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            act(name)
-            return real(*args, **kwargs)
-
-        patch.setattr(place, name, call)
-
-    for name in CALLS[2:]:
-        wrap(os, name)
-    wrap(atomic.tempfile, 'mkstemp')
-    wrap(seal.HashedFile, 'write')
-    wrap(seal.struct, 'pack')  # between content and seal
+    watch_calls(
+        patch, act, *((os, name) for name in CALLS), (atomic.tempfile, 'mkstemp'), (seal.HashedFile, 'write'),
+        (seal.struct, 'pack'))  # between content and seal
 
 
 @pytest.mark.parametrize('kind', ['epoch', 'recovery'])

@@ -312,7 +312,8 @@ def test_the_form_may_change_in_the_middle_of_a_run(
     run = copy_run(broken_run, tmp_path)
     train_by(2, tmp_path, *FSDP, '--experiment', 'x', '--resume', 'auto')
     assert compare_checkpoints(whole_run / 'last.pth.tar', run / 'last.pth.tar')[1] == []
-    assert find_newest(str(run)).path.endswith('last.pth.tar')
+    assert find_newest(str(run)).path.endswith('last.pth.tar') and not list(run.glob('recovery-*.sharded'))
+    assert {each.name for each in run.glob('shards-*')} == {os.readlink(each) for each in run.glob('*.sharded')}
 
 
 def test_parts_without_fsdp_are_refused(train_args: Callable[..., argparse.Namespace]) -> None:

@@ -174,17 +174,17 @@ class FolderStore:
         if former:
             point_atomic(name, former)
 
-    def clean(self) -> None:
-        """Removes folders that no link names, as file systems do with files."""
-        try:
-            entries = list(os.scandir(self.folder))
-            named = {os.path.realpath(entry.path) for entry in entries if entry.is_symlink()}
-            for entry in entries:
-                if _NAME.fullmatch(entry.name) and not entry.is_symlink() \
-                        and os.path.realpath(entry.path) not in named:
-                    # a folder under its name is complete, also when this is cut off
-                    hidden = os.path.join(self.folder, f'.{entry.name}.tmp')
-                    os.replace(entry.path, hidden)
-                    shutil.rmtree(hidden)
-        except OSError as error:
-            _logger.warning('Old checkpoints cannot be removed (%s).', error)
+
+def remove_unnamed(folder: str) -> None:
+    """Removes the checkpoints in parts of a run folder that no link there names, as file systems do with files."""
+    try:
+        entries = list(os.scandir(folder))
+        named = {os.path.realpath(entry.path) for entry in entries if entry.is_symlink()}
+        for entry in entries:
+            if _NAME.fullmatch(entry.name) and not entry.is_symlink() and os.path.realpath(entry.path) not in named:
+                # a folder under its name is complete, also when this is cut off
+                hidden = os.path.join(folder, f'.{entry.name}.tmp')
+                os.replace(entry.path, hidden)
+                shutil.rmtree(hidden)
+    except OSError as error:
+        _logger.warning('Old checkpoints cannot be removed (%s).', error)

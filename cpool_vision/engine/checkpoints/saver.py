@@ -16,6 +16,7 @@ from ..atomic import keep_former, link_atomic
 from ..errors import CheckpointError
 from ..processes.sharding import divide_like, divide_optimizer_state, gather_whole
 from .checkpoint import describe_misfit, pick_weights, to_plain
+from .folder_store import remove_unnamed
 from .parts import make_whole
 from .position import Position
 from .resume import EXTENSION, EXTENSIONS, PREVIOUS, RECOVERY, list_candidates, serial_of
@@ -158,9 +159,6 @@ class Store(Protocol):
     def keep_former(self, path: str, name: str) -> AbstractContextManager[None]:
         """Gives what the body replaces another name, see `atomic.keep_former`."""
 
-    def clean(self) -> None:
-        """Frees the space of checkpoints that have no name any more."""
-
 
 class FileStore:
     """Checkpoints as files of `torch.save`."""
@@ -178,9 +176,6 @@ class FileStore:
     def keep_former(self, path: str, name: str) -> AbstractContextManager[None]:
         """See `Store`."""
         return keep_former(path, name)
-
-    def clean(self) -> None:
-        """The file system does."""
 
 
 class CheckpointSaver:
@@ -302,14 +297,14 @@ class CheckpointSaver:
         for path in recoveries:
             if path not in newest:
                 self._remove(path)
-        self.store.clean()
+        remove_unnamed(self.folder)
 
     def finish(self) -> None:
         """Removes the files from inside epochs when the run is complete and two whole checkpoints stand."""
         if os.path.exists(self.path('last')) and os.path.exists(self.path(PREVIOUS)):
             for path in self._recoveries():
                 self._remove(path)
-            self.store.clean()
+            remove_unnamed(self.folder)
 
     def _remove(self, path: str) -> None:
         try:
