@@ -47,6 +47,7 @@ def prepare(fsdp: bool, batches: int = 7, **flags: Any) -> tuple[Any, TrainState
 
 
 def _child(work: Callable[[int], Any], rank: int, count: int, place: str, group: bool, answers: Any) -> None:
+    torch.set_num_threads(1)  # renews a pool of torch that a fork spoils, which two threads at once would lose
     try:
         os.environ.update({'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(count)})
         if group:
