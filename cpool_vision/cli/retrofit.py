@@ -37,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
         help='groups of channels with supports of their own (default: 1)')
     add('--init', default='identity', choices=('identity', 'paper'),
         help='identity predicts as the base does; paper pools at once (default: identity)')
+    add('--support-init', type=float, default=0.5, metavar='R',
+        help='mean support of a fresh pool relative to the largest, between 0 and 1 (default: 0.5)')
     add('--num-classes', type=int, default=None, metavar='N', help='number of classes (model default if left out)')
     add('--in-chans', type=int, default=None, metavar='N', help='channels of the images (model default if left out)')
     add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
@@ -61,7 +63,7 @@ def _retrofit(argv: Sequence[str] | None) -> None:
     try:
         add_context_pool(
             model, positions=args.positions, stages=args.stages, places=args.places, ratio=args.ratio,
-            floor=args.floor, groups=args.groups, init=args.init)
+            floor=args.floor, groups=args.groups, init=args.init, support_init=args.support_init)
     except ValueError as error:
         raise ConfigError(f'{args.base}: {error}') from error
     try:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import ContextPool2d
-from ..models._builder import as_tuple
+from ..models._builder import DEFAULT_SUPPORT_INIT, as_tuple
 from ..models._builder import context_pools as iterate_pools
 from .attach import attach, detach
 from .places import POSITIONS, Finder, NoPlaceError, Place
@@ -127,6 +127,7 @@ def add_context_pool(
         floor: float = 0.1,
         groups: int = 1,
         init: str = 'identity',
+        support_init: float = DEFAULT_SUPPORT_INIT,
         hidden_dim: int | None = None,
         backend: str | None = None,
         img_size: int | tuple[int, int] | None = None,
@@ -149,8 +150,8 @@ def add_context_pool(
             maps are at least 8 times coarser than the image; all if there are none.
         places: Names of the modules whose output is pooled (`'layer2.1'`), or input (`'blocks.0.attn:input'`), in place
             of `positions` and `stages`.
-        ratio, floor, groups, init, hidden_dim, backend: As in `ContextPool2d`. With `init='paper'` the pools change
-            the output at once.
+        ratio, floor, groups, init, support_init, hidden_dim, backend: As in `ContextPool2d`. With `init='paper'` the
+            pools change the output at once.
         img_size: Size of the probe image; the model's own by default.
         in_chans: Channels of the probe image; the model's own by default.
 
@@ -180,8 +181,8 @@ def add_context_pool(
     chosen, native = _fit(model, x, finder, chosen, explicit=places is not None)
     image_reader = finder.image_reader()
     del finder
-    options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'hidden_dim': hidden_dim,
-               'backend': backend}
+    options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'support_init': support_init,
+               'hidden_dim': hidden_dim, 'backend': backend}
     attached: list[nn.Module] = []
     try:
         for place, runs in zip(chosen, native, strict=True):

@@ -173,6 +173,24 @@ def test_positions_stages_and_places():
     assert 's3.b2.cpool' in context_pools(model) and 's1.b1.cpool' not in context_pools(model)
 
 
+@pytest.mark.parametrize('family', ['vit', 'resnet', 'swin'])
+@pytest.mark.parametrize('support_init', [.1, .8])
+def test_fresh_pools_reach_as_far_as_asked(family, support_init):
+    model, x = build(family)
+    expected = model(x)
+    add(model, family, ratio=.4, support_init=support_init)
+    assert torch.equal(model(x), expected)
+    supports = {}
+    handles = [pool.predict.register_forward_hook(lambda module, args, y, name=name: supports.update({name: y[:, 1:]}))
+               for name, pool in context_pools(model).items()]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    assert supports.keys() == context_pools(model).keys()
+    for raw in supports.values():  # what the sigmoid makes of the predictor's output is the part of the largest support
+        torch.testing.assert_close(raw.sigmoid(), torch.full_like(raw, support_init), atol=.02, rtol=0)
+
+
 def test_paper_pools_change_the_output_at_once():
     model, x = build('resnet')
     expected = model(x)
@@ -345,6 +363,9 @@ def test_blocks_that_return_the_map_second():
     (dict(groups=5), 'groups must divide dim'),
     (dict(ratio=-1), 'ratio must be > 0'),
     (dict(init='zero'), 'init must be one of'),
+    (dict(support_init=0.), r'support_init must lie between 0 and 1 .*, got 0.0'),
+    (dict(support_init=1), r'support_init must lie between 0 and 1 .*, got 1'),
+    (dict(support_init=float('nan')), 'support_init must lie between 0 and 1 .*, got nan'),
     (dict(img_size=(1, 2, 3)), 'img_size must be'),
     (dict(in_chans=5), 'does not run on a batch of images'),
     (dict(positions='pre_attn'), "no place 'pre_attn': choose from stage, post_block"),

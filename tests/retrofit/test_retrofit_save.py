@@ -18,7 +18,8 @@ def trained(name='test_vit', **kwargs):
     size = 64
     if name == 'test_vit':
         size = kwargs.setdefault('img_size', 64)
-    model = add_context_pool(timm.create_model(name, num_classes=7, **kwargs).eval(), ratio=.2, img_size=size)
+    model = add_context_pool(
+        timm.create_model(name, num_classes=7, **kwargs).eval(), ratio=.2, support_init=.3, img_size=size)
     for pool in context_pools(model).values():
         nn.init.uniform_(pool.gamma, .3, 1)
     return model
@@ -41,9 +42,11 @@ def test_a_folder_rebuilds_the_model(tmp_path, name):
     source = f'local-dir:{folder}'
     again = timm.create_model(source, pretrained=True).eval()
     assert torch.equal(again(x), model(x)) and again.num_classes == 7
-    assert {pool.ratio for pool in context_pools(again).values()} == {.2}
+    assert {(pool.ratio, pool.support_init) for pool in context_pools(again).values()} == {(.2, .3)}
     fresh = timm.create_model(source).eval()
     assert not torch.equal(fresh(x), model(x)) and list(context_pools(fresh)) == list(context_pools(model))
+    for pool in context_pools(fresh).values():
+        assert pool.predict.bias[1:].sigmoid().item() == pytest.approx(.3)
     fewer = timm.create_model(source, pretrained=True, num_classes=3, in_chans=1).eval()
     assert fewer(x[:, :1]).shape == (2, 3)
     assert torch.equal(next(iter(context_pools(fewer).values())).gamma, next(iter(context_pools(model).values())).gamma)
@@ -101,9 +104,9 @@ def test_models_that_cannot_be_saved(tmp_path):
 
 def test_the_architecture_by_its_name():
     model = timm.create_model('contextpool_retrofit', base='test_resnet', num_classes=4, cpool_positions='post_block',
-                              cpool_stages=[2, 3, 4], cpool_init='paper')
+                              cpool_stages=[2, 3, 4], cpool_init='paper', cpool_support_init=.2)
     assert model.num_classes == 4 and model.pretrained_cfg['architecture'] == 'contextpool_retrofit'
-    assert all(pool.gamma is None for pool in context_pools(model).values())
+    assert all(pool.gamma is None and pool.support_init == .2 for pool in context_pools(model).values())
     assert not [name for name in cpool_vision.list_models() if 'retrofit' in name]
     for wrong in (None, 'local-dir:folder', 'hf-hub:owner/name', 'contextpool_retrofit', 3):
         with pytest.raises(ValueError, match=f'needs the registered name of a base model, got base={wrong!r}: pass'):
@@ -130,14 +133,18 @@ def test_the_command(tmp_path, capsys):
     save_file(base.state_dict(), tmp_path / 'base.safetensors')
     folder = tmp_path / 'model'
     command = ['test_vit', '-o', str(folder), '--checkpoint', str(tmp_path / 'base.safetensors'),
-               '--num-classes', '10', '--positions', 'pre_attn', '--stages', '0', '2', '--ratio', '0.3']
+               '--num-classes', '10', '--positions', 'pre_attn', '--stages', '0', '2', '--ratio', '0.3',
+               '--support-init', '0.1']
     assert retrofit.main(command) == 0
     out = capsys.readouterr().out
     assert 'blocks.2.attn.cpool' in out and '2 context pools' in out and f'local-dir:{folder}' in out
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = torch.randn(2, 3, 160, 160)
     assert torch.equal(model(x), base(x))
-    assert set(base.state_dict()) < set(load_file(folder / 'model.safetensors'))
+    weights = load_file(folder / 'model.safetensors')
+    assert set(base.state_dict()) < set(weights)
+    assert {(pool.ratio, pool.support_init) for pool in context_pools(model).values()} == {(.3, .1)}
+    assert weights['blocks.2.attn.cpool.predict.bias'].sigmoid()[1].item() == pytest.approx(.1)
 
     assert retrofit.main(command) == 2
     assert 'holds a model already (config.json): name another folder or pass --force' in capsys.readouterr().err
@@ -153,6 +160,7 @@ def test_the_command(tmp_path, capsys):
     (['test_resnet', '--positions', 'pre_attn'], "test_resnet: ResNet has no place 'pre_attn': choose from stage"),
     (['test_resnet', '--checkpoint', 'absent.pth'], "--checkpoint 'absent.pth' does not exist"),
     (['test_resnet', '--ratio', '-1'], 'ratio must be > 0'),
+    (['test_resnet', '--support-init', '1.5'], 'test_resnet: support_init must lie between 0 and 1'),
     (['vit_tiny_cpool_patch16_224'], 'holds context pools already'),
 ])
 def test_errors_of_the_command(tmp_path, capsys, arguments, message):
