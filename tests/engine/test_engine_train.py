@@ -13,6 +13,7 @@ from timm.models import create_model
 from timm.models import load_checkpoint as timm_load_checkpoint
 
 from cpool_vision.engine.errors import CheckpointError, ConfigError, DatasetError, OutputError, UnknownModelError
+from cpool_vision.engine.tracking import run_folder
 from cpool_vision.engine.training import objective, train_loop, train_run
 
 Train = Callable[..., dict[str, Any]]
@@ -103,6 +104,17 @@ def test_epochs_are_shuffled_differently(run_train: Train, monkeypatch: pytest.M
     assert orders[0] != orders[1]
     assert orders[:2] == orders[2:4]
     assert orders[0] != orders[4]
+
+
+def test_runs_without_a_name_share_no_folder(run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noon(run_folder.datetime):  # type: ignore[misc, name-defined]
+        @classmethod
+        def now(cls) -> Any:
+            return cls(2026, 1, 1, 12)
+
+    monkeypatch.setattr(run_folder, 'datetime', Noon)
+    places = [os.path.basename(run_train('--epochs', '1')['folder']) for _ in range(3)]
+    assert places == ['20260101-120000-test_resnet-32' + suffix for suffix in ('', '-2', '-3')]
 
 
 def test_resume_in_place_continues_the_folder(run_train: Train, load: Load) -> None:

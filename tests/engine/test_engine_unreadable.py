@@ -156,6 +156,6 @@ def test_refusing_unreadable_validation_images(image_root: str, caplog: pytest.L
     refuse_unreadable(dataset, [], 24)
     text = '6 of 24 images cannot be read: cat/0.png, cat/1.png, cat/2.png, cat/3.png, cat/4.png and 1 more'
     with pytest.raises(DatasetError, match=f'{text}; restore or remove'):
-        refuse_unreadable(dataset, list(range(6)), 24)
-    refuse_unreadable(dataset, list(range(6)), 24, allow=True)
+        refuse_unreadable(dataset, list(range(6)), 24, 5)
+    refuse_unreadable(dataset, list(range(6)), 24, 0.25)
     assert f'{text}; they are left out' in caplog.text

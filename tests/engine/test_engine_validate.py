@@ -175,7 +175,10 @@ def test_unreadable_validation_images_do_not_enter_the_metrics_of_training(
                 for copy in (root, less))
     assert one['eval_top1'] == two['eval_top1']
     assert one['eval_loss'] == pytest.approx(two['eval_loss'], rel=1e-6)
-    assert '1 validation images could not be read' in caplog.text
+    assert '1 of 7 images cannot be read: dog/1.png; they are left out' in caplog.text
+    with pytest.raises(DatasetError, match='1 of 7 images cannot be read: dog/1.png; restore'):
+        run_train('--data-dir', str(root), '--epochs', '2', '--experiment', 'strict', '--max-bad-samples', '0')
+    assert os.path.exists(tmp_path / 'runs/strict/last.pth.tar')  # nothing of the epoch is lost
 
 
 def test_folder_of_checkpoints(validate: Validate, weights: str, tmp_path: Path) -> None:

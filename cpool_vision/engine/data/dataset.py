@@ -6,7 +6,8 @@ from typing import Any
 
 from cpool_vision.data import create_dataset
 
-from ..errors import DatasetError, DatasetNotFoundError
+from ..errors import DatasetError, DatasetNotFoundError, UserError
+from .multi_label import is_multi_label, open_label_file, reader_arguments, settle_labels
 
 _FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')
 _PREFIXES = ('cpool', 'torch', 'hfds', 'hfids', 'tfds', 'wds')
@@ -28,13 +29,19 @@ def _check_folder(root: str | None, split: str) -> None:
         raise DatasetNotFoundError(f'data folder {root!r} does not exist: check --data-dir')
     if not os.path.isdir(root) or not split:
         return
-    name = split.split('[')[0]
-    groups = (_SPLITS[:2], _SPLITS[2:7])
-    names = next((group for group in groups if name in group), (name,))
     found = sorted(entry for entry in _SPLITS if os.path.isdir(os.path.join(root, entry)))
-    if found and not any(os.path.exists(os.path.join(root, entry)) for entry in (name, *names)):
+    if found and split_folder(root, split) == root:
         raise DatasetError(f'split {split!r} is not in {root!r}, which holds {", ".join(found)}: name one of them, '
                            'or leave the split empty to take the folder itself')
+
+
+def split_folder(root: str, split: str) -> str:
+    """Folder of a split within `root` by its name or a synonym, as timm finds it; `root` if there is none."""
+    name = split.split('[')[0]
+    groups = (_SPLITS[:2], _SPLITS[2:7])
+    names = next((group for group in groups if name in group), ())
+    paths = (os.path.join(root, entry) for entry in (name, *names) if entry)
+    return next((path for path in paths if os.path.exists(path)), root)
 
 
 def build_dataset(
@@ -51,33 +58,20 @@ def build_dataset(
         DatasetNotFoundError: its folder does not exist.
     """
     name, root = args.dataset, args.data_dir
+    multi_label = is_multi_label(args)
     _check_name(name)
     if name in _FOLDER_NAMES or name.lower() in ('torch/image_folder', 'torch/folder'):
-        _check_folder(root, split)
+        # a label file may list the images of a split that has no folder
+        _check_folder(root, '' if multi_label and args.label_file else split)
     # a mapping comes from --class-subset
     if args.class_map and not isinstance(args.class_map, dict) and not os.path.isfile(args.class_map):
         raise DatasetNotFoundError(f'--class-map {args.class_map!r} does not exist: check the path')
     where = f'{name!r} in {root!r}' if name and root else repr(name or root)
     what = f'data set {where}, split {split!r}'
-    kwargs = {'load_bytes': True} if getattr(args, 'tf_preprocessing', False) else {}
     try:
-        dataset = create_dataset(
-            name,
-            root=root,
-            split=split,
-            is_training=training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            repeats=getattr(args, 'epoch_repeats', 0.),
-            input_img_mode=input_img_mode,
-            input_key=args.input_key,
-            target_key=args.target_key,
-            num_samples=num_samples,
-            trust_remote_code=args.dataset_trust_remote_code,
-            **kwargs,
-        )
+        dataset = _open(args, split, training, input_img_mode, num_samples)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise DatasetNotFoundError(f'{what}: {error}; check --data-dir') from error
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
@@ -86,7 +80,36 @@ def build_dataset(
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise DatasetError(f'{what} is empty: check --data-dir and the split')
     _check_classes(dataset, args.num_classes, what)
+    if multi_label:
+        settle_labels(args, dataset, what)
     return dataset
+
+
+def _open(args: argparse.Namespace, split: str, training: bool, input_img_mode: str, num_samples: int | None) -> Any:
+    name, root = args.dataset, args.data_dir
+    kwargs: dict[str, Any] = {'load_bytes': True} if getattr(args, 'tf_preprocessing', False) else {}
+    if is_multi_label(args) and name in _FOLDER_NAMES:
+        return open_label_file(
+            args, root, split_folder(root, split), split, input_img_mode=input_img_mode, **kwargs)
+    if is_multi_label(args):
+        kwargs |= reader_arguments(args)
+    return create_dataset(
+        name,
+        root=root,
+        split=split,
+        is_training=training,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        repeats=getattr(args, 'epoch_repeats', 0.),
+        input_img_mode=input_img_mode,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        num_samples=num_samples,
+        trust_remote_code=args.dataset_trust_remote_code,
+        **kwargs,
+    )
 
 
 def _check_classes(dataset: Any, num_classes: int, what: str) -> None:

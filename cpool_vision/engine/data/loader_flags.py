@@ -5,6 +5,7 @@ from typing import Any
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 
 from ..errors import ConfigError
+from .multi_label import is_multi_label
 
 
 def image_mode(args: argparse.Namespace, data_config: dict[str, Any]) -> str:
@@ -16,7 +17,7 @@ def mixing(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of mixup and CutMix; empty if both are off."""
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
         return {}
-    return dict(
+    mix = dict(
         mixup_alpha=args.mixup,
         cutmix_alpha=args.cutmix,
         cutmix_minmax=args.cutmix_minmax,
@@ -26,6 +27,7 @@ def mixing(args: argparse.Namespace) -> dict[str, Any]:
         label_smoothing=args.smoothing,
         num_classes=args.num_classes,
     )
+    return {**mix, 'multi_label': True} if is_multi_label(args) else mix
 
 
 def check_train_flags(args: argparse.Namespace) -> None:

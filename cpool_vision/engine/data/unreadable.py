@@ -45,7 +45,9 @@ class StrictImageDataset(ImageDataset):
         image, target = self._load(index)
         if self.transform is not None:
             image = self.transform(image)
-        if target is None:
+        if getattr(self.target_transform, 'takes_all', False):
+            target = self.target_transform(target)
+        elif target is None:
             target = -1
         elif self.target_transform is not None and target != UNREADABLE:
             target = self.target_transform(target)
@@ -72,23 +74,29 @@ def sample_name(dataset: Any, index: int) -> str:
     return str(samples[index][0]) if samples else f'sample {index}'
 
 
-def refuse_unreadable(dataset: Any, positions: list[int], total: int, allow: bool = False) -> None:
-    """Refuses validation images that cannot be read, or warns of them.
+def count_allowed(limit: float, total: int) -> int:
+    """How many of `total` images `--max-bad-samples` allows: from 1 on a number, below 1 a share, rounded up."""
+    return int(limit) if limit >= 1 else math.ceil(limit * total)
+
+
+def refuse_unreadable(dataset: Any, positions: list[int], total: int, limit: float = 0.) -> None:
+    """Refuses validation images that cannot be read, or warns of as many as are allowed.
 
     Args:
         dataset: validation set.
         positions: numbers of the images that could not be decoded.
         total: images in all.
-        allow: warn only.
+        limit: see `count_allowed`.
 
     Raises:
-        DatasetError: there are some, and `allow` is off.
+        DatasetError: there are more than allowed.
     """
     if not positions:
         return
     text = f'{len(positions)} of {total} images cannot be read: {_enumerate(dataset, positions)}'
-    if not allow:
-        raise DatasetError(f'{text}; restore or remove them, the accuracy would be wrong')
+    if len(positions) > count_allowed(limit, total):
+        raise DatasetError(f'{text}; restore or remove them, or allow them with --max-bad-samples; the accuracy would '
+                           'be wrong')
     _logger.warning('%s; they are left out of the metrics.', text)
 
 
@@ -111,12 +119,12 @@ class UnreadableLog:
 
     Args:
         dataset: training set.
-        limit: how many are tolerated, from 1 on a number, below 1 a share of the set (rounded up).
+        limit: how many are tolerated, see `count_allowed`.
     """
 
     def __init__(self, dataset: Any, limit: float) -> None:
         self.dataset = dataset
-        self.allowed = int(limit) if limit >= 1 else math.ceil(limit * len(dataset))
+        self.allowed = count_allowed(limit, len(dataset))
         self.limit = limit
         self.folder = ''
         self.found: dict[int, Unreadable] = {}

@@ -15,6 +15,7 @@ from .args_common import (
     switch,
 )
 from .args_fault import add_numerics_args
+from .args_labels import add_task_args
 from .args_loader import add_bad_sample_args
 from .args_objective import add_loss_args, add_schedule_args
 from .args_scale import add_sharding_args
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_arg(parser)
     parser.add_argument('data', nargs='?', metavar='DIR', help='root folder of the data (--data-dir is preferred)')
     _add_data(parser.add_argument_group('data'))
+    add_task_args(parser.add_argument_group('labels'))
     add_bad_sample_args(parser.add_argument_group('damaged data'))
     _add_model(parser.add_argument_group('model'))
     processes = parser.add_argument_group('device and processes')
@@ -211,7 +213,9 @@ def _add_run(group: SupportsAddArgument) -> None:
     add('--recovery-interval', type=int, default=0, metavar='N',
         help='updates between checkpoints inside an epoch (0: none)')
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep, best first (default: 10)')
-    add('--eval-metric', default='top1', type=str, metavar='EVAL_METRIC', help='top1, top5 or loss (default: top1)')
+    add('--eval-metric', default='top1', type=str, metavar='EVAL_METRIC',
+        help='top1, top5 or loss (default: top1); of multi_label map, micro_f1 or any other figure of summary.csv '
+             '(default: map, for which top1 stands there)')
     switch(group, '--save-images', help='save a training batch as a picture at each log line')
     switch(group, '--log-wandb', help='log to Weights & Biases')
     add('--wandb-project', default=None, type=str, help='its project')

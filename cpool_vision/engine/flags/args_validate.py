@@ -11,6 +11,7 @@ from .args_common import (
     add_model_form_args,
     switch,
 )
+from .args_labels import add_task_args
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     switch(group, '--retry', help='after running out of memory try again with a smaller batch')
     group.add_argument('--seed', type=int, default=42, metavar='S', help='random seed (default: 42)')
 
-    _add_label_args(parser.add_argument_group('labels'))
+    group = parser.add_argument_group('labels')
+    add_task_args(group)
+    _add_label_args(group)
     _add_result_args(parser.add_argument_group('results'))
 
     group = parser.add_argument_group('NaFlex loader')

@@ -1,6 +1,7 @@
 """The folder of one training run: its name, args.yaml and summary.csv."""
 import argparse
 import glob
+import itertools
 import os
 import shutil
 from collections.abc import Mapping
@@ -53,6 +54,30 @@ def check_free(folder: str, resume: str, auto: bool = False) -> bool:
     return False
 
 
+def claim(folder: str) -> str:
+    """Makes a folder that nobody else has, `folder` or the first free one of folder-2, folder-3, ...
+
+    Two runs that are named by the second they start in must not share one.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    path = folder
+    for number in itertools.count(2):
+        try:
+            os.makedirs(path)
+            break
+        except FileExistsError:
+            path = f'{folder}-{number}'
+        except OSError as error:
+            raise _not_created(path, error) from error
+    return path
+
+
+def _not_created(path: str, error: OSError) -> OutputError:
+    return OutputError(f'output folder {path!r} cannot be created ({error.strerror}): choose another --output')
+
+
 def settings_text(args: argparse.Namespace) -> str:
     """The settings as YAML that `--config` accepts."""
     return yaml.safe_dump(to_plain(vars(args)), default_flow_style=False)
@@ -76,8 +101,7 @@ class RunFolder:
         try:
             os.makedirs(path, exist_ok=True)
         except OSError as error:
-            raise OutputError(f'output folder {path!r} cannot be created ({error.strerror}): choose another '
-                              '--output') from error
+            raise _not_created(path, error) from error
         for name in _WRITTEN:
             for leftover in glob.glob(os.path.join(glob.escape(path), f'.{name}.*tmp')):
                 if os.path.isdir(leftover) and not os.path.islink(leftover):

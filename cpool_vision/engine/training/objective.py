@@ -12,10 +12,12 @@ from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
+    MultiLabelClassificationTask,
     TokenDistillationTask,
     TrainingTask,
 )
 
+from ..data.multi_label import is_multi_label
 from ..device import Precision
 from ..errors import ConfigError
 from ..model import check_model_name
@@ -34,13 +36,15 @@ def build_task(
         precision: Precision,
         verbose: bool,
 ) -> TrainingTask:
-    """Training task of timm: classification, or distillation from the teacher that `--kd-model-name` names.
+    """Training task of timm: `--task`, or distillation from the teacher that `--kd-model-name` names.
 
     Raises:
         UnknownModelError: no such teacher.
         ConfigError: student or teacher lack what the distillation needs.
     """
     common: dict[str, Any] = dict(device=device, dtype=precision.model_dtype, verbose=verbose)
+    if is_multi_label(args):
+        return MultiLabelClassificationTask(model, criterion=loss, threshold=args.threshold, **common)
     if args.kd_model_name is None:
         return ClassificationTask(model, criterion=loss, **common)
     check_model_name(args.kd_model_name)

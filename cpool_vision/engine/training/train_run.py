@@ -21,22 +21,28 @@ from ..checkpoints.saver import CheckpointSaver, TrainState
 from ..data import loaders as data
 from ..data import naflex
 from ..data.augmentation import KEY, RECORD, check_same_pipeline, describe_pipeline, record_text
-from ..data.unreadable import LIST_NAME
+from ..data.multi_label import adopt_labels, check_task, is_multi_label
+from ..data.unreadable import LIST_NAME, refuse_unreadable
 from ..device import Precision, resolve_precision, seed_everything, settle_threads, setup_device
 from ..errors import ConfigError
 from ..model import create_train_model, place_model, resolve_input
 from ..processes.sharding import check_fsdp, shard_task
 from ..processes.vote import exchange_rows, share_text
 from ..tracking.progress import silence_logging
-from ..tracking.run_folder import RunFolder, check_free, run_path, settings_text
+from ..tracking.run_folder import RunFolder, check_free, claim, run_path, settings_text
 from ..tracking.support_log import keep_first_input, measure_supports
 from ..tracking.track import Trackers, check_services, open_trackers
 from ..validation.evaluate import Evaluation, check_views, evaluate
+from ..validation.metrics import Tally
+from ..validation.multi_label import LabelTally
 from . import objective
 from .train_loop import Run, current_lr, train_one_epoch
 
 _logger = logging.getLogger(__name__)
-_METRICS = ('top1', 'top5', 'loss')
+
+
+def _columns(args: argparse.Namespace) -> tuple[str, ...]:
+    return (LabelTally if is_multi_label(args) else Tally).columns
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -47,8 +53,9 @@ def _check(args: argparse.Namespace) -> None:
                                ('--recovery-interval', args.recovery_interval, 0)):
         if value < least:
             raise ConfigError(f'{flag} must be >= {least}, got {value}')
-    if args.eval_metric not in _METRICS:
-        raise ConfigError(f'--eval-metric {args.eval_metric!r} is unknown: choose {", ".join(_METRICS)}')
+    check_task(args)
+    if args.eval_metric not in _columns(args):
+        raise ConfigError(f'--eval-metric {args.eval_metric!r} is unknown: choose {", ".join(_columns(args))}')
     if args.clip_mode not in ('norm', 'value', 'agc'):
         raise ConfigError(f'--clip-mode {args.clip_mode!r} is unknown: choose norm, value or agc')
     check_views(args.tta, args.naflex_loader)
@@ -72,6 +79,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         UserError: bad input; see `engine.errors`.
         StopRequested: a signal asked to stop, and the run is saved.
     """
+    if is_multi_label(args) and args.eval_metric == 'top1':  # timm's default, which stands for no choice
+        args.eval_metric = 'map'
     settings = settings_text(args)
     _check(args)
     device = setup_device(args)
@@ -95,6 +104,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     found = open_resume(args, run_path(args), device)
     resume, content = found.path, found.content
     check_agreement(resume, device, args.distributed)
+    adopt_labels(args, content, resume, refuse=True)
     setattr(args, KEY, describe_pipeline(args))
 
     seed_everything(args.seed)  # the same on every process: they start from the same weights
@@ -102,7 +112,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     _logger.info('Model %s: %d parameters.', safe_model_name(args.model), sum(p.numel() for p in model.parameters()))
     data_config = resolve_input(model, args)
     folder = run_path(args, data_config['input_size'][-1])
-    continuing = check_free(folder, resume, args.resume == 'auto') if primary else False
+    continuing = check_free(folder, resume, args.resume == 'auto') if primary and args.experiment else False
     model = place_model(model, args, device, precision)
 
     eval_loader, mixup_fn = None, None
@@ -153,6 +163,8 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     _place_schedule(run, start, restored=content is not None and not args.no_resume_opt)
 
     folders = None
+    if primary and not args.experiment:
+        folder = claim(folder)
     if args.checkpoint_format == 'sharded':
         folder = share_text(folder, device, args.distributed)  # without --experiment it holds the time of day
         folders = FolderStore(folder, args.rank, args.world_size,
@@ -191,10 +203,11 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
             columns = {'train_loss': metrics['loss']}
             final = epoch + 1 == num_epochs
             due = (epoch + 1) % args.val_interval == 0 or final
+            evaluation: Evaluation | None = None
             supports: list[SupportStatistics] = []
             if due and eval_loader is not None:
                 evaluation, supports = _evaluate_all(args, run, eval_model, eval_loader)
-                columns.update({f'eval_{key}': evaluation.metrics[key] for key in ('loss', 'top1', 'top5')})
+                columns.update({f'eval_{key}': evaluation.metrics[key] for key in _columns(args)})
             columns['lr'] = current_lr(optimizer)
             columns['train_images_per_sec'] = metrics['images_per_sec']
             if args.nonfinite == 'skip':
@@ -207,6 +220,9 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
                 trackers.log_epoch(rows[-1], run.updates_before(run.position), supports)
                 _logger.info('Epoch %d: %s', epoch, '  '.join(f'{key} {value:.5g}' for key, value in columns.items()))
             checkpointer.after_epoch(None if latest is None else float(latest), final)
+            if evaluation is not None and eval_loader is not None:  # once the epoch is saved
+                refuse_unreadable(eval_loader.dataset, evaluation.unreadable_positions, int(
+                    evaluation.metrics['images'] + evaluation.metrics['unreadable']), args.max_bad_samples)
     if saver is None:
         return {}
     saver.finish()
@@ -255,6 +271,10 @@ def _compile_and_distribute(args: argparse.Namespace, task: Any, device: torch.d
     return eval_model
 
 
+def _tally(args: argparse.Namespace, device: torch.device) -> Tally:
+    return LabelTally(device, args.num_classes, args.threshold) if is_multi_label(args) else Tally(device)
+
+
 def _evaluate_all(args: argparse.Namespace, run: Run, eval_model: Any, loader: Any,
                   ) -> tuple[Evaluation, list[SupportStatistics]]:
     """Validates the model and, if there is one, its average, whose metrics and supports then count."""
@@ -266,16 +286,14 @@ def _evaluate_all(args: argparse.Namespace, run: Run, eval_model: Any, loader: A
     settle_threads(args.distributed)
     measured = eval_model
     with keep_first_input(measured) as images:
-        result = evaluate(measured, **common)
+        result = evaluate(measured, tally=_tally(args, run.device), **common)
     if task.has_ema() and not args.model_ema_force_cpu:
-        _logger.info('Without averaging: loss %.4f  top1 %.3f', result.metrics['loss'], result.metrics['top1'])
+        name = 'map' if is_multi_label(args) else 'top1'
+        _logger.info('Without averaging: loss %.4f  %s %.3f', result.metrics['loss'], name, result.metrics[name])
         average = task.get_trainable_module(ema=True)
         if args.distributed and args.dist_bn:
             utils.distribute_bn(average, args.world_size, args.dist_bn == 'reduce')
         measured = task.get_eval_model(ema=True)
-        result = evaluate(measured, title='Validate average', **common)
-    if result.metrics['unreadable']:
-        _logger.warning('%d validation images could not be read and are left out of the metrics.',
-                        result.metrics['unreadable'])
+        result = evaluate(measured, title='Validate average', tally=_tally(args, run.device), **common)
     supports = measure_supports(measured, images[0], run.precision) if images and (args.rank == 0 or args.fsdp) else []
     return result, supports

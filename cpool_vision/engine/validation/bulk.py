@@ -16,6 +16,7 @@ import cpool_vision  # noqa: F401 - registers the variants
 
 from ..checkpoints.folder_index import is_folder
 from ..checkpoints.resume import FOLDER
+from ..data.multi_label import is_multi_label
 from ..device import setup_device
 from ..errors import CheckpointNotFoundError, ConfigError, UserError
 from ..tracking.progress import silence_logging
@@ -108,7 +109,8 @@ def validate_many(args: argparse.Namespace, jobs: Sequence[tuple[str, str]]) -> 
             continue
         if checkpoint:
             row['checkpoint'] = checkpoint
-        results = sorted([*results, row], key=lambda each: each['top1'], reverse=True)
+        metric = 'map' if is_multi_label(args) else 'top1'
+        results = sorted([*results, row], key=lambda each: each[metric], reverse=True)
         if args.results_file and args.rank == 0:
             write_results(args.results_file, results, args.results_format)
     return results

@@ -10,7 +10,7 @@ import torch.distributed
 import torch.nn as nn
 from timm.task import evaluation_sample_limit
 
-from ..data.unreadable import UNREADABLE
+from ..data.multi_label import unreadable_rows
 from ..device import Precision
 from ..errors import ConfigError, DatasetError
 from ..tracking.progress import progress
@@ -128,7 +128,7 @@ def evaluate(
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes); left in eval mode.
-        loader: yields images and class indices.
+        loader: yields images and targets, class indices or what `tally` takes.
         device: where to compute.
         precision: autocast and dtype.
         prefetched: the loader puts normalised images on the device itself.
@@ -173,23 +173,19 @@ def evaluate(
                 on_batch(output, target, positions)
             tally.update(output, target)
             numbers += positions
-            bad.append(target.eq(UNREADABLE))
+            bad.append(unreadable_rows(target))
             images += len(target)
             shown.advance()
             if primary and shown.due(step, step == total - 1):
-                now = tally.compute()
+                line, short = tally.headline()
                 rate = images / (time.perf_counter() - start)
-                shown.report(
-                    _logger,
-                    f'{title}: [{step + 1:>4d}/{total}]  loss {now["loss"]:.4f}  top1 {now["top1"]:.3f}  '
-                    f'top5 {now["top5"]:.3f}  {rate:.1f} img/s',
-                    f'top1 {now["top1"]:.2f}')
+                shown.report(_logger, f'{title}: [{step + 1:>4d}/{total}]  {line}  {rate:.1f} img/s', short)
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     elapsed = time.perf_counter() - start
     unreadable = [numbers[row] for row in torch.cat(bad).nonzero().flatten().tolist()] if bad else []
     metrics = tally.compute_over_processes() if distributed else tally.compute()
-    if metrics['unlabelled']:
+    if metrics.get('unlabelled'):
         raise DatasetError(f'{metrics["unlabelled"]} images are labelled with none of the classes that compete: check '
                            '--num-classes and --class-map, or whether the split has labels')
     if primary and metrics['nonfinite']:

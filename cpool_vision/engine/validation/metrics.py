@@ -13,7 +13,7 @@ from ..data.unreadable import UNREADABLE
 
 CONFUSION_LIMIT = 2048  # classes; the matrix of more would take over 32 MB
 BINS = 15
-_FRACTION_BITS = 40  # 2^40 in each of 2^23 images still fits 63 bits
+FRACTION_BITS = 40  # 2^40 in each of 2^23 images still fits 63 bits
 _Z95 = 1.959963984540054
 
 
@@ -39,13 +39,14 @@ def wilson_interval(hits: int, total: int, z: float = _Z95) -> tuple[float, floa
 
 def _fixed_point(values: torch.Tensor) -> torch.Tensor:
     """Sum of values >= 0 as whole parts and fractions of 2^-40: `(2,)`, int64. Above 2^40 a value counts as that."""
-    values = values.clamp(max=2. ** _FRACTION_BITS)
+    values = values.clamp(max=2. ** FRACTION_BITS)
     whole = values.floor()
-    return torch.stack([whole.long().sum(), ((values - whole) * 2 ** _FRACTION_BITS).round().long().sum()])
+    return torch.stack([whole.long().sum(), ((values - whole) * 2 ** FRACTION_BITS).round().long().sum()])
 
 
-def _mean(parts: list[int], count: int) -> float:
-    return ((parts[0] << _FRACTION_BITS) + parts[1]) / (count << _FRACTION_BITS) if count else math.nan
+def mean_of_parts(parts: list[int], count: int) -> float:
+    """Mean of `count` values whose sum is given as whole parts and fractions of 2^-40; NaN without values."""
+    return ((parts[0] << FRACTION_BITS) + parts[1]) / (count << FRACTION_BITS) if count else math.nan
 
 
 def _share(hits: int, total: int) -> float:
@@ -63,8 +64,12 @@ class Tally(Metric):
 
     Args:
         device: device of the outputs.
+
+    Attributes:
+        columns: figures that summary.csv has.
     """
 
+    columns: tuple[str, ...] = ('loss', 'top1', 'top5')
     full_state_update = False
     counts: torch.Tensor
     sums: torch.Tensor
@@ -80,7 +85,7 @@ class Tally(Metric):
         self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx='sum')
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds logits (B, classes) and class indices (B,)."""
+        """Adds logits (B, classes) and what `evaluate` got as targets, class indices (B,) here."""
         if len(target):
             with torch.no_grad():
                 self._count(output.detach().float(), target)
@@ -110,9 +115,14 @@ class Tally(Metric):
         A figure of no image is NaN.
         """
         images, top1, top5, nonfinite, unreadable, unlabelled = self.counts.tolist()
-        return {'loss': _mean(self.sums[0].tolist(), images - nonfinite), 'top1': _share(top1, images),
+        return {'loss': mean_of_parts(self.sums[0].tolist(), images - nonfinite), 'top1': _share(top1, images),
                 'top5': _share(top5, images), 'images': images, 'nonfinite': nonfinite, 'unreadable': unreadable,
                 'unlabelled': unlabelled}
+
+    def headline(self) -> tuple[str, str]:
+        """What a log line, and what a progress bar says of the figures so far."""
+        now = self.read()
+        return (f'loss {now["loss"]:.4f}  top1 {now["top1"]:.3f}  top5 {now["top5"]:.3f}', f'top1 {now["top1"]:.2f}')
 
     def compute(self) -> dict[str, float]:
         """`read`, as torchmetrics calls it."""
@@ -215,16 +225,16 @@ class ClassTally(Tally):
         confidence = prob.gather(1, guess[:, None])[:, 0]
         index = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
         member = torch.nn.functional.one_hot(torch.where(valid, index, torch.full_like(index, BINS)), BINS + 1)[:, :-1]
-        parts = (confidence * 2. ** _FRACTION_BITS).round().long()
-        fraction = parts & (2 ** _FRACTION_BITS - 1)
+        parts = (confidence * 2. ** FRACTION_BITS).round().long()
+        fraction = parts & (2 ** FRACTION_BITS - 1)
         self.bins += torch.stack([(member * weight[:, None]).sum(dim=0) for weight in (
-            valid.long(), hit.long(), parts >> _FRACTION_BITS, fraction)])
+            valid.long(), hit.long(), parts >> FRACTION_BITS, fraction)])
 
     def figures(self) -> ClassFigures:
         """Figures by class and by confidence of the states as they are; see `compute_all`."""
         images, hits, predicted = self.class_counts.cpu().numpy().copy()
         count, correct, whole, fraction = self.bins.tolist()
-        confidence = [_mean([w, f], n) for w, f, n in zip(whole, fraction, count, strict=True)]
+        confidence = [mean_of_parts([w, f], n) for w, f, n in zip(whole, fraction, count, strict=True)]
         matrix = None
         if self.has_confusion:
             matrix = self.confusion.cpu().numpy().reshape(self.num_classes, self.num_classes).copy()
@@ -248,7 +258,7 @@ class ClassTally(Tally):
             low, high = wilson_interval(hits, images)
             metrics[f'{name}_low'], metrics[f'{name}_high'] = 100 * low, 100 * high
         metrics['macro_accuracy'] = math.fsum(present) / len(present) if present else math.nan
-        metrics['brier'] = _mean(self.sums[1].tolist(), scored)
+        metrics['brier'] = mean_of_parts(self.sums[1].tolist(), scored)
         metrics['ece'] = 100 * math.fsum(w * g for w, g in zip(weights, gaps, strict=True)) if scored else math.nan
         metrics['mce'] = 100 * max(gaps) if scored else math.nan
         return metrics

@@ -12,6 +12,8 @@ import torch
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ..atomic import write_atomic, write_text
+from ..data.multi_label import unreadable_rows
+from ..data.unreadable import UNREADABLE
 from ..errors import ConfigError, OutputError
 from .results_markdown import format_markdown
 
@@ -100,21 +102,27 @@ class Predictions:
     Args:
         top_k: classes to keep of each image with their probabilities; 0 to keep all logits.
         device: where other processes are reached from.
+        multi_label: probabilities are independent of each other, and targets are labels (B, C).
     """
 
-    def __init__(self, top_k: int, device: torch.device) -> None:
-        self.top_k, self.device = top_k, device
+    def __init__(self, top_k: int, device: torch.device, multi_label: bool = False) -> None:
+        self.top_k, self.device, self.multi_label = top_k, device, multi_label
         self.parts: dict[str, list[torch.Tensor]] = {}
 
     def update(self, output: torch.Tensor, target: torch.Tensor, positions: list[int]) -> None:
-        """Adds logits (B, C), class indices (B,) and the numbers of the images."""
+        """Adds logits (B, C), targets and the numbers of the images."""
         output = output.detach().float()
         if self.top_k:
-            prob, index = output.softmax(dim=-1).topk(min(self.top_k, output.shape[-1]), dim=-1)
+            prob = output.sigmoid() if self.multi_label else output.softmax(dim=-1)
+            prob, index = prob.topk(min(self.top_k, output.shape[-1]), dim=-1)
             columns = {'topk_index': index, 'topk_prob': prob}
         else:
             columns = {'logits': output}
-        columns |= {'target': target.long(), 'position': torch.tensor(positions, dtype=torch.long)}
+        if self.multi_label:
+            target = torch.where(unreadable_rows(target)[:, None], UNREADABLE, target.ge(0.5)).to(torch.int8)
+        else:
+            target = target.long()
+        columns |= {'target': target, 'position': torch.tensor(positions, dtype=torch.long)}
         for name, column in columns.items():
             self.parts.setdefault(name, []).append(column.cpu())
 
@@ -122,8 +130,8 @@ class Predictions:
         """All rows in the order of the data set; every process must call it.
 
         Returns:
-            `target` (N,) and `position` (N,) int64; `logits` (N, C) float32, or `topk_index` (N, k) int64 and
-            `topk_prob` (N, k) float32.
+            `target` (N,) int64, or of several labels (N, C) int8; `position` (N,) int64; `logits` (N, C) float32, or
+            `topk_index` (N, k) int64 and `topk_prob` (N, k) float32.
         """
         columns = {name: torch.cat(parts) for name, parts in self.parts.items()}
         if distributed:

@@ -38,9 +38,31 @@ def _models(rows: Sequence[dict[str, Any]]) -> str:
         _number(row.get('img_size'))] for row in rows])
 
 
-def _details(row: dict[str, Any]) -> Iterable[str]:
+def _label_models(rows: Sequence[dict[str, Any]]) -> str:
+    columns = {'images': 'images', 'map': 'mAP %', 'micro_map': 'micro AP %', 'micro_f1': 'micro F1 %',
+               'macro_f1': 'macro F1 %', 'micro_precision': 'precision %', 'micro_recall': 'recall %',
+               'exact_match': 'exact match %', 'bce': 'BCE', 'nonfinite': 'not finite', 'threshold': 'threshold',
+               'param_count': 'parameters (M)', 'img_size': 'input'}
+    return _table(['model', *columns.values()], [[
+        row.get('checkpoint') or row['model'],
+        *(_number(row.get(name), 4 if name == 'bce' else 2) for name in columns)] for row in rows])
+
+
+def _label_details(row: dict[str, Any]) -> Iterable[str]:
     classes = [each for each in row.get('per_class', []) if each['images']]
     if classes:
+        worst = sorted(classes, key=lambda each: each['ap'])[:_WORST]
+        yield f'### Lowest average precision of {len(classes)} labels'
+        yield _table(['label', 'images', 'predicted', 'AP %', 'precision %', 'recall %', 'F1 %'], [
+            [each['name'], *(_number(each[key]) for key in ('images', 'predicted', 'ap', 'precision', 'recall', 'f1'))]
+            for each in worst])
+
+
+def _details(row: dict[str, Any]) -> Iterable[str]:
+    classes = [each for each in row.get('per_class', []) if each['images']]
+    if 'map' in row:
+        yield from _label_details(row)
+    elif classes:
         worst = sorted(classes, key=lambda each: each['accuracy'])[:_WORST]
         yield f'### Least accurate of {len(classes)} classes'
         yield _table(['class', 'images', 'accuracy %'],
@@ -72,8 +94,8 @@ def _details(row: dict[str, Any]) -> Iterable[str]:
 
 
 def format_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of all rows; of a single one also its classes, confusions, calibration, corruptions and cost."""
-    parts = ['## Validation', _models(rows)]
+    """A table of all rows; of a single one also classes or labels, confusions, calibration, corruptions and cost."""
+    parts = ['## Validation', _label_models(rows) if 'map' in rows[0] else _models(rows)]
     if len(rows) == 1:
         parts += _details(rows[0])
     return '\n\n'.join(parts) + '\n'

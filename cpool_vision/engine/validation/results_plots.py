@@ -1,6 +1,6 @@
-"""Pictures of one validation: confusion matrix, reliability diagram, accuracy by class."""
+"""Pictures of one validation: confusion matrix, reliability diagram, figures by class, precision and recall."""
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from cpool_vision.inspect.canvas import PlotDependencyError, new_figure, require
 
 from ..errors import ConfigError, OutputError
 from .metrics import BINS, ClassFigures
+from .multi_label import LabelFigures
 
 _STYLE = {'font.size': 7, 'axes.linewidth': 0.5, 'axes.labelsize': 7, 'axes.titlesize': 7, 'xtick.labelsize': 6,
           'ytick.labelsize': 6, 'xtick.major.width': 0.5, 'ytick.major.width': 0.5}
@@ -85,11 +86,11 @@ def reliability_figure(figures: ClassFigures, ece: float) -> Any:
     return figure
 
 
-def per_class_figure(figures: ClassFigures, names: Sequence[str]) -> Any:
-    """Accuracy of each class with images, best first, beside their mean."""
-    present = np.flatnonzero(figures.images)
-    order = present[np.argsort(-figures.accuracy[present], kind='stable')]
-    accuracy = figures.accuracy[order]
+def per_class_figure(values: np.ndarray, names: Sequence[str], unit: str = 'accuracy (%)') -> Any:
+    """A figure of each class that has one (not NaN), best first, beside their mean."""
+    present = np.flatnonzero(~np.isnan(values))
+    order = present[np.argsort(-values[present], kind='stable')]
+    accuracy = values[order]
     named = len(order) <= _NAMED
     figure = new_figure(3.4, 0.8 + 0.14 * len(order) if named else 5., layout='constrained')
     axes = figure.subplots()
@@ -104,8 +105,42 @@ def per_class_figure(figures: ClassFigures, names: Sequence[str]) -> Any:
     if len(order):
         axes.axvline(accuracy.mean(), color=_RED, linewidth=0.8, label=f'mean {accuracy.mean():.2f} %')
         figure.legend(loc='outside upper right', fontsize=6, frameon=False)
-    axes.set(xlim=(0, 100), ylim=(max(len(order), 1) - 0.5, -0.5), xlabel='accuracy (%)')
+    axes.set(xlim=(0, 100), ylim=(max(len(order), 1) - 0.5, -0.5), xlabel=unit)
     return figure
+
+
+def precision_recall_figure(figures: LabelFigures, names: Sequence[str]) -> Any:
+    """Precision over recall by falling threshold: of all pairs of image and label, and of each label of a few."""
+    figure = new_figure(4.6, 3.2, layout='constrained')
+    axes = figure.subplots()
+    for index, (recall, precision) in enumerate(figures.curves):
+        if figures.positives[index]:
+            axes.plot(recall, precision, linewidth=0.5, alpha=0.8, color=f'C{index % 10}',
+                      linestyle='-' if index < 10 else ':', label=f'{names[index]} {figures.ap[index]:.1f}')
+    axes.plot(*figures.micro, color='black', linewidth=1.2, label=f'all pairs {figures.micro_ap:.1f}')
+    axes.set(xlim=(0, 100), ylim=(0, 102), xlabel='recall (%)', ylabel='precision (%)')
+    figure.legend(title='average precision (%)', title_fontsize=6, fontsize=6, frameon=False, loc='outside right upper')
+    return figure
+
+
+def _draw(folder: str, drawn: Mapping[str, Any]) -> list[str]:
+    paths = []
+    for name, figure in drawn.items():
+        path = os.path.join(folder, f'{name}.png')
+        try:
+            save_figure(figure, path)
+        except OSError as error:
+            raise OutputError(f'{path!r} cannot be written ({error.strerror or error}): choose another --plots') \
+                from error
+        paths.append(path)
+    return paths
+
+
+def draw_label_plots(folder: str, figures: LabelFigures, names: Sequence[str]) -> list[str]:
+    """Writes per_class.png (average precision) and precision_recall.png; see `draw_plots`."""
+    with _matplotlib().rc_context(_STYLE):
+        return _draw(folder, {'per_class': per_class_figure(figures.ap, names, 'average precision (%)'),
+                              'precision_recall': precision_recall_figure(figures, names)})
 
 
 def draw_plots(folder: str, figures: ClassFigures, names: Sequence[str], ece: float) -> list[str]:
@@ -123,17 +158,9 @@ def draw_plots(folder: str, figures: ClassFigures, names: Sequence[str], ece: fl
     Raises:
         OutputError: a file cannot be written.
     """
-    paths = []
     with _matplotlib().rc_context(_STYLE):
-        drawn = {'reliability': reliability_figure(figures, ece), 'per_class': per_class_figure(figures, names)}
+        drawn = {'reliability': reliability_figure(figures, ece),
+                 'per_class': per_class_figure(figures.accuracy, names)}
         if figures.confusion is not None:
             drawn['confusion_matrix'] = confusion_figure(figures.confusion, names)
-        for name, figure in drawn.items():
-            path = os.path.join(folder, f'{name}.png')
-            try:
-                save_figure(figure, path)
-            except OSError as error:
-                raise OutputError(f'{path!r} cannot be written ({error.strerror or error}): choose another --plots') \
-                    from error
-            paths.append(path)
-    return paths
+        return _draw(folder, drawn)

@@ -13,6 +13,7 @@ from cpool_vision.version import __version__
 from ..device import Precision
 from .labels import describe_classes
 from .metrics import ClassFigures
+from .multi_label import LabelFigures, LabelTally
 
 _MATRIX_IN_JSON = 100  # classes
 _CONFUSIONS = 20
@@ -25,6 +26,16 @@ class Measurement:
     metrics: dict[str, float]
     figures: ClassFigures
     several: dict[str, float] | None
+    images_per_sec: float
+    names: list[str]
+
+
+@dataclass
+class LabelMeasurement:
+    """Figures of one split whose images have several labels; see `multi_label.LabelTally`."""
+
+    metrics: dict[str, float]
+    figures: LabelFigures
     images_per_sec: float
     names: list[str]
 
@@ -53,6 +64,17 @@ def class_details(measured: Measurement) -> dict[str, Any]:
         if len(names) <= _MATRIX_IN_JSON:
             details['confusion_matrix'] = figures.confusion.tolist()
     return details
+
+
+def label_details(measured: LabelMeasurement) -> dict[str, Any]:
+    """Figures by label, as a list of plain values."""
+    figures = measured.figures
+    columns = {name: figures.column(name) for name in ('precision', 'recall', 'f1')}
+    return {'per_class': [
+        {'class': index, 'name': name, 'images': int(figures.positives[index]),
+         'predicted': int(figures.predicted[index]), 'ap': float(figures.ap[index]),
+         **{key: values[index] for key, values in columns.items()}}
+        for index, name in enumerate(describe_classes(measured.names))]}
 
 
 def environment(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Any]:
@@ -99,3 +121,18 @@ def row_of(args: argparse.Namespace, about: dict[str, Any], measured: Measuremen
                 'original_top5': metrics['top5']}
     row['nll'] = metrics['loss']
     return row | {name: metrics[name] for name in ('macro_accuracy', 'ece', 'mce', 'brier', 'nonfinite', 'unreadable')}
+
+
+def label_row_of(args: argparse.Namespace, about: dict[str, Any], measured: LabelMeasurement) -> dict[str, Any]:
+    """Single figures of a split whose images have several labels, in the order of timm's columns where it has them."""
+    metrics = measured.metrics
+    rates = {name: round(metrics[name], 4) for name in LabelTally.columns if name != 'loss'}
+    return {
+        'model': about['model'], **rates, **about,
+        'threshold': args.threshold,
+        'loss': round(metrics['loss'], 4),
+        'images': metrics['images'],
+        'images_per_sec': round(measured.images_per_sec * args.world_size, 2),
+        'bce': metrics['loss'],
+        **{name: metrics[name] for name in ('empty', 'nonfinite', 'unreadable')},
+    }

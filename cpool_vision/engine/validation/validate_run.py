@@ -18,6 +18,7 @@ from timm.utils import reparameterize_model
 import cpool_vision  # noqa: F401 - registers the variants
 
 from ..data.loaders import build_eval_loader
+from ..data.multi_label import CLASS_NAMES, adopt_labels, check_task, is_multi_label
 from ..data.naflex import build_naflex_eval_loader
 from ..data.unreadable import refuse_unreadable, sample_name
 from ..device import Precision, resolve_precision, seed_everything, settle_threads, setup_device
@@ -28,7 +29,17 @@ from .cost import count_macs, measure_cost
 from .evaluate import check_views, evaluate
 from .labels import ClassSubset, describe_classes, read_class_subset, read_real_labels, read_valid_labels
 from .metrics import ClassTally, MultiLabelTally
-from .results_rows import Measurement, class_details, environment, head_of_row, row_of
+from .multi_label import LabelTally
+from .results_rows import (
+    LabelMeasurement,
+    Measurement,
+    class_details,
+    environment,
+    head_of_row,
+    label_details,
+    label_row_of,
+    row_of,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +53,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f'--num-gpu {args.num_gpu}: {torch.cuda.device_count()} CUDA devices are available')
     if args.num_gpu > 1 and args.distributed:
         raise ConfigError(f'--num-gpu {args.num_gpu} splits batches within one process: drop it under torchrun')
+    check_task(args)
     check_views(args.tta, args.naflex_loader)
     for value, name in ((args.max_bad_samples, '--max-bad-samples'), (args.predictions_topk, '--predictions-topk')):
         if value < 0 or not math.isfinite(value):
@@ -136,6 +148,7 @@ def _prepare(args: argparse.Namespace, device: torch.device) -> Subject:
     _logger.info('Model %s: %d parameters.', args.model, parameters)
     data_config = resolve_input(model, args, use_test_size=not args.use_train_size)
     _warn_of_mismatch(args, content, data_config)
+    adopt_labels(args, content, args.checkpoint, refuse=False)
     del content  # as large as model and optimizer
     pooled = False
     if args.test_pool:
@@ -207,6 +220,8 @@ def _open_loader(subject: Subject, args: argparse.Namespace) -> Any:
 
 
 def _class_names(subject: Subject, dataset: Any, count: int) -> list[str]:
+    if getattr(subject.args, CLASS_NAMES, None):
+        return list(getattr(subject.args, CLASS_NAMES))
     known = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     if not known:
         classes = getattr(dataset, 'classes', None) or []
@@ -216,10 +231,13 @@ def _class_names(subject: Subject, dataset: Any, count: int) -> list[str]:
     return [names.get(index, str(label)) for index, label in enumerate(labels)]
 
 
-def _measure(subject: Subject, args: argparse.Namespace, loader: Any, title: str = 'Test') -> Measurement:
+def _measure(subject: Subject, args: argparse.Namespace, loader: Any, title: str = 'Test',
+             ) -> Measurement | LabelMeasurement:
     """Runs the model over one split; every process must call it, and all get the same figures."""
     dataset, device = loader.dataset, subject.device
-    tally = ClassTally(device, len(subject.valid_labels or range(args.num_classes)))
+    multi_label = is_multi_label(args)
+    tally: Any = LabelTally(device, args.num_classes, args.threshold) if multi_label else ClassTally(
+        device, len(subject.valid_labels or range(args.num_classes)))
     several, predictions = None, None
     if args.real_labels:
         if not hasattr(dataset, 'filenames'):
@@ -227,7 +245,7 @@ def _measure(subject: Subject, args: argparse.Namespace, loader: Any, title: str
         several = MultiLabelTally(
             read_real_labels(args.real_labels, dataset.filenames(basename=True), args.num_classes), device)
     if args.predictions:
-        predictions = results.Predictions(args.predictions_topk, device)
+        predictions = results.Predictions(args.predictions_topk, device, multi_label)
     observers: list[Any] = [each for each in (several, predictions) if each is not None]
 
     def on_batch(output: torch.Tensor, target: torch.Tensor, positions: list[int]) -> None:
@@ -243,32 +261,40 @@ def _measure(subject: Subject, args: argparse.Namespace, loader: Any, title: str
         views=args.tta, fill=args.batch_size, tally=tally, on_batch=on_batch)
     total = int(result.metrics['images'] + result.metrics['unreadable'])
     _logger.info('%d images in %.1f s.', total, time.perf_counter() - started)
-    limit = args.max_bad_samples
-    allowed = int(limit) if limit >= 1 else math.ceil(limit * total)
-    bad = result.unreadable_positions
-    refuse_unreadable(dataset, bad, total, allow=len(bad) <= allowed)
+    refuse_unreadable(dataset, result.unreadable_positions, total, args.max_bad_samples)
 
     with torch.inference_mode():
         metrics, figures = tally.compute_all()
         labels = several.compute_over_processes() if several is not None else None
         arrays = predictions.gather(args.distributed) if predictions is not None else None
-    measured = Measurement(metrics, figures, labels, result.images_per_sec, _class_names(
-        subject, dataset, args.num_classes))
+    names = _class_names(subject, dataset, args.num_classes)
+    measured: Measurement | LabelMeasurement = LabelMeasurement(metrics, figures, result.images_per_sec, names)
+    if not multi_label:
+        measured = Measurement(metrics, figures, labels, result.images_per_sec, names)
     if args.rank == 0:
         if arrays is not None:
             if hasattr(dataset, 'filename'):
                 files = [sample_name(dataset, place) for place in arrays['position'].tolist()]
                 arrays['filename'] = np.array(files, str)
-            arrays['class_name'] = np.array(measured.names, str)
+            arrays['class_name'] = np.array(names, str)
             if subject.valid_labels is not None:
                 arrays['class_index'] = np.array(subject.valid_labels)
-            if figures.confusion is not None:
+            if not multi_label and figures.confusion is not None:
                 arrays['confusion_matrix'] = figures.confusion
             results.write_predictions(args.predictions, arrays)
         if args.plots:
-            paths = results_plots.draw_plots(args.plots, figures, describe_classes(measured.names), metrics['ece'])
+            shown = describe_classes(names)
+            paths = results_plots.draw_label_plots(args.plots, figures, shown) if multi_label else \
+                results_plots.draw_plots(args.plots, figures, shown, metrics['ece'])
             _logger.info('Drawn: %s.', ', '.join(paths))
     return measured
+
+
+def _describe(args: argparse.Namespace, about: dict[str, Any], measured: Measurement | LabelMeasurement,
+              ) -> dict[str, Any]:
+    if isinstance(measured, LabelMeasurement):
+        return label_row_of(args, about, measured) | label_details(measured)
+    return row_of(args, about, measured) | class_details(measured)
 
 
 def validate(args: argparse.Namespace) -> dict[str, Any]:
@@ -285,7 +311,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         `top1_low` and so on (95 % intervals), `nll`, `macro_accuracy`, `ece`, `mce`, `brier` (0 to 2), `nonfinite` and
         `unreadable` (images); lists `per_class`, `reliability`, `top_confusions` and, up to 100 classes,
         `confusion_matrix`; `environment`; `cost` with `--measure-cost`. With `--corruptions` see
-        `corruption.summarise`.
+        `corruption.summarise`, with `--task multi_label` `multi_label.LabelTally`; the loss is `bce` there.
 
     Raises:
         DatasetError: images that cannot be read; also see `data.build_dataset`.
@@ -307,13 +333,13 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             part = copy.copy(args)
             part.data_dir, part.split, part.num_samples = place.path, '', None
             measured = _measure(subject, part, _open_loader(subject, part), f'{place.corruption} {place.severity}')
-            lines.append(corruption.line(place, row_of(args, about, measured)))
+            lines.append(corruption.line(place, _describe(args, about, measured)))
         row = corruption.summarise(about, lines)
     else:
         loader = _open_loader(subject, args)  # bad data is told before the model is compiled
         _compile(subject)
         measured = _measure(subject, args, loader)
-        row = row_of(args, about, measured) | class_details(measured)
+        row = _describe(args, about, measured)
     row['environment'] = environment(args, subject.device, subject.precision)
     if subject.cost is not None:
         row['cost'] = subject.cost
