@@ -1,16 +1,14 @@
 """Figures of several labels per image: by hand, against torchmetrics and timm, over 1 to 3 processes to the digit."""
 import math
-import multiprocessing
 import os
-import traceback
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from divided_tools import in_processes
 from test_engine_metrics import CPU, PLAIN, Shares
 from timm.task.evaluator import MultiLabelClassificationEvaluator
 from torchmetrics.classification import (
@@ -201,36 +199,14 @@ def measure(output: torch.Tensor, target: torch.Tensor, rank: int = 0, world_siz
     return repr((metrics, values, result.unreadable_positions))
 
 
-def member(rank: int, world_size: int, folder: str, cases: list[Rows], results: Any) -> None:
-    try:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group(
-            'gloo', init_method=f'file://{folder}/{world_size}', rank=rank, world_size=world_size)
-        results.put(([measure(*case, rank, world_size) for case in cases],
-                     measure(*cases[0], rank, world_size, padded=True)))
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        results.put((traceback.format_exc(), None))
-
-
 @pytest.mark.skipif(os.name != 'posix', reason='forks')
 @pytest.mark.parametrize('world_size', [2, 3])
 def test_processes_change_no_digit(rows: Rows, tmp_path: Path, world_size: int) -> None:
     cases = [(rows[0][:count], rows[1][:count]) for count in (299, 97, 2, 1)]
     expected = [measure(*case) for case in cases]
     assert expected[0].endswith('[3, 99])')
-    context: Any = multiprocessing.get_context('fork')
-    results = context.Queue()
-    members = [context.Process(target=member, args=(rank, world_size, str(tmp_path), cases, results), daemon=True)
-               for rank in range(world_size)]
-    for process in members:
-        process.start()
-    try:
-        for _ in range(world_size):
-            measured, padded = results.get(timeout=120)
-            assert measured == expected, measured
-            assert padded != expected[0]  # the control: with the padding counted the figures differ
-    finally:
-        for process in members:
-            process.join(timeout=30)
-            process.kill()
+    for measured, padded in in_processes(world_size, tmp_path, lambda rank: (
+            [measure(*case, rank, world_size) for case in cases],
+            measure(*cases[0], rank, world_size, padded=True))):
+        assert measured == expected
+        assert padded != expected[0]  # the control: with the padding counted the figures differ

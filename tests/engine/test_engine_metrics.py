@@ -1,8 +1,6 @@
 """Metrics against values worked out by hand and by torchmetrics, and over 1, 2 and 3 processes to the last digit."""
 import math
-import multiprocessing
 import os
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from divided_tools import in_processes
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -210,40 +209,18 @@ def measure(output: torch.Tensor, target: torch.Tensor, rank: int = 0, world_siz
         return repr((metrics, values, several.compute_over_processes(), result.unreadable_positions))
 
 
-def member(rank: int, world_size: int, folder: str, cases: list[Any], results: Any) -> None:
-    try:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group(
-            'gloo', init_method=f'file://{folder}/{world_size}', rank=rank, world_size=world_size)
-        results.put((rank, [measure(*case, rank, world_size) for case in cases],
-                     measure(*cases[0], rank, world_size, padded=True)))
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        results.put((rank, traceback.format_exc(), None))
-
-
 @pytest.mark.skipif(os.name != 'posix', reason='forks')
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 def test_processes_change_no_digit(rows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, world_size: int) -> None:
     cases = [(rows[0][:count], rows[1][:count]) for count in (299, 97, 7, 2, 1)]
     expected = [measure(*case) for case in cases]
     assert expected[0].endswith('[3, 99])')
-    context: Any = multiprocessing.get_context('fork')
-    results = context.Queue()
-    members = [context.Process(target=member, args=(rank, world_size, str(tmp_path), cases, results), daemon=True)
-               for rank in range(world_size)]
-    for process in members:
-        process.start()
-    try:
-        for _ in range(world_size):
-            _, measured, padded = results.get(timeout=120)
-            assert measured == expected, measured
-            # the control: with the padding counted the figures differ, where there is any
-            assert (padded == expected[0]) == (299 % world_size == 0)
-    finally:
-        for process in members:
-            process.join(timeout=30)
-            process.kill()
+    for measured, padded in in_processes(world_size, tmp_path, lambda rank: (
+            [measure(*case, rank, world_size) for case in cases],
+            measure(*cases[0], rank, world_size, padded=True))):
+        assert measured == expected
+        # the control: with the padding counted the figures differ, where there is any
+        assert (padded == expected[0]) == (299 % world_size == 0)
 
 
 def test_labels_that_are_no_class_are_an_error() -> None:

@@ -1,5 +1,4 @@
 """Training images that cannot be decoded: replaced, listed, capped."""
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from divided_tools import in_processes
 from loader_tools import CASES, CPU, Build, builder, same
 from PIL import Image
 from timm.data import ImageDataset
@@ -110,29 +110,17 @@ def test_faults_of_a_transform_are_not_taken_for_unreadable_images(build: Build)
         prepared.take(0)
 
 
-def _share(rank: int, folder: str, root: str, results: Any) -> None:
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
-    log = UnreadableLog(StrictImageDataset(ImageDataset(root)), 10)
-    log.open(os.path.join(folder, 'run') if rank == 0 else '')
-    results.put(log.share(CPU))  # nothing yet
-    log.add([Unreadable(index, str(index), '') for index in ([8], [3, 17])[rank]])
-    results.put(log.share(CPU))
-    torch.distributed.destroy_process_group()
-
-
 def test_the_first_process_lists_what_all_found(image_root: str, tmp_path: Path) -> None:
     (tmp_path / 'run').mkdir()
-    context = multiprocessing.get_context('fork')
-    results: Any = context.Queue()
-    workers = [context.Process(target=_share, args=(rank, str(tmp_path), os.path.join(image_root, 'train'), results))
-               for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    counts = sorted(results.get(timeout=120) for _ in range(4))
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
-    assert counts == [0, 0, 3, 3]
+
+    def share(rank: int) -> list[int]:
+        log = UnreadableLog(StrictImageDataset(ImageDataset(os.path.join(image_root, 'train'))), 10)
+        log.open(str(tmp_path / 'run') if rank == 0 else '')
+        before = log.share(CPU)
+        log.add([Unreadable(index, str(index), '') for index in ([8], [3, 17])[rank]])
+        return [before, log.share(CPU)]
+
+    assert in_processes(2, tmp_path, share) == [[0, 3], [0, 3]]
     assert (tmp_path / 'run' / 'unreadable.txt').read_text() == '3\tcat/3.png\n8\tdog/0.png\n17\towl/1.png\n'
 
 
