@@ -30,6 +30,28 @@ def mixing(args: argparse.Namespace) -> dict[str, Any]:
     return {**mix, 'multi_label': True} if is_multi_label(args) else mix
 
 
+def augmentation(args: argparse.Namespace, data_config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of timm's transforms and random erasing for training images."""
+    interpolation = None if args.no_aug else args.train_interpolation
+    return dict(
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=args.aa,
+        interpolation=interpolation or data_config['interpolation'],
+    )
+
+
 def check_train_flags(args: argparse.Namespace) -> None:
     """Refuses flags of the training loader that are out of range or exclude each other.
 

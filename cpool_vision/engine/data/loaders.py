@@ -14,7 +14,7 @@ from ..errors import ConfigError, DatasetError
 from .augmentation import open_pipeline, transform_maker, try_pipeline
 from .dataset import build_dataset
 from .keyed import DrawnSeeds, KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
-from .loader_flags import check_train_flags, image_mode, mixing, size_schedule
+from .loader_flags import augmentation, check_train_flags, image_mode, mixing, size_schedule
 from .posterize import allow_zero_bits
 from .sampling import BatchKeys, EpochOrder
 from .stream import StreamedTrainStream, TrainStream
@@ -85,29 +85,13 @@ def build_train_loader(
     mix = mixing(args)
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
-    interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
     try:
         built = create_loader(
             dataset,
             batch_size=args.batch_size,
             is_training=True,
-            no_aug=args.no_aug,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
             re_split=args.resplit,
-            train_crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob,
-            gaussian_blur_prob=args.gaussian_blur_prob,
-            auto_augment=args.aa,
             num_aug_splits=args.aug_splits,
-            interpolation=interpolation or data_config['interpolation'],
             num_workers=args.workers,
             collate_fn=FastCollateMixup(**mix) if mix and not args.no_prefetcher else None,
             worker_seeding=args.worker_seeding,
@@ -115,6 +99,7 @@ def build_train_loader(
             input_size_choices=args.train_img_sizes,
             batch_size_choices=args.train_batch_sizes,
             batch_choice_weights=args.train_size_probs,
+            **augmentation(args, data_config),
             **_common(args, data_config, device, precision),
         )
         inner = built.loader if isinstance(built, PrefetchLoader) else built

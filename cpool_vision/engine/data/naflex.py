@@ -14,7 +14,8 @@ from timm.data import ImageDataset, NaFlexMixup, create_naflex_loader
 from ..device import Precision
 from ..errors import ConfigError, DatasetError
 from .keyed import KeyedErasing
-from .loaders import build_dataset, image_mode, mixing
+from .loader_flags import augmentation, mixing
+from .loaders import build_dataset, image_mode
 from .stream import StreamedTrainStream
 from .unreadable import CountingImageDataset
 from .worker import WorkerSignals
@@ -136,26 +137,12 @@ def build_naflex_train_loader(args: argparse.Namespace, model: nn.Module, data_c
                 batch_size=args.batch_size,
                 is_training=True,
                 mixup_fn=mixup_fn,
-                no_aug=args.no_aug,
-                re_prob=args.reprob,
-                re_mode=args.remode,
-                re_count=args.recount,
-                train_crop_mode=args.train_crop_mode,
-                scale=args.scale,
-                ratio=args.ratio,
-                hflip=args.hflip,
-                vflip=args.vflip,
-                color_jitter=args.color_jitter,
-                color_jitter_prob=args.color_jitter_prob,
-                grayscale_prob=args.grayscale_prob or 0.,
-                gaussian_blur_prob=args.gaussian_blur_prob or 0.,
-                auto_augment=args.aa,
-                interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
                 distributed=args.distributed,
                 rank=args.rank,
                 world_size=args.world_size,
                 seed=args.seed,
                 worker_seeding=args.worker_seeding,
+                **augmentation(args, data_config),
                 **_common(args, data_config, device, precision),
             )
     except (AssertionError, TypeError, ValueError) as error:
