@@ -77,18 +77,30 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _on_plain_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A subclass whose methods wrap what they return would make the outputs views, which no one may change in place."""
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*(
+            arg.as_subclass(Tensor) if isinstance(arg, Tensor) and type(arg) is not Tensor else arg for arg in args))
+    return wrapper
+
+
 for _name, _function in (
         ('context_pool2d', _context_pool2d),
         ('context_pool2d_reference', _without_autocast(context_pool2d_reference)),
         ('support_size', _support_size),
 ):
     _lib.impl(_name, _function, 'CompositeImplicitAutograd')
-_lib.impl('context_pool2d_tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd')
-_lib.impl('context_pool2d_tiled_backward', _without_autocast(tiled_backward), 'CompositeExplicitAutograd')
-_lib.impl('context_pool2d_native', native_forward, 'CPU')
-_lib.impl('context_pool2d_native_backward', native_backward, 'CPU')
-_lib.impl('context_pool2d_triton', _triton_forward, 'CompositeExplicitAutograd')
-_lib.impl('context_pool2d_triton_backward', _triton_backward, 'CompositeExplicitAutograd')
+for _name, _function, _key in (
+        ('tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd'),
+        ('tiled_backward', _without_autocast(tiled_backward), 'CompositeExplicitAutograd'),
+        ('native', native_forward, 'CPU'),
+        ('native_backward', native_backward, 'CPU'),
+        ('triton', _triton_forward, 'CompositeExplicitAutograd'),
+        ('triton_backward', _triton_backward, 'CompositeExplicitAutograd'),
+):
+    _lib.impl(f'context_pool2d_{_name}', _on_plain_tensors(_function), _key)
 
 
 def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor]:

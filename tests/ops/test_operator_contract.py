@@ -92,6 +92,28 @@ def test_export_keeps_one_operator():
     torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
 
 
+class Wrapping(torch.Tensor):
+    """A subclass of the kind of fastai's: a method of its own wraps what it makes."""
+
+    def new_empty(self, *size, **kwargs):
+        return self.as_subclass(torch.Tensor).new_empty(*size, **kwargs).as_subclass(Wrapping)
+
+
+@pytest.mark.parametrize('backend', HOST_BACKENDS)
+def test_outputs_of_a_tensor_subclass_may_be_changed_in_place(backend):
+    case = make_case(2, 4, 20, 21)
+
+    def change(x, logits, sigma, cls):
+        y = context_pool2d(x.as_subclass(cls), logits, sigma, backend=backend)
+        assert type(y) is cls
+        y += x.sum()
+        return y.as_subclass(torch.Tensor)
+
+    got, expected = (run(lambda *inputs, cls=cls: change(*inputs, cls), case) for cls in (Wrapping, torch.Tensor))
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
 def test_first_call_may_be_compiled():
     code = ('import torch; from cpool_vision.ops import context_pool2d as p; '
             'x = torch.randn(1, 4, 8, 8); s = torch.ones(1, 1, 8, 8); '
