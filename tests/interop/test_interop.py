@@ -9,6 +9,7 @@ from torch import nn
 
 from cpool_vision.hub import save_for_hub
 from cpool_vision.layers import ContextPool2d
+from cpool_vision.retrofit import add_context_pool, save_model
 
 CNN, VIT, NAFLEX = 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32', 'naflexvit_micro_cpool_patch4_gap'
 SMALL = {CNN: dict(layers=[1, 1, 1, 1]), **dict.fromkeys((VIT, NAFLEX), dict(depth=2, embed_dim=32, num_heads=2))}
@@ -127,10 +128,58 @@ def test_hub_folder_with_another_number_of_classes(images, tmp_path):
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3)(images).shape == (2, 3)
 
 
-def test_fastai_learner(images):
+@pytest.fixture
+def image_folder(tmp_path):
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for label in 'abc':
+        folder = tmp_path / 'images' / label
+        folder.mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f'{i}.png')
+    return tmp_path / 'images'
+
+
+@pytest.mark.parametrize('name', [CNN, VIT, NAFLEX, 'retrofit'])
+def test_fastai_learner(name, image_folder, tmp_path):
     vision = pytest.importorskip('fastai.vision.all')
-    body = vision.create_timm_model(CNN, 3, pretrained=False, **SMALL[CNN])[0]
-    assert body(images).shape == (2, 3)
+    torch.manual_seed(0)
+    loaders = vision.ImageDataLoaders.from_folder(
+        image_folder, valid_pct=.4, seed=0, bs=3, num_workers=0, item_tfms=vision.Resize(64), device='cpu')
+    if name == 'retrofit':  # a folder with weights: normalised by its own mean, its body frozen at first
+        save_model(add_context_pool(timm.create_model('test_resnet'), img_size=64), str(tmp_path / 'model'))
+        learner = vision.vision_learner(loaders, f"local-dir:{tmp_path / 'model'}", path=tmp_path)
+        assert loaders.after_batch.fs.filter(vision.risinstance(vision.Normalize))
+    else:
+        size = {'img_size': 64} if name == VIT else {}
+        learner = vision.vision_learner(loaders, name, pretrained=False, path=tmp_path, **SMALL[name], **size)
+    pools = [m for m in learner.model.modules() if isinstance(m, ContextPool2d)]
+    parameters = [p for pool in pools for p in pool.parameters()]
+    before = [p.clone() for p in parameters]
+    with learner.no_bar(), learner.no_logging():
+        if name == 'retrofit':
+            learner.fit(1)
+            assert all(map(torch.equal, before, parameters))
+            learner.unfreeze()
+        learner.fit_one_cycle(2, 1e-2)
+        assert np.isfinite(learner.recorder.values).all()
+        assert pools and not any(map(torch.equal, before, parameters))
+
+        # its own kind of tensor goes through the pools as a plain one does
+        x, _ = loaders.valid.one_batch()
+        assert type(x) is vision.TensorImage
+        assert torch.equal(torch.Tensor(learner.model.eval()(x)), learner.model(x.as_subclass(torch.Tensor)))
+        probabilities, _ = learner.get_preds()
+        assert probabilities.shape == (6, 3)
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(6))
+        path = image_folder / 'a' / '0.png'
+        label, _, one = learner.predict(path)
+        assert label in 'abc' and one.shape == (3,)
+        learner.export('learner.pkl')
+        again = vision.load_learner(tmp_path / 'learner.pkl')
+        with again.no_bar():
+            torch.testing.assert_close(again.predict(path)[2], one)
 
 
 def test_int8_weights(images):
