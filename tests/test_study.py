@@ -217,11 +217,18 @@ def test_interrupted_and_called_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['study', *arguments, '--time', '--batch', '2', '--repeats', '1',
                                        '--sizes', '32', '48', '--results', str(tmp_path / 'results.json')])
     assert command.main() == 0
+    monkeypatch.setattr(sys, 'argv', ['study', *arguments, '--final-split', 'train', '--results',
+                                       str(tmp_path / 'results.json')])
+    assert command.main() == 0
+    with pytest.raises(SystemExit, match="'train' was scored before: its figures are in .*results.json"):
+        command.main()
     out = capsys.readouterr().out
+    assert '\ntrain\n' in out
     assert '| pool | 1 |' in out and '(one seed)' in out
     assert '| arm | 32 px | 48 px |' in out
     kept = json.loads((tmp_path / 'results.json').read_text())
     assert [row['top1'] for row in kept['sizes'] if row['size'] == 32] == [row['top1'] for row in kept['runs']]
+    assert [row['images'] for row in kept['final']['train']] == [row['images'] for row in kept['runs']] == [32, 32]
     epochs = (output / 'runs' / 'plain-s0' / 'summary.csv').read_text().splitlines()
     assert len(epochs) == 13
     assert (output / 'study.png').read_bytes()[:4] == b'\x89PNG' and Path(output / 'table.md').exists()

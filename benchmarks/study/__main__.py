@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('-o', '--output', type=Path, required=True, help='folder for runs, results, table and plot')
     parser.add_argument('-j', '--jobs', type=int, default=1, help='trainings at a time')
     parser.add_argument('--threads', type=int, default=1, help='of each training')
-    parser.add_argument('--final-split', help='scores all runs on this split of DIR, once, and tabulates that')
+    parser.add_argument('--final-split', help='scores all runs on this split of DIR as well, once, when all are done')
     parser.add_argument('--time', action='store_true', help='time training steps of all arms first, on an idle machine')
     parser.add_argument('--batch', type=int, default=32, help='of the timed steps')
     parser.add_argument('--repeats', type=int, default=9, help='of the timed steps')
@@ -39,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--plot', type=Path, help='draws here, and supports by depth to *_supports.png; OUT/study.png if not given')
     parser.add_argument(
-        '--write', type=Path, help='Markdown file with the markers <!-- study STEM --> and <!-- /study STEM -->')
+        '--write', type=Path,
+        help='Markdown file with the markers <!-- study STEM --> and <!-- /study STEM -->; other tables between STEM '
+             'sizes and STEM SPLIT')
     return parser
 
 
@@ -63,11 +65,17 @@ def main() -> int:
             print('interrupted: call again to go on')
             return 143
     results = read_results(study, args.output)
-    if args.final_split and not failed:
-        results = score_once(study, args.output, args.data_dir, args.final_split)
     if not results:
         print('no run is finished yet')
         return 1
+    final = kept.get('final', {})
+    if args.final_split and not failed:
+        if args.final_split in final:
+            raise SystemExit(f'{args.final_split!r} was scored before: its figures are in {args.results}')
+        try:
+            final[args.final_split] = score_once(study, args.output, args.data_dir, args.final_split)
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from error
     ratios = json.loads(timing.read_text(encoding='utf-8'))['ratios'] if timing.exists() else kept.get('ratios', {})
     rows = summarise(study, results, ratios)
     table = format_table(rows)
@@ -77,6 +85,9 @@ def main() -> int:
         print(f'\n{len(results)} of {total} runs are finished')
     write_text(args.output / 'table.md', table + '\n')
     tables = {args.study.stem: table}
+    for split, scored in final.items():
+        tables[f'{args.study.stem} {split}'] = format_table(summarise(study, scored, ratios))
+        print(f'\n{split}\n\n{tables[f"{args.study.stem} {split}"]}')
     sizes = kept.get('sizes', [])
     if args.sizes:
         here = [run_name(r['arm'], r['seed']) for r in results]
@@ -87,7 +98,8 @@ def main() -> int:
         print(f'\n{tables[f"{args.study.stem} sizes"]}')
     if args.results:
         write_text(args.results, json.dumps(
-            {'machine': machine(), 'ratios': ratios, 'runs': results, 'sizes': sizes}, indent=1) + '\n')
+            {'machine': machine(), 'ratios': ratios, 'runs': results, 'sizes': sizes, 'final': final},
+            indent=1) + '\n')
     plot = args.plot or args.output / 'study.png'
     draw(study.title, rows, plot)
     draw_supports(study.title, results, plot.with_name(f'{plot.stem}_supports.png'))
