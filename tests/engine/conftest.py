@@ -49,12 +49,19 @@ def image_root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
+@pytest.fixture(scope='session')
+def flags_into(image_root: str) -> Callable[[Any], list[str]]:
+    """Flags of a run of a second or so below a folder, with random crops, flips and dropout."""
+    return lambda folder: [
+        '--data-dir', image_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-b', '8',
+        '-j', '0', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3', '--drop', '0.2',
+        '--device', 'cpu', '--output', str(folder)]
+
+
 @pytest.fixture
-def base_flags(image_root: str, tmp_path: Any) -> list[str]:
-    """Flags of a run of a second or so, with random crops, flips and dropout."""
-    return ['--data-dir', image_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-b', '8',
-            '-j', '0', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3', '--drop', '0.2',
-            '--device', 'cpu', '--output', str(tmp_path / 'runs')]
+def base_flags(flags_into: Callable[[Any], list[str]], tmp_path: Any) -> list[str]:
+    """Flags of a run of a second or so below the folder of the test."""
+    return flags_into(tmp_path / 'runs')
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The commands as a user types them: one-line errors, exit codes, parsable results."""
 import json
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,12 @@ from cpool_vision.cli import validate as cli_validate
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..'))
 
 
-def run_script(name: str, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603
-        [sys.executable, os.path.join(ROOT, name), *flags], capture_output=True, text=True, timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+def run_script(name: str, *flags: str) -> int:
+    """Runs a script of the repository as `python NAME FLAGS` does, but in this process; returns its exit status."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(sys, 'argv', [name, *flags])
+        runpy.run_path(os.path.join(ROOT, name), run_name='__main__')
+    return int(caught.value.code or 0)
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -81,22 +83,25 @@ def test_interrupt_exits_130(base_flags: list[str], monkeypatch: pytest.MonkeyPa
     assert cli_train.main(base_flags) == 130
 
 
-def test_train_then_validate_by_script(base_flags: list[str], image_root: str, tmp_path: Any) -> None:
+def test_train_then_validate_by_script(base_flags: list[str], image_root: str, tmp_path: Any,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('model: test_vit\nimg_size: 32\nepochs: 5\nmodel_kwargs: {img_size: 32}\n')
     flags = [flag for flag in base_flags if flag not in ('--model', 'test_resnet', '--img-size', '32')]
-    done = run_script('train.py', '-c', str(recipe), *flags, '--epochs', '1', '--experiment', 'x')
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.split('--result\n')[1])
+    status = run_script('train.py', '-c', str(recipe), *flags, '--epochs', '1', '--experiment', 'x')
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    result = json.loads(out.split('--result\n')[1])
     assert [row['epoch'] for row in result['epochs']] == [0]
-    assert 'Train: 0 [   1/3]' in done.stderr and '\r' not in done.stderr  # plain lines without a terminal
+    assert 'Train: 0 [   1/3]' in err and '\r' not in err  # plain lines without a terminal
 
-    checked = run_script(
+    status = run_script(
         'validate.py', '--data-dir', image_root, '--model', 'test_vit', '--num-classes', '3', '--img-size', '32',
         '--model-kwargs', 'img_size=32', '--checkpoint', os.path.join(result['folder'], 'last.pth.tar'), '-j', '0',
         '--device', 'cpu', '--results-file', str(tmp_path / 'r.json'), '--results-format', 'json')
-    assert checked.returncode == 0, checked.stderr
-    row = json.loads(checked.stdout.split('--result\n')[1])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    row = json.loads(out.split('--result\n')[1])
     saved = json.loads((tmp_path / 'r.json').read_text())
     assert row == {key: value for key, value in saved.items() if not isinstance(value, (list, dict))}
     assert row['top1'] == pytest.approx(result['epochs'][-1]['eval_top1'], abs=1e-3)

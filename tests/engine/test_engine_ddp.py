@@ -2,10 +2,10 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,17 +22,45 @@ def torchrun(flags: list[str], script: str = os.path.join(ROOT, 'train.py')) -> 
         capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
-def test_two_processes_train_validate_exactly_and_resume(
-        base_flags: list[str], image_root: str, validate_args: Callable[..., Any], load: Callable[..., Any]) -> None:
-    flags = [*base_flags, '-b', '4', '--grad-accum-steps', '2', '--model-ema', '--model-ema-decay', '0.5',
-             '--dist-bn', 'broadcast']
-    done = torchrun([*flags, '--experiment', 'whole'])
+# lists the threads before and after the last step of main
+_LIST_THREADS = """
+import gc, glob, types
+from cpool_vision.cli import common, train
+
+def list_threads(when):
+    for name in glob.glob('/proc/self/task/*/comm'):
+        print(when, open(name).read().strip(), flush=True)
+
+common.gc = types.SimpleNamespace(collect=lambda: (list_threads('before'), gc.collect()))
+train.main()
+list_threads('after')
+"""
+
+
+@pytest.fixture(scope='module')
+def flags(flags_into: Callable[[Any], list[str]], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of the two runs."""
+    return [*flags_into(tmp_path_factory.mktemp('runs')), '-b', '4', '--grad-accum-steps', '2', '--model-ema',
+            '--model-ema-decay', '0.5', '--dist-bn', 'broadcast']
+
+
+@pytest.fixture(scope='module')
+def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """A finished run of two processes, which lists its threads."""
+    script = tmp_path_factory.mktemp('script') / 'run.py'
+    script.write_text(_LIST_THREADS)
+    done = torchrun([*flags, '--experiment', 'whole'], str(script))
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.split('--result\n')[1])
-    assert done.stdout.count('--result') == 1
+    return done
+
+
+def test_two_processes_train_validate_exactly_and_resume(
+        whole: subprocess.CompletedProcess[str], flags: list[str], image_root: str, validate_args: Callable[..., Any],
+        load: Callable[..., Any]) -> None:
+    folder = os.path.join(flags[flags.index('--output') + 1], 'whole')
+    assert whole.stdout.count('--result') == 1
     # 24 images: 3 batches of 4 for each process, 2 updates
-    assert 'Train: 0 [   2/2]' in done.stderr and done.stderr.count('Epoch 0: ') == 1
-    folder = result['folder']
+    assert 'Train: 0 [   2/2]' in whole.stderr and whole.stderr.count('Epoch 0: ') == 1
     with open(os.path.join(folder, 'summary.csv'), newline='', encoding='utf-8') as file:
         table = list(csv.DictReader(file))
     assert [row['epoch'] for row in table] == ['0', '1']
@@ -53,28 +81,12 @@ def test_two_processes_train_validate_exactly_and_resume(
             assert torch.equal(value, two[key][name]), name
 
 
-_LIST_THREADS = """
-import glob, os
-from cpool_vision.cli import train
-if os.environ['ENTRY'] == 'main':
-    train.main()
-else:
-    train._train(None)
-for name in glob.glob('/proc/self/task/*/comm'):
-    print('thread', open(name).read().strip(), flush=True)
-"""
-
-
 @pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='lists threads by /proc')
-@pytest.mark.parametrize('entry', ['main', '_train'])
-def test_threads_of_the_process_group_end_before_the_interpreter(
-        base_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
-    script = tmp_path / 'run.py'
-    script.write_text(_LIST_THREADS)
-    monkeypatch.setenv('ENTRY', entry)
-    done = torchrun([*base_flags, '--epochs', '1', '-b', '4'], str(script))
-    assert 'thread python' in done.stdout, done.stderr
-    assert ('gloo' in done.stdout) is (entry == '_train')  # without main's last step they live on
+def test_threads_of_the_process_group_end_before_the_interpreter(whole: subprocess.CompletedProcess[str]) -> None:
+    before, after = (re.findall(rf'^{when} (.*)$', whole.stdout, re.MULTILINE) for when in ('before', 'after'))
+    assert any('python' in name for name in after)
+    assert any('gloo' in name for name in before)  # without main's last step they live on
+    assert not any('gloo' in name for name in after)
 
 
 @pytest.mark.slow

@@ -23,12 +23,18 @@ def cache(monkeypatch, tmp_path):
     build.load.cache_clear()
 
 
+@pytest.fixture
+def quick_build(monkeypatch):
+    """Compilation takes a fraction of its time where what the compiler makes is not the point."""
+    monkeypatch.setattr(build, 'FLAGS', ('-O0', *(flag for flag in build.FLAGS if flag != '-O3')))
+
+
 def _reason() -> str | None:
     return available_backends(*CASE[:3])['native']
 
 
 @needs_compiler
-def test_library_is_built_once_and_kept(cache):
+def test_library_is_built_once_and_kept(cache, quick_build):
     assert _reason() is None
     made, = cache.iterdir()
     before = made.stat().st_mtime_ns
@@ -38,7 +44,7 @@ def test_library_is_built_once_and_kept(cache):
 
 
 @needs_compiler
-def test_other_processor_or_flags_get_a_library_of_their_own(cache, monkeypatch):
+def test_other_processor_or_flags_get_a_library_of_their_own(cache, quick_build, monkeypatch):
     first = build.build()
     monkeypatch.setattr(build, '_processor', lambda: 'another')
     second = build.build()
@@ -72,7 +78,7 @@ def test_folder_that_cannot_be_written_is_named(cache):
 
 
 @needs_compiler
-def test_damaged_library_is_a_reason_not_a_crash(cache):
+def test_damaged_library_is_a_reason_not_a_crash(cache, quick_build):
     path = build.build()
     path.write_bytes(b'not a library')
     build.load.cache_clear()
