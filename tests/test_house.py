@@ -1,11 +1,14 @@
 """Rules that hold for the repository as a whole."""
 import ast
+import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import yaml
@@ -229,9 +232,44 @@ except ModuleNotFoundError:
     assert result.stdout.strip() == 'absent', result.stderr
 
 
-def test_importing_the_package_registers_the_models() -> None:
-    result = run_python('import cpool_vision, timm; print(len(timm.list_models("*cpool*")))', cwd=ROOT)
-    assert int(result.stdout) >= 15, result.stderr
+@pytest.fixture(scope='module')
+def fresh() -> dict[str, Any]:
+    """What a process that starts anew tells while it imports one thing after the other, without network."""
+    code = '''
+import json, socket, sys, warnings
+def refuse(*args, **kwargs):
+    raise AssertionError('network')
+socket.getaddrinfo = socket.socket.connect = refuse
+import urllib.request
+urllib.request.build_opener = refuse
+warnings.simplefilter('error')
+import cpool_vision, timm
+told = {'models': len(timm.list_models('*cpool*'))}
+import cpool_vision.inspect.draw, cpool_vision.cli.inspect
+told['matplotlib'] = 'matplotlib' in sys.modules
+import cpool_vision.data, cpool_vision.engine.training.train_run, cpool_vision.data.augment
+told['early'] = sorted({'albumentations', 'cv2'} & set(sys.modules))
+from cpool_vision.data.augment import Pipeline
+Pipeline('light')
+told['late'] = 'albumentations' in sys.modules
+print(json.dumps(told))
+'''
+    env = {key: value for key, value in os.environ.items() if key != 'NO_ALBUMENTATIONS_UPDATE'}
+    result = run_python(code, cwd=ROOT, env=env)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_importing_the_package_registers_the_models(fresh: dict[str, Any]) -> None:
+    assert fresh['models'] >= 15
+
+
+def test_drawing_is_imported_only_when_drawing(fresh: dict[str, Any]) -> None:
+    assert fresh['matplotlib'] is False
+
+
+def test_albumentations_is_imported_late_and_asks_nobody(fresh: dict[str, Any]) -> None:
+    assert fresh['early'] == [] and fresh['late'] is True
 
 
 @pytest.mark.slow
