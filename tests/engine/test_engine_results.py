@@ -1,11 +1,12 @@
 """Files that validate.py writes, what a model costs, and validation over two processes."""
 import builtins
+import contextlib
 import csv
+import io
 import json
+import logging
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from divided_tools import in_processes
 from PIL import Image
+from port_tools import free_port
 from torch.nn.functional import cross_entropy
 
 from cpool_vision.cli.validate import main
@@ -25,8 +28,6 @@ from cpool_vision.engine.validation.evaluate import fill_batch
 from cpool_vision.engine.validation.metrics import ClassFigures
 from cpool_vision.engine.validation.results import finite, write_results
 from cpool_vision.engine.validation.results_plots import draw_plots
-
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..'))
 
 
 @pytest.fixture
@@ -205,13 +206,25 @@ def test_two_processes_give_the_results_of_one(run: Callable[..., Any], base: li
     flags = ['--data-dir', str(root), '--max-bad-samples', '1', '--metrics-avg', 'macro', '--real-labels',
              str(tmp_path / 'real.json')]
     one = run(*flags, '--predictions', str(tmp_path / 'one.npz'))
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         os.path.join(ROOT, 'validate.py'), *base, *flags, '--predictions', str(tmp_path / 'two.npz'), '--results-file',
-         str(tmp_path / 'two.json'), '--measure-cost'],
-        capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('--result') == 1 and '1 of 7 images cannot be read: dog/1.png' in done.stderr
+    command = [*base, *flags, '--predictions', str(tmp_path / 'two.npz'), '--results-file', str(tmp_path / 'two.json'),
+               '--measure-cost']
+
+    port = free_port()
+
+    def validate(_: int) -> tuple[int, str, str]:
+        os.environ.update({'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
+        out, err = io.StringIO(), io.StringIO()
+        logger = logging.getLogger('cpool_vision')
+        logger.addHandler(logging.StreamHandler(err))
+        logger.setLevel(logging.INFO)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(command)
+        return status, out.getvalue(), err.getvalue()
+
+    done = in_processes(2, tmp_path, validate, group=False)
+    assert [status for status, *_ in done] == [0, 0], done
+    assert ''.join(out for _, out, _ in done).count('--result') == 1
+    assert '1 of 7 images cannot be read: dog/1.png' in ''.join(err for *_, err in done)
     two = json.loads((tmp_path / 'two.json').read_text())
     assert two.pop('cost')['macs'] > 0
     assert two.pop('images_per_sec') > 0 < one.pop('images_per_sec')

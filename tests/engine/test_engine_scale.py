@@ -1,7 +1,6 @@
 """Several nodes, and how often processes exchange gradients."""
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from loop_tools import make_batches, make_run
+from port_tools import free_port
 
 from benchmarks.kill_test import compare_runs
 from cpool_vision.engine.training.train_loop import train_one_epoch
@@ -59,12 +59,6 @@ def test_gradients_are_exchanged_once_per_update(process_group: None, batches: i
 def test_the_count_sees_needless_exchanges(process_group: None) -> None:
     """Control: without no_sync each batch costs one."""
     assert count_exchanges(7, 3, silence=False) == (7, 3)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return int(probe.getsockname()[1])
 
 
 def start_nodes(nodes: int, output: pathlib.Path, flags: list[str], *options: str) -> list[subprocess.Popen[str]]:

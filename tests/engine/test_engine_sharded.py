@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from divided_tools import in_processes, prepare
+from port_tools import free_port
 from resume_tools import break_off, flatten, rows, unequal
 from shard_tools import alter, reseal
 from torch.distributed.tensor import DTensor
@@ -127,7 +128,7 @@ SHARDED = [*FSDP, '--checkpoint-format', 'sharded']
 
 def train_by(count: int, folder: pathlib.Path, *flags: str, crash: int = 0, log: bool = False) -> list[str]:
     """Trains in so many processes, up to a crash after an update if one is asked for; gives what each logs."""
-    port = 20000 + random.randrange(20000)  # noqa: S311
+    port = free_port()
 
     def work(rank: int) -> str:
         os.environ.update({'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
