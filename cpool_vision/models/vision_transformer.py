@@ -54,8 +54,8 @@ class ContextPoolBlock(Block):
 class ContextPoolVisionTransformer(VisionTransformer):
     """timm's `VisionTransformer` whose tokens choose the granularity that attention works at.
 
-    Positions: `post_block` pools the residual stream after every block that feeds another one, as published;
-    `pre_attn` pools only what each block's attention reads, behind its first norm. Prefix tokens are not pooled.
+    Positions: `pre_attn` pools what each block's attention reads, behind its first norm; `post_block` pools the
+    residual stream after every block that feeds another one, as published. Prefix tokens are not pooled.
 
     Args:
         *args, **kwargs: As for `VisionTransformer`, without `block_fn`.

@@ -128,7 +128,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_draws_the_built_in_set(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / 'supports.png')
     arguments = ['vit_micro_cpool_patch4_32', '-o', path, '--num-images', '2', '--dpi', '40']
-    assert cli.main([*arguments, '--layers', 'blocks.1.cpool']) == 0
+    assert cli.main([*arguments, '--layers', 'blocks.1.cpool_attn']) == 0
     assert capsys.readouterr().out.strip() == path
     assert math.prod(Image.open(path).size) > 5000
 

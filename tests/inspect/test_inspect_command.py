@@ -31,22 +31,23 @@ def test_everything_of_a_model(tmp_path: pathlib.Path, capsys) -> None:
     assert all(np.asarray(Image.open(path)).std() > 5 for path in paths if path.suffix == '.png')
     assert paths[1].read_bytes().startswith(b'%PDF') and b'<svg' in paths[2].read_bytes()
     numbers = json.loads(paths[4].read_text(encoding='utf-8'))
-    assert [each['layer'] for each in numbers['layers']] == [f'blocks.{i}.cpool' for i in range(5)]
+    assert [each['layer'] for each in numbers['layers']] == [f'blocks.{i}.cpool_attn' for i in range(6)]
     assert numbers['image_size'] == [32, 32] and len(numbers['images']) == 2 and numbers['checkpoint'] is None
     for each in numbers['layers']:
         assert each['grid'] == [8, 8] and each['cell_px'] == 4 and 0 < each['effective_pixels'] <= 1
         assert each['limits_px'][0] < each['q05_px'] <= each['q50_px'] <= each['q95_px'] < each['limits_px'][1]
         assert sum(numbers['histogram']['shares'][each['layer']]) == pytest.approx(1)
     feet = numbers['footprints']
-    assert feet['points_px'] == [[1, 2], [30, 31]] and feet['layers']['blocks.0.cpool']['cells'] == [[0, 0], [7, 7]]
-    assert np.shape(feet['layers']['blocks.0.cpool']['sigma_px']) == (2, 1, 2)  # images, groups, points
+    first = feet['layers']['blocks.0.cpool_attn']
+    assert feet['points_px'] == [[1, 2], [30, 31]] and first['cells'] == [[0, 0], [7, 7]]
+    assert np.shape(first['sigma_px']) == (2, 1, 2)  # images, groups, points
     field = numbers['receptive_field']
     assert field['unit'] == [4, 4] and field['grid'] == [8, 8] and field['layer'] is None
     assert all(4 < value < 28 for value in field['pools_off']['centre_px'])
     assert 0 < field['pools_off']['radius_50_px'] < field['pools_off']['radius_90_px'] < 32
     page = check_page(paths[5].read_text(encoding='utf-8'))
     assert len(page.images) == 4
-    for text in ('Context pools of vit_micro_cpool_patch4_32', 'blocks.4.cpool', f'{numbers["parameters"]:,}',
+    for text in ('Context pools of vit_micro_cpool_patch4_32', 'blocks.4.cpool_attn', f'{numbers["parameters"]:,}',
                  f'{numbers["layers"][0]["mean_px"]:.3g}', f'{field["pools_off"]["radius_90_px"]:.4g}', 'fresh'):
         assert text in page.text
 

@@ -70,8 +70,9 @@ def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
         torch.testing.assert_close(everywhere(x), expected, rtol=1e-5, atol=1e-5)
         paper = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_init='paper').eval()
         assert all(pool.gamma is None for _, pool in context_pools(paper))
-        # a Swin of random weights attends to whole windows alike, so that what is pooled matters little
-        assert (paper(x) - expected).abs().max() > (3e-5 if base.startswith('swin') else 1e-3)
+        # attention of random weights takes all of its tokens alike, so that what is pooled before it matters little
+        least = 3e-5 if base.startswith('swin') else 1e-4 if base.startswith('vit') else 1e-3
+        assert (paper(x) - expected).abs().max() > least
 
 
 @pytest.mark.parametrize('name,base,size', PAIRS)

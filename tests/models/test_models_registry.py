@@ -81,7 +81,7 @@ def test_the_variant_adds_keys_to_its_base_and_changes_none(name):
 def test_depth_variants_are_their_base_cut_short(name):
     base, depth = DEPTHS[name]
     model = meta_model(name)
-    assert len(model.blocks) == depth and len(list(context_pools(model))) == depth - 1
+    assert len(model.blocks) == depth and len(list(context_pools(model))) == depth
     expected = meta_model(base, depth=depth).state_dict()
     plain = meta_model(name, cpool_positions=[]).state_dict()
     assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in expected.items()}
