@@ -178,7 +178,8 @@ def test_supports_are_measured_on_images_of_one_size(channels_last: bool) -> Non
         output = model(batch)
     assert torch.equal(kept[0], torch.stack(images[::2]))
     torch.testing.assert_close(model(kept[0]), output[::2], rtol=1e-4, atol=1e-5)
-    assert [each.layer for each in measure_supports(model, kept[0], PLAIN)] == ['blocks.0.cpool']
+    assert [each.layer for each in measure_supports(model, kept[0], PLAIN)] == [
+        'blocks.0.cpool_attn', 'blocks.1.cpool_attn']
     with keep_first_input(model) as kept:
         model(dict(batch, patch_valid=valid & (torch.arange(7) != 2)))
     assert kept == []

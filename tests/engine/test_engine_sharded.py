@@ -37,6 +37,7 @@ from cpool_vision.engine.processes.vote import exchange_rows, share_text
 from cpool_vision.engine.training.train_loop import train_one_epoch
 from cpool_vision.engine.training.train_run import train
 
+FRESH_PROCESS = True
 CPU = torch.device('cpu')
 def save_run(run: Any, state: Any, folder: str, rank: int, count: int) -> Checkpointer:
     store = FolderStore(folder, rank, count, lambda row: exchange_rows(row, CPU, True))
