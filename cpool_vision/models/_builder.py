@@ -35,7 +35,7 @@ DEFAULT_STAGES = {
     'naflexvit': STAGES,
 }
 STAGELESS = ('vision_transformer', 'naflexvit')
-DEFAULT_RATIO = {  # docs/evidence.md: in front of attention a tenth of 8 x 8 tokens is too little
+DEFAULT_RATIO = {  # that of ViT is the one at which docs/evidence.md measures its position
     'vision_transformer': 0.25,
     'resnet': 0.1,
     'convnext': 0.1,
