@@ -228,6 +228,8 @@ def test_interrupted_and_called_again(tmp_path, capsys, monkeypatch):
     assert '| arm | 32 px | 48 px |' in out
     kept = json.loads((tmp_path / 'results.json').read_text())
     assert [row['top1'] for row in kept['sizes'] if row['size'] == 32] == [row['top1'] for row in kept['runs']]
+    assert all(row['machine']['commit'] for part in ('runs', 'sizes') for row in kept[part])
+    assert kept['timing']['ratios']['plain'] == 1. and kept['timing']['machine'] == kept['runs'][0]['machine']
     assert [row['images'] for row in kept['final']['train']] == [row['images'] for row in kept['runs']] == [32, 32]
     epochs = (output / 'runs' / 'plain-s0' / 'summary.csv').read_text().splitlines()
     assert len(epochs) == 13

@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         '--sizes', type=int, nargs='+', metavar='PX', help='score the finished runs at these image sizes as well')
     parser.add_argument(
         '--results', type=Path,
-        help='copies the figures and the machine to this JSON file; runs that it holds with the same settings are done')
+        help='copies the figures, each with its machine, to this JSON file; runs that it holds with the same settings '
+             'are done')
     parser.add_argument(
         '--plot', type=Path, help='draws here, and supports by depth to *_supports.png; OUT/study.png if not given')
     parser.add_argument(
@@ -76,7 +77,8 @@ def main() -> int:
             final[args.final_split] = score_once(study, args.output, args.data_dir, args.final_split)
         except RuntimeError as error:
             raise SystemExit(str(error)) from error
-    ratios = json.loads(timing.read_text(encoding='utf-8'))['ratios'] if timing.exists() else kept.get('ratios', {})
+    timed = json.loads(timing.read_text(encoding='utf-8')) if timing.exists() else kept.get('timing', {})
+    ratios = timed.get('ratios', {})
     rows = summarise(study, results, ratios)
     table = format_table(rows)
     print(f'\n{study.title}\n\n{table}')
@@ -98,8 +100,7 @@ def main() -> int:
         print(f'\n{tables[f"{args.study.stem} sizes"]}')
     if args.results:
         write_text(args.results, json.dumps(
-            {'machine': machine(), 'ratios': ratios, 'runs': results, 'sizes': sizes, 'final': final},
-            indent=1) + '\n')
+            {'timing': timed, 'runs': results, 'sizes': sizes, 'final': final}, indent=1) + '\n')
     plot = args.plot or args.output / 'study.png'
     draw(study.title, rows, plot)
     draw_supports(study.title, results, plot.with_name(f'{plot.stem}_supports.png'))

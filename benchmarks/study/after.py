@@ -10,6 +10,7 @@ from cpool_vision.engine.flags.config import parse_args
 from cpool_vision.engine.validation.validate_run import validate
 from cpool_vision.hub import save_for_hub
 from cpool_vision.inspect.canvas import new_figure, save_figure
+from cpool_vision.profile.measure import machine
 
 from ..release import load_run
 from .report import paired_interval
@@ -73,7 +74,7 @@ def score_sizes(
                     '--split', split, '--num-classes', str(settings['num_classes']), '--img-size', str(size),
                     '--workers', '0', '--log-freq', '1000']
                 row = validate(parse_args(args_validate.build_parser, argv))
-                rows.append({'arm': arm.name, 'seed': seed, 'size': size, 'top1': row['top1']})
+                rows.append({'arm': arm.name, 'seed': seed, 'size': size, 'top1': row['top1'], 'machine': machine()})
     return rows
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from cpool_vision.engine import atomic
+from cpool_vision.profile.measure import machine
 
 from ..results import measure
 from .spec import Study
@@ -97,9 +98,9 @@ def _start(output: Path, name: str, threads: int) -> subprocess.Popen[bytes]:
 
 
 def score(output: Path, name: str, data_dir: Path, split: str = 'validation') -> dict[str, Any]:
-    """What the last checkpoint of a finished run scores on a split."""
+    """What the last checkpoint of a finished run scores on a split, and the machine that says so."""
     arm, _, seed = name.rpartition('-s')
-    return dict(measure(output / 'runs' / name, data_dir, split), arm=arm, seed=int(seed))
+    return dict(measure(output / 'runs' / name, data_dir, split), arm=arm, seed=int(seed), machine=machine())
 
 
 def score_once(study: Study, output: Path, data_dir: Path, split: str) -> list[dict[str, Any]]:
