@@ -50,7 +50,7 @@ class Precision:
 
 
 def resolve_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """Reads `--amp`, `--amp-dtype` and `--model-dtype`.
+    """Reads `--amp`, `--amp-dtype` and `--model-dtype`; warns of half precision that the CPU must emulate.
 
     Raises:
         ConfigError: unknown dtype, or autocast over weights that are not float32.
@@ -60,13 +60,23 @@ def resolve_precision(args: argparse.Namespace, device: torch.device) -> Precisi
             raise ConfigError(f'{flag} {value!r} is unknown: choose {", ".join(_DTYPES)}')
     model_dtype = _DTYPES[args.model_dtype] if args.model_dtype else None
     if not args.amp:
+        _warn_of_emulation(model_dtype, device, '--model-dtype')
         return Precision(model_dtype, None, device.type)
     if model_dtype not in (None, torch.float32):
         raise ConfigError(f'--amp needs float32 weights, got --model-dtype {args.model_dtype}: drop one of the two')
     amp_dtype = _DTYPES[args.amp_dtype]
     if amp_dtype is torch.float32:
         raise ConfigError("--amp-dtype 'float32' is no mixed precision: choose float16 or bfloat16, or drop --amp")
+    _warn_of_emulation(amp_dtype, device, '--amp')
     return Precision(model_dtype, amp_dtype, device.type)
+
+
+def _warn_of_emulation(dtype: torch.dtype | None, device: torch.device, flag: str) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device.type == 'cpu' and dtype in (torch.float16, torch.bfloat16) and capability == 'AVX2':
+        _logger.warning(
+            'This CPU (%s) has no instructions for %s: its products can take ten times as long as in float32 and more. '
+            'Drop %s here.', capability, str(dtype).removeprefix('torch.'), flag)
 
 
 def setup_device(args: argparse.Namespace, distributed: bool = True) -> torch.device:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 
+from cpool_vision.engine.device import resolve_precision
 from cpool_vision.engine.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -23,6 +24,8 @@ from cpool_vision.engine.errors import (
     OutputError,
     UnknownModelError,
 )
+from cpool_vision.engine.flags import args_validate
+from cpool_vision.engine.flags.config import parse_args
 from cpool_vision.engine.validation import bulk
 from cpool_vision.engine.validation.bulk import run_validation, write_results
 
@@ -93,6 +96,20 @@ def test_averaged_weights_on_request_only(validate: Validate, image_root: str, w
 @pytest.mark.parametrize('flags', [['--amp', '--amp-dtype', 'bfloat16'], ['--amp'], ['--model-dtype', 'bfloat16']])
 def test_low_precision_stays_close(validate: Validate, flags: list[str]) -> None:
     assert validate(*flags)['loss'] == pytest.approx(validate()['loss'], abs=0.05)
+
+
+@pytest.mark.parametrize('capability, flags, named', [
+    ('AVX2', ['--amp', '--amp-dtype', 'bfloat16'], '(AVX2) has no instructions for bfloat16'),
+    ('AVX2', ['--model-dtype', 'float16'], 'Drop --model-dtype'),
+    ('AVX2', ['--model-dtype', 'float32'], None),
+    ('AVX2', [], None),
+    ('AVX512', ['--amp', '--amp-dtype', 'bfloat16'], None),
+])
+def test_emulated_half_precision_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+                                       capability: str, flags: list[str], named: str | None) -> None:
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    resolve_precision(parse_args(args_validate.build_parser, ['--device', 'cpu', *flags]), torch.device('cpu'))
+    assert named in caplog.text if named else not caplog.records
 
 
 @pytest.mark.parametrize('average', ['micro', 'macro', 'weighted'])
