@@ -46,6 +46,7 @@ def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool =
         with open(path, 'w', encoding='utf-8') as file:
             json.dump(config, file, indent=2)
             file.write('\n')
+        shutil.copymode(path, os.path.join(temporary, WEIGHTS))  # safetensors writes for the owner's eyes only
         os.makedirs(folder, exist_ok=True)
         for name in (WEIGHTS, CONFIG):
             os.replace(os.path.join(temporary, name), os.path.join(folder, name))

@@ -43,6 +43,7 @@ def require_matplotlib() -> Any:
         import matplotlib.figure
         import matplotlib.lines
         import matplotlib.patches
+        import matplotlib.ticker
     except ImportError as error:
         raise PlotDependencyError("drawing needs matplotlib: pip install 'cpool_vision[plot]'") from error
     return matplotlib
@@ -120,6 +121,18 @@ def _shrink(text: Any, length: float, room: float) -> None:
         text.set_fontsize(text.get_fontsize() * room / length)
 
 
+def check_suffix(path: str) -> None:
+    """Raises what drawing into `path` would raise, before anything is computed.
+
+    Raises:
+        PlotDependencyError: matplotlib is not installed.
+        ValueError: matplotlib does not write files of this suffix.
+    """
+    known = require_matplotlib().backends.backend_agg.FigureCanvasAgg.get_supported_filetypes()
+    if os.path.splitext(path)[1][1:].lower() not in known:
+        raise ValueError(f'cannot draw into {path!r}: its suffix must be one of {", ".join(sorted(known))}')
+
+
 def save_figure(figure: 'Figure', path: str, dpi: int = 200) -> None:
     """Writes a figure in the format of the suffix (png, pdf, svg); an earlier file is replaced only by a whole new one.
 
@@ -127,13 +140,10 @@ def save_figure(figure: 'Figure', path: str, dpi: int = 200) -> None:
         ValueError: matplotlib does not write files of this suffix.
         OSError: the folder cannot be written.
     """
-    suffix = os.path.splitext(path)[1]
-    known = figure.canvas.get_supported_filetypes()
-    if suffix[1:].lower() not in known:
-        raise ValueError(f'cannot draw into {path!r}: its suffix must be one of {", ".join(sorted(known))}')
+    check_suffix(path)
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=suffix, prefix='.draw-', dir=folder)
+    handle, temporary = tempfile.mkstemp(suffix=os.path.splitext(path)[1], prefix='.draw-', dir=folder)
     os.close(handle)
     try:
         with require_matplotlib().rc_context(STYLE):

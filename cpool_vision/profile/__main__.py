@@ -57,9 +57,7 @@ def _case(args: argparse.Namespace) -> Any:
 def _check(args: argparse.Namespace) -> None:
     """What would fail after minutes of measuring fails before."""
     from cpool_vision.engine.errors import ConfigError, OutputError
-    from cpool_vision.inspect.draw import PlotDependencyError
-
-    from .plot import check_plot
+    from cpool_vision.inspect.canvas import PlotDependencyError, check_suffix
 
     if args.repeats < 1:
         raise ConfigError(f'--repeats must be >= 1, got {args.repeats}')
@@ -79,15 +77,15 @@ def _check(args: argparse.Namespace) -> None:
             raise OutputError(f'{flag} {path!r} cannot be written: name a file in a folder that can be')
     if args.plot:
         try:
-            check_plot(args.plot)
+            check_suffix(args.plot)
         except (PlotDependencyError, ValueError) as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(f'--plot: {error}') from error
 
 
 def _profile(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     from cpool_vision.engine.errors import OutputError
-    from cpool_vision.inspect.draw import save_figure
+    from cpool_vision.inspect.canvas import save_figure
 
     from . import report
     from .measure import device_info, machine

@@ -1,9 +1,8 @@
 """How cost grows with the side of the map and with the mean support, relative to a depthwise 7x7 convolution."""
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cpool_vision.inspect.draw import PlotDependencyError
+from cpool_vision.inspect.canvas import new_figure, require_matplotlib
 
 from .implementations import CONVOLUTION, NAMES
 
@@ -14,28 +13,6 @@ if TYPE_CHECKING:
 _COLOURS = ('#000000', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9')
 _MARKERS = 'osD^vP'
 _LABELS = {'size': 'side of the map (pixels)', 'support': 'mean support (pixels)'}
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-        import matplotlib.ticker
-    except ImportError as error:
-        raise PlotDependencyError("--plot needs matplotlib: pip install 'cpool_vision[plot]'") from error
-    return matplotlib
-
-
-def check_plot(path: str) -> None:
-    """Raises what drawing into `path` would raise, before anything is measured.
-
-    Raises:
-        PlotDependencyError: matplotlib is not installed.
-        ValueError: matplotlib does not write files of this suffix.
-    """
-    known = _matplotlib().backends.backend_agg.FigureCanvasAgg.get_supported_filetypes()
-    if os.path.splitext(path)[1][1:].lower() not in known:
-        raise ValueError(f'cannot draw into {path!r}: its suffix must be one of {", ".join(sorted(known))}')
 
 
 def _series(points: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -85,10 +62,9 @@ def cost_figure(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -
     Raises:
         PlotDependencyError: matplotlib is not installed.
     """
-    matplotlib = _matplotlib()
+    matplotlib = require_matplotlib()
     with matplotlib.rc_context({'font.size': 7, 'axes.linewidth': 0.5}):
-        figure = matplotlib.figure.Figure(figsize=(3.3 * len(sweeps), 2.9), layout='constrained')
-        matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+        figure = new_figure(3.3 * len(sweeps), 2.9, layout='constrained')
         panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
         for axes, (kind, points) in zip(panels, sweeps.items(), strict=True):
             _draw_panel(axes, kind, points, matplotlib.ticker)

@@ -123,6 +123,7 @@ def test_transformers_backbone_and_wrapper(images, tmp_path):
 def test_hub_folder_with_another_number_of_classes(images, tmp_path):
     model = make(VIT, num_classes=7)
     save_for_hub(model, tmp_path)
+    assert (tmp_path / 'model.safetensors').stat().st_mode == (tmp_path / 'config.json').stat().st_mode
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(again(images), model(images))
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3)(images).shape == (2, 3)

@@ -151,7 +151,7 @@ def test_figures_that_cannot_be_written_are_one_line(tmp_path, capsys, monkeypat
     def full(figure: object, path: str) -> None:
         raise OSError('disk full')
 
-    monkeypatch.setattr('cpool_vision.inspect.draw.save_figure', full)
+    monkeypatch.setattr('cpool_vision.inspect.canvas.save_figure', full)
     flags = ['--sides', '4', '--supports', '1', '--backend', 'tiled', '--plot', str(tmp_path / 'x.png')]
     assert command.main([*TINY, *flags]) == 2
     assert 'error: figures cannot be written (disk full)' in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert command.main([*TINY, '--plot', str(tmp_path / 'x.png')]) == 2
-    assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install 'cpool_vision[plot]'\n"
+    assert capsys.readouterr().err == "error: --plot: drawing needs matplotlib: pip install 'cpool_vision[plot]'\n"
 
 
 @pytest.mark.parametrize('flags, message', [
