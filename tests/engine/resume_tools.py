@@ -1,7 +1,9 @@
 """Runs that break off, and the comparison of what they leave."""
 import csv
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +50,42 @@ def watch_calls(patch: pytest.MonkeyPatch, act: Callable[[str], None], *calls: t
 
     for place, name in calls:
         wrap(place, name)
+
+
+def die_at_every_call(
+        folder: Path, start: str, count_calls: Callable[[pytest.MonkeyPatch, Callable[[str], None]], None],
+        save: Callable[[str], None]) -> Iterator[tuple[str, bool]]:
+    """Copies of `start`, each with a save broken off one call later than in the copy before.
+
+    A child process saves and dies without any clean-up, as by SIGKILL, before a call that `count_calls` watches.
+
+    Yields:
+        Each copy, and whether the save in it was completed; that one is the last.
+    """
+    died, done = 0, False
+    while not done:
+        copy = str(folder / f'{died}')
+        shutil.copytree(start, copy, symlinks=True)
+        child = os.fork()
+        if child == 0:
+            seen = [0]
+
+            def act(_: str, seen: list[int] = seen, last: int = died) -> None:
+                if seen[0] == last:
+                    os._exit(9)
+                seen[0] += 1
+
+            try:
+                count_calls(pytest.MonkeyPatch(), act)
+                save(copy)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 9)
+        done = status == 0
+        yield copy, done
+        died += 1
 
 
 def flatten(value: Any, name: str = '') -> dict[str, Any]:
