@@ -95,7 +95,8 @@ class ContextPool2d(nn.Module):
         if dim < 1:
             raise ValueError(f'dim must be at least 1, got {dim}')
         if groups < 1 or dim % groups:
-            raise ValueError(f'groups must divide dim, got groups={groups} for dim={dim}')
+            raise ValueError(
+                f'groups must divide dim, got groups={groups} for dim={dim}: choose another number of groups or channels')
         if stride < 1:
             raise ValueError(f'stride must be at least 1, got {stride}')
         if not ratio > 0:

@@ -35,7 +35,7 @@ DEFAULT_STAGES = {
     'naflexvit': STAGES,
 }
 STAGELESS = ('vision_transformer', 'naflexvit')
-DEFAULT_RATIO = {  # that of ViT is the one at which docs/evidence.md measures its position
+DEFAULT_RATIO = {  # that of ViT is the one at which docs/evidence.md measures its position and its groups
     'vision_transformer': 0.25,
     'resnet': 0.1,
     'convnext': 0.1,
@@ -43,8 +43,15 @@ DEFAULT_RATIO = {  # that of ViT is the one at which docs/evidence.md measures i
     'metaformer': 0.1,
     'naflexvit': 0.25,
 }
+DEFAULT_GROUPS = {
+    'vision_transformer': 16,
+    'resnet': 1,
+    'convnext': 1,
+    'swin_transformer': 1,
+    'metaformer': 1,
+    'naflexvit': 16,
+}
 DEFAULT_FLOOR = 0.1
-DEFAULT_GROUPS = 1
 DEFAULT_INIT = 'paper'
 DEFAULT_SUPPORT_INIT = 0.5
 DEFAULT_MIXER = 'context'
@@ -66,8 +73,8 @@ class PoolConfig:
         family: Key of `POSITIONS`.
         positions: A position or a sequence of them; `'none'` or an empty sequence gives the plain base architecture.
         stages: Index or indices of the stages that pool (staged families only).
-        ratio: As in `ContextPool2d`; that of the family if None.
-        floor, groups, init, support_init, backend: As in `ContextPool2d`.
+        ratio, groups: As in `ContextPool2d`; those of the family if None.
+        floor, init, support_init, backend: As in `ContextPool2d`.
         mixer: What stands in the pools' places, for comparisons; one of `cpool_vision.layers.MIXERS`.
 
     Raises:
@@ -78,7 +85,7 @@ class PoolConfig:
     stages: Any = None
     ratio: float | None = None
     floor: float = DEFAULT_FLOOR
-    groups: int = DEFAULT_GROUPS
+    groups: int | None = None
     init: str = DEFAULT_INIT
     support_init: float = DEFAULT_SUPPORT_INIT
     backend: str | None = None
@@ -101,8 +108,9 @@ class PoolConfig:
                 raise ValueError(f'cpool_stages must be among {STAGES}, got {stage!r}')
         object.__setattr__(self, 'positions', positions)
         object.__setattr__(self, 'stages', stages)
-        if self.ratio is None:
-            object.__setattr__(self, 'ratio', DEFAULT_RATIO[self.family])
+        for name, default in (('ratio', DEFAULT_RATIO), ('groups', DEFAULT_GROUPS)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default[self.family])
 
     @property
     def layer_args(self) -> dict[str, Any]:

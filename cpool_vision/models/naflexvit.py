@@ -192,7 +192,8 @@ _BASE_ARGS: dict[str, Any] = dict(
 def naflexvit_micro_cpool_patch4_gap(pretrained: bool = False, **kwargs: Any) -> ContextPoolNaFlexVit:
     """NaFlex ViT of 1.2 M parameters for images of about 32 x 32 pixels: 8 x 8 tokens, mean-pooled."""
     model_args = dict(
-        patch_size=4, embed_dim=128, depth=6, num_heads=4, pos_embed_grid_size=(8, 8), global_pool='avg', fc_norm=True)
+        patch_size=4, embed_dim=128, depth=6, num_heads=4, pos_embed_grid_size=(8, 8), global_pool='avg', fc_norm=True,
+        cpool_groups=8)
     return _create_naflexvit('naflexvit_micro_cpool_patch4_gap', pretrained, **dict(model_args, **kwargs))
 
 

@@ -203,7 +203,8 @@ default_cfgs = variant_cfgs(
 def vit_micro_cpool_patch4_32(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
     """ViT of 1.2 M parameters for 32 x 32 images: 8 x 8 tokens, mean-pooled, no class token."""
     model_args = dict(
-        img_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=4, class_token=False, global_pool='avg')
+        img_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=4, class_token=False, global_pool='avg',
+        cpool_groups=8)
     return _create_vit('vit_micro_cpool_patch4_32', pretrained, **dict(model_args, **kwargs))
 
 

@@ -40,7 +40,7 @@ def test_everything_of_a_model(tmp_path: pathlib.Path, capsys) -> None:
     feet = numbers['footprints']
     first = feet['layers']['blocks.0.cpool_attn']
     assert feet['points_px'] == [[1, 2], [30, 31]] and first['cells'] == [[0, 0], [7, 7]]
-    assert np.shape(first['sigma_px']) == (2, 1, 2)  # images, groups, points
+    assert np.shape(first['sigma_px']) == (2, 8, 2)  # images, groups, points
     field = numbers['receptive_field']
     assert field['unit'] == [4, 4] and field['grid'] == [8, 8] and field['layer'] is None
     assert all(4 < value < 28 for value in field['pools_off']['centre_px'])
