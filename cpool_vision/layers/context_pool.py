@@ -96,7 +96,7 @@ class ContextPool2d(nn.Module):
             raise ValueError(f'dim must be at least 1, got {dim}')
         if groups < 1 or dim % groups:
             raise ValueError(
-                f'groups must divide dim, got groups={groups} for dim={dim}: choose another number of groups or channels')
+                f'groups must divide dim, got groups={groups} for dim={dim}: choose other groups or channels')
         if stride < 1:
             raise ValueError(f'stride must be at least 1, got {stride}')
         if not ratio > 0:
