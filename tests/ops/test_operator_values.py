@@ -64,6 +64,17 @@ def test_extreme_supports(sigma, backend):
 
 
 @pytest.mark.parametrize('backend', FAST_BACKENDS)
+@pytest.mark.parametrize('shape', [
+    (1, 3, 8, 9, 1, 1, (0.05, 0.4)),
+    (2, 12, 5, 8, 3, 1, (0.05, 0.4)),
+    (2, 2, 7, 1, 2, 1, (0.05, 1.0)),
+], ids=lambda s: '-'.join(str(v) for v in s))
+def test_what_small_supports_leave_out_is_not_seen_in_their_gradient(shape, backend):
+    for seed in range(20):
+        assert_as_good_as_eager(make_case(*shape, logit_scale=seed % 2, seed=seed), backend, shape[5])
+
+
+@pytest.mark.parametrize('backend', FAST_BACKENDS)
 def test_logits_far_apart_do_not_underflow(backend):
     assert_as_good_as_eager(make_case(1, 4, 32, 30, sigma=(0.2, 1.0), logit_scale=60.0), backend)
 

@@ -43,6 +43,7 @@ typedef struct {
     float *rows;         /* (LANES, channels): output or its gradient */
     vf *columns;         /* (channels, LANES): the same, queries in lanes */
     vf scale, centre_y, centre_x, near_y, near_x;
+    vf tolerance;        /* share of a query's weight that reach2 and trim may each leave out */
     int index[LANES];    /* of the query, -1 for lanes without one */
     int segment_count, key_count;
     int y0, y1, x0, x1;
@@ -51,7 +52,7 @@ typedef struct {
 
 /* Squared distance to the farthest key that must be read: the tail of the lattice sum beyond radius R is at most
  * exp(-R^2 s) pi ((1 + a / R) / s + 4 a R) with a = sqrt(1/2), since a disc holds between pi (R -+ a)^2 points. */
-INLINE vf reach2(vf s, vf excess, vf near2, float diagonal, float tolerance) {
+INLINE vf reach2(vf s, vf excess, vf near2, float diagonal, vf tolerance) {
     vf r = splat(diagonal);
     for (int k = 0; k < 2; ++k) {
         const vf bound = 3.14159274f * ((1 + 0.70710678f / r) / s + 2.82842712f * r);
@@ -82,8 +83,10 @@ static void make_tile(Tile *t, const Shape *p, int ty, int tx, const float *sigm
     const vf s = 0.5f / (sig * sig);
     const vf scale = pick((s < 1e30f) | (s != s), s, splat(1e30f));
     const vf near_y = (cy - ny) * (cy - ny), near_x = (cx - nx) * (cx - nx);
-    const vf r2 = whole ? splat(INFINITY) : reach2(scale, top - near_logit, near_y + near_x, diagonal, 0.125f * p->tolerance);
-    t->scale = scale; t->centre_y = cy; t->centre_x = cx; t->near_y = near_y; t->near_x = near_x;
+    const vf small = vmin(sig, splat(1)); /* what is left out is multiplied by sigma^-3 in dsigma */
+    const vf tolerance = 0.125f * p->tolerance * small * small * small;
+    const vf r2 = whole ? splat(INFINITY) : reach2(scale, top - near_logit, near_y + near_x, diagonal, tolerance);
+    t->tolerance = tolerance; t->scale = scale; t->centre_y = cy; t->centre_x = cx; t->near_y = near_y; t->near_x = near_x;
     float most = 0;
     for (int q = 0; q < LANES; ++q) most = fmaxf(most, r2[q]);
     const float reach = sqrtf(most);
@@ -171,12 +174,12 @@ INLINE int lane_of(int j, int i) {
     return j % (TILE_W / 2) * 2 + j / (TILE_W / 2) * 2 * TILE_W + i % 2 + i / 2 * TILE_W;
 }
 
-/* Leaves out pairs at the ends of rows that, all together, weigh at most an eighth of the tolerance in every query;
+/* Leaves out pairs at the ends of rows that, all together, weigh at most t->tolerance in every query;
  * reach2, which knows no more of the logits than the largest, leaves out as much. Takes them off the sums.
  * Far pixels count most in dsigma: cuts that spend the whole tolerance would exceed its error bound.
  * Returns how many keys the quads read. */
 static int64_t trim(Tile *t, const Shape *p, vf *total) {
-    const vf least = *total * (0.125f * p->tolerance / t->key_count);
+    const vf least = *total * t->tolerance / (float)t->key_count;
     const vf own_least = 0.125f * least; /* unlike the ends of rows, where most queries leave out far less */
     vf dropped = splat(0);
     int64_t read = 0;
