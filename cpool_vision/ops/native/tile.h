@@ -193,11 +193,12 @@ static int64_t trim(Tile *t, const Shape *p, vf *total) {
         while (a < b && all_at_most(from[a], least)) dropped += from[a++];
         while (b > a && all_at_most(from[b - 1], least)) dropped += from[--b];
         if (a < b) {
-            memmove(to, from + a, (b - a) * sizeof(vf));
+            if (to != from + a) memmove(to, from + a, (b - a) * sizeof(vf));
             vi first = (vi){0} + (s.x0 + a), last = (vi){0} + (s.x0 + b);
             vi out = ~(vi){0};
             for (int k = 0; k < b - a; ++k) {
                 out &= to[k] <= own_least;
+                if (!any_of(out)) break;
                 dropped += pick(out, to[k], splat(0));
                 to[k] = pick(out, splat(0), to[k]);
                 first -= out;
@@ -205,6 +206,7 @@ static int64_t trim(Tile *t, const Shape *p, vf *total) {
             out = ~out;
             for (int k = b - a - 1; k >= 0; --k) {
                 out &= to[k] <= own_least;
+                if (!any_of(out)) break;
                 dropped += pick(out, to[k], splat(0));
                 to[k] = pick(out, splat(0), to[k]);
                 last += out;

@@ -34,6 +34,19 @@ INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
 
 INLINE vf vmin(vf a, vf b) { return pick(a < b, a, b); }
 
+/* Whether any lane of a comparison holds. */
+INLINE int any_of(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int some = 0;
+    for (int q = 0; q < LANES; ++q) some |= mask[q];
+    return some;
+#endif
+}
+
 INLINE vf vsqrt(vf a) {
     for (int q = 0; q < LANES; ++q) a[q] = sqrtf(a[q]);
     return a;
