@@ -7,7 +7,6 @@
 Flags and defaults come from the parsers, parts and tests from tests/engine/flag_cases.json. Flags of validate.py that
 are not listed there share parser, code and test with those of train.py.
 """
-import argparse
 import json
 import pathlib
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from cpool_vision.engine.flags import args_train, args_validate
 
-from .markers import print_difference, replace_between
+from .markers import run_command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = ROOT / 'docs' / 'flags.md'
@@ -49,30 +48,9 @@ def format_table(command: str) -> str:
     return '\n'.join(lines)
 
 
-def fill(text: str) -> str:
-    """`text` with the tables between their markers."""
-    for command in PARSERS:
-        text = replace_between(text, f'<!-- {command}-flags -->', f'<!-- /{command}-flags -->', format_table(command))
-    return text
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Prints, writes or checks the tables; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument('--write', action='store_true', help='write the tables into the file')
-    mode.add_argument('--check', action='store_true', help='compare the tables with those in the file')
-    parser.add_argument('--file', type=pathlib.Path, default=DOCS, help='file with the markers')
-    args = parser.parse_args(argv)
-    if not (args.write or args.check):
-        print('\n\n'.join(map(format_table, PARSERS)))
-        return 0
-    text = args.file.read_text(encoding='utf-8')
-    wanted = fill(text)
-    if args.write:
-        args.file.write_text(wanted, encoding='utf-8')
-        return 0
-    return print_difference(text, wanted, str(args.file))
+    """Prints, writes or checks the tables; returns the exit status."""
+    return run_command(argv, __doc__, DOCS, {f'{command}-flags': format_table(command) for command in PARSERS})
 
 
 if __name__ == '__main__':

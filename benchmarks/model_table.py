@@ -8,7 +8,6 @@ The base is the same architecture built with `cpool_positions=[]`. MACs are half
 `torch.utils.flop_counter.FlopCounterMode` counts at batch 1, with attention computed by plain products; the context
 pool counts by the formula registered for its operator. Models are built on the meta device: nothing is computed.
 """
-import argparse
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cpool_vision
 
-from .markers import print_difference, replace_between
+from .markers import run_command
 
-BEGIN, END = '<!-- model-table -->', '<!-- /model-table -->'
+MARKER = 'model-table'
 README = pathlib.Path(__file__).resolve().parent.parent / 'README.md'
 
 
@@ -81,23 +80,9 @@ def format_table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints, writes or checks the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument('--write', action='store_true', help='write the table into the file')
-    mode.add_argument('--check', action='store_true', help='compare the table with that in the file')
-    parser.add_argument('--file', type=pathlib.Path, default=README, help='file with the markers (default: README.md)')
-    args = parser.parse_args(argv)
+    """Prints, writes or checks the table; returns the exit status."""
     table = format_table([measure(name) for name in cpool_vision.list_models()])
-    if not (args.write or args.check):
-        print(table)
-        return 0
-    text = args.file.read_text(encoding='utf-8')
-    wanted = replace_between(text, BEGIN, END, table)
-    if args.write:
-        args.file.write_text(wanted, encoding='utf-8')
-        return 0
-    return print_difference(text, wanted, str(args.file))
+    return run_command(argv, __doc__, README, {MARKER: table})
 
 
 if __name__ == '__main__':

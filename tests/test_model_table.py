@@ -5,7 +5,9 @@ import pytest
 import cpool_vision
 from benchmarks import model_table
 from benchmarks.markers import replace_between
-from benchmarks.model_table import BEGIN, END, README, Row, format_table, measure
+from benchmarks.model_table import MARKER, README, Row, format_table, measure
+
+BEGIN, END = f'<!-- {MARKER} -->', f'<!-- /{MARKER} -->'
 
 
 def test_base_counts_are_those_of_the_plain_architecture() -> None:

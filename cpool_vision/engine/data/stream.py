@@ -16,7 +16,25 @@ from .worker import WorkerSignals
 _logger = logging.getLogger(__name__)
 
 
-class TrainStream:
+class _Stream:
+    """What is asked of a torch loader."""
+    loader: Any
+
+    @property
+    def dataset(self) -> Any:
+        """The set."""
+        return self.loader.dataset
+
+    @property
+    def collate_fn(self) -> Any:
+        """How samples become a batch."""
+        return self.loader.collate_fn
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+class TrainStream(_Stream):
     """Batches of an indexed set from (epoch, batch) on, the same for any number of workers.
 
     Iterating does not move the position: only `set_position` does. Global generators of the process are left as found.
@@ -32,7 +50,7 @@ class TrainStream:
 
     def __init__(self, loader: torch.utils.data.DataLoader, unreadable: UnreadableLog, read_ahead: bool = False,
                  ) -> None:
-        self.loader: Any = loader
+        self.loader = loader
         self.unreadable = unreadable
         self.read_ahead = read_ahead and loader.num_workers > 0
         self.current = (0, 0)
@@ -48,16 +66,6 @@ class TrainStream:
         """Images of the epoch at the position, of this process, in order; also those that no full batch is left for."""
         return self.batch_sampler.order.draw(self.batch_sampler.epoch)[0].tolist()
 
-    @property
-    def dataset(self) -> Any:
-        """The set."""
-        return self.loader.dataset
-
-    @property
-    def collate_fn(self) -> Any:
-        """How samples become a batch."""
-        return self.loader.collate_fn
-
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """Where the next iteration begins.
 
@@ -71,9 +79,6 @@ class TrainStream:
         iterator, self.loader._iterator = self.loader._iterator, None
         if hasattr(iterator, '_shutdown_workers'):
             iterator._shutdown_workers()
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
     def _open(self) -> Iterator[Any]:
         ahead, self._ahead = self._ahead, None
@@ -112,7 +117,7 @@ class TrainStream:
                                'set, or lower --max-bad-samples to stop earlier')
 
 
-class StreamedTrainStream:
+class StreamedTrainStream(_Stream):
     """Batches of a streamed set (wds, tfds, hfids), which has no index.
 
     An epoch is repeated if the reader's order depends on seed and epoch only, by workers that are started anew and
@@ -128,7 +133,7 @@ class StreamedTrainStream:
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader, seed: int, rank: int) -> None:
-        self.loader: Any = loader
+        self.loader = loader
         self.loader.worker_init_fn = WorkerSignals(loader.worker_init_fn)
         self.seed, self.rank = seed, rank
         self.epoch = self.batch = 0
@@ -146,16 +151,6 @@ class StreamedTrainStream:
         """torch's placeholder."""
         return self.loader.sampler
 
-    @property
-    def dataset(self) -> Any:
-        """The set."""
-        return self.loader.dataset
-
-    @property
-    def collate_fn(self) -> Any:
-        """How samples become a batch."""
-        return self.loader.collate_fn
-
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """Where the next iteration begins.
 
@@ -168,9 +163,6 @@ class StreamedTrainStream:
             raise ConfigError(f'a streamed set that is read without workers cannot go on at batch {batch} of epoch '
                               f'{epoch}: use --workers 1 or more, from the start of the run')
         self.epoch, self.batch = epoch, batch
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         epoch, first = self.epoch, self.batch
