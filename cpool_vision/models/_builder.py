@@ -46,7 +46,7 @@ DEFAULT_RATIO = {  # that of ViT is the one at which docs/evidence.md measures i
 DEFAULT_GROUPS = {
     'vision_transformer': 16,
     'resnet': 1,
-    'convnext': 1,
+    'convnext': 16,
     'swin_transformer': 1,
     'metaformer': 1,
     'naflexvit': 16,

@@ -95,7 +95,7 @@ def convnext_micro_cpool_32(pretrained: bool = False, **kwargs: Any) -> ContextP
 @register_model
 def convnext_atto_cpool(pretrained: bool = False, **kwargs: Any) -> ContextPoolConvNeXt:
     """ConvNeXt-Atto with context pooling."""
-    model_args = dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), conv_mlp=True)
+    model_args = dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), conv_mlp=True, cpool_groups=8)
     return _create_convnext('convnext_atto_cpool', pretrained, **dict(model_args, **kwargs))
 
 
