@@ -50,7 +50,7 @@ def format_table(command: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints, writes or checks the tables; returns the exit status."""
-    return run_command(argv, __doc__, DOCS, {f'{command}-flags': format_table(command) for command in PARSERS})
+    return run_command(argv, __doc__, DOCS, lambda: {f'{command}-flags': format_table(command) for command in PARSERS})
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@ import argparse
 import difflib
 import pathlib
 import sys
+from collections.abc import Callable
 
 
 def replace_between(text: str, begin: str, end: str, table: str) -> str:
@@ -29,14 +30,18 @@ def print_difference(text: str, wanted: str, name: str) -> int:
     return int(text != wanted)
 
 
-def run_command(argv: list[str] | None, description: str | None, default: pathlib.Path, tables: dict[str, str]) -> int:
+def run_command(
+        argv: list[str] | None, description: str | None, default: pathlib.Path,
+        make_tables: Callable[[], dict[str, str]],
+) -> int:
     """The command of generated tables: prints them, writes them into a file, or compares them with those in it.
 
     Args:
         argv: arguments of the command line: `--write` or `--check`, `--file`.
         description: for `--help`.
         default: the file unless one is named.
-        tables: text by the name of its markers, `<!-- NAME -->` and `<!-- /NAME -->`.
+        make_tables: gives the text by the name of its markers, `<!-- NAME -->` and `<!-- /NAME -->`; called once the
+            arguments are known to be good.
 
     Returns:
         The exit status: 1 if `--check` finds a difference.
@@ -47,6 +52,7 @@ def run_command(argv: list[str] | None, description: str | None, default: pathli
     mode.add_argument('--check', action='store_true', help='compare with what the file holds')
     parser.add_argument('--file', type=pathlib.Path, default=default, help=f'file with the markers ({default.name})')
     args = parser.parse_args(argv)
+    tables = make_tables()
     if not (args.write or args.check):
         print('\n\n'.join(tables.values()))
         return 0

@@ -81,8 +81,8 @@ def format_table(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints, writes or checks the table; returns the exit status."""
-    table = format_table([measure(name) for name in cpool_vision.list_models()])
-    return run_command(argv, __doc__, README, {MARKER: table})
+    return run_command(argv, __doc__, README, lambda: {
+        MARKER: format_table([measure(name) for name in cpool_vision.list_models()])})
 
 
 if __name__ == '__main__':

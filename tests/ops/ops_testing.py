@@ -54,11 +54,11 @@ def support_slopes(case: Case, stride: int) -> Tensor:
     """`E[d^2] / sigma^3` of every output cell in fp64: how fast its weights' logarithms move with its support."""
     x, logits, sigma = (t.detach().double() for t in case[:3])
     (b, groups, h, w), (ho, wo) = logits.shape, sigma.shape[2:]
-    rows, cols = torch.arange(h).double()[:, None].expand(h, w), torch.arange(w).double()[None].expand(h, w)
+    rows, cols = torch.meshgrid(torch.arange(h).to(x), torch.arange(w).to(x), indexing='ij')
     moments = torch.stack((rows ** 2 + cols ** 2, rows, cols)).repeat(b, groups, 1, 1)
     square, y, x = dense(stride)(moments, logits, sigma).view(b, groups, 3, ho, wo).unbind(2)
-    at = [stride * torch.arange(n).double() + (stride - 1) / 2 for n in (ho, wo)]
-    qy, qx = at[0][:, None], at[1][None]
+    qy, qx = ((stride * torch.arange(n) + (stride - 1) / 2).to(x) for n in (ho, wo))
+    qy = qy[:, None]
     return (square - 2 * (qy * y + qx * x) + qy ** 2 + qx ** 2).clamp(min=0) / sigma ** 3
 
 
@@ -70,7 +70,10 @@ def assert_as_good_as_eager(case: Case, backend: str, stride: int = 1) -> None:
     """
     peaks = [t.double().abs().amax((2, 3)) for t in (case[3], case[0])]
     products = float((peaks[0] * peaks[1]).sum(1).amax())
-    scales = {'dlogits': torch.tensor(products), 'dsigma': products * support_slopes(case, stride).clamp(min=1)}
+    scales = {
+        'dlogits': case[0].new_tensor(products, dtype=torch.float64),
+        'dsigma': products * support_slopes(case, stride).clamp(min=1),
+    }
     got = run(pool(backend, stride), case)
     eager = run(dense(stride), case)
     oracle = run(dense(stride), case, dtype=torch.float64)
