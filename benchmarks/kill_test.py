@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from cpool_vision.engine.checkpoints.checkpoint import read_checkpoint
-from cpool_vision.engine.checkpoints.resume import EXTENSIONS
+from cpool_vision.engine.checkpoints.resume import EXTENSION
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMES = ('undisturbed', 'killed')
@@ -104,9 +104,8 @@ class Run:
 
 
 def checkpoint_of(folder: pathlib.Path, stem: str) -> pathlib.Path:
-    """The checkpoint of this name in a run folder, a file or a folder of parts."""
-    return next((path for path in (folder / (stem + each) for each in EXTENSIONS) if path.exists()),
-                folder / (stem + EXTENSIONS[0]))
+    """The checkpoint of this name in a run folder."""
+    return folder / (stem + EXTENSION)
 
 
 def _children() -> dict[int, list[int]]:

@@ -310,6 +310,5 @@ print(cpool_vision.__file__, tuple(model(torch.zeros(1, 3, 32, 32)).shape))
 '''
     where, shape = run(python, '-c', code, cwd=tmp_path).strip().split(' ', 1)
     assert pathlib.Path(where).is_relative_to(site) and shape == '(1, 10)'
-    for script in ('cpool-train', 'cpool-validate', 'cpool-draw', 'cpool-plot', 'cpool-retrofit', 'cpool-profile',
-                   'cpool-consolidate'):
+    for script in ('cpool-train', 'cpool-validate', 'cpool-draw', 'cpool-plot', 'cpool-retrofit', 'cpool-profile'):
         assert 'usage:' in run(str(tmp_path / 'venv' / 'bin' / script), '--help', cwd=tmp_path)

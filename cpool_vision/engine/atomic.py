@@ -91,32 +91,6 @@ def link_atomic(source: str, target: str) -> None:
             os.remove(temporary)
 
 
-def point_atomic(path: str, target: str) -> None:
-    """Lets a symbolic link stand for a finished folder, in place of a former link of that name.
-
-    Args:
-        path: the link.
-        target: name of a folder beside it.
-
-    Raises:
-        OutputError: the operating system refused.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = os.path.join(folder, f'.{os.path.basename(path)}.link.tmp')
-    try:
-        if os.path.lexists(temporary):
-            os.remove(temporary)
-        os.symlink(target, temporary, target_is_directory=True)
-        os.replace(temporary, path)
-        sync_directory(folder)
-    except OSError as error:
-        raise OutputError(f'{path!r} cannot be made a symbolic link ({error.strerror or error}): choose a folder where '
-                          'that is possible') from error
-    finally:
-        if os.path.lexists(temporary):
-            os.remove(temporary)
-
-
 @contextmanager
 def keep_former(path: str, name: str) -> Iterator[None]:
     """Gives the former content of a file another name, if the body replaces the file and does not fail.

@@ -13,7 +13,7 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import create_model, is_model, list_models, resolve_model_input_args
 from timm.models import load_checkpoint as load_numpy_checkpoint
 
-from .checkpoints.checkpoint import load_weights, open_checkpoint, weights_of
+from .checkpoints.checkpoint import load_weights, read_checkpoint, weights_of
 from .device import Precision
 from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnknownModelError
 
@@ -89,14 +89,13 @@ def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_em
 
     Args:
         model: the model.
-        path: `.pth`, `.pth.tar`, `.safetensors`, a folder of parts, or the `.npz` of a model that reads such files
-            itself.
+        path: `.pth`, `.pth.tar`, `.safetensors`, or the `.npz` of a model that reads such files itself.
         flag: flag that named the file, for messages.
         name: name of the model, for messages.
         use_ema: take averaged weights where the file has them.
 
     Returns:
-        Content of the file; empty for `.npz` and `.npy`. Tensors in parts that are no weights stay in their files.
+        Content of the file; empty for `.npz` and `.npy`.
 
     Raises:
         CheckpointNotFoundError: no such file.
@@ -110,7 +109,7 @@ def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_em
         except (NotImplementedError, ValueError, KeyError) as error:
             raise CheckpointError(f'{flag} {path!r} cannot be loaded into {name!r} ({error})') from error
         return {}
-    content = open_checkpoint(path, flag)
+    content = read_checkpoint(path, flag)
     load_weights(model, weights_of(content, path, flag, use_ema), path, flag, name)
     return content
 

@@ -17,15 +17,6 @@ from cpool_vision.engine.training.train_run import train
 CLASSES = ('cat', 'dog', 'owl')
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with FRESH_PROCESS fork trainings, which pools of threads that earlier tests left behind can block."""
-    if os.environ.get('CPOOL_FRESH_PROCESS') == '1':
-        return
-    for item in items:
-        if getattr(getattr(item, 'module', None), 'FRESH_PROCESS', False) and not item.get_closest_marker('slow'):
-            item.add_marker(pytest.mark.skip(reason='test_engine_fresh.py runs it in a process of its own'))
-
-
 @pytest.fixture(scope='module', autouse=True)
 def one_thread() -> Iterator[None]:
     """Models this small only lose time to a second thread."""

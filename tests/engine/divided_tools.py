@@ -1,13 +1,10 @@
 """Models divided among processes that are forked from the test, so that nothing is imported anew."""
 import argparse
-import itertools
 import multiprocessing
 import os
 import pathlib
-import queue
-import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,38 +87,3 @@ def in_processes(count: int, folder: pathlib.Path, work: Callable[[int], Any], g
             child.join(0 if len(results) < count else 60)
             child.kill()
     return [results[rank] for rank in range(count)]
-
-
-def in_threads(count: int, work: Callable[[int, Callable[[Sequence[int]], list[list[int]]]], Any]) -> list[Any]:
-    """Calls a function in so many threads with the rank and an exchange of numbers; the first error is raised."""
-    rounds: dict[int, dict[int, list[int]]] = {}
-    change, gone = threading.Condition(), set()
-    answers: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue()
-
-    def exchange(rank: int, number: int, row: Sequence[int]) -> list[list[int]]:
-        with change:
-            rows = rounds.setdefault(number, {})
-            rows[rank] = [int(value) for value in row]
-            change.notify_all()
-            if not change.wait_for(lambda: len(rows) == count or gone - set(rows), 60) or len(rows) < count:
-                raise TimeoutError('another thread is gone')
-            return [rows[each] for each in range(count)]
-
-    def run(rank: int) -> None:
-        numbers = itertools.count()
-        try:
-            answers.put((rank, work(rank, lambda row: exchange(rank, next(numbers), row)), None))
-        except BaseException as error:
-            answers.put((rank, None, error))
-        with change:
-            gone.add(rank)
-            change.notify_all()
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    results = sorted((answers.get(timeout=60) for _ in threads), key=lambda each: each[0])
-    errors = [error for _, _, error in results if error is not None]
-    if errors:
-        raise min(errors, key=lambda error: isinstance(error, TimeoutError))
-    return [value for _, value, _ in results]

@@ -15,13 +15,11 @@ from timm.models import clean_state_dict
 
 from ..atomic import link_atomic, write_atomic
 from ..errors import CheckpointError, CheckpointNotFoundError
-from .folder_index import open_folder
-from .parts import make_whole
 from .seal import check_seal
 
 __all__ = [
-    'describe_misfit', 'link_atomic', 'load_weights', 'open_checkpoint', 'pick_weights', 'read_checkpoint',
-    'read_weights', 'to_plain', 'weights_of', 'write_atomic',
+    'describe_misfit', 'link_atomic', 'load_weights', 'pick_weights', 'read_checkpoint', 'read_weights', 'to_plain',
+    'weights_of', 'write_atomic',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +29,7 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU without ever executing code from it.
 
     Args:
-        path: a file of `torch.save` or `.safetensors`, or a folder of parts.
+        path: a file of `torch.save` or `.safetensors`.
         flag: flag that named the file, for messages.
 
     Returns:
@@ -42,13 +40,8 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
         CheckpointVersionError: written by a newer release.
         CheckpointError: damaged, not a checkpoint, or it contains objects other than tensors and plain values.
     """
-    return make_whole(open_checkpoint(path, flag))
-
-
-def open_checkpoint(path: str, flag: str, rank: int = 0, processes: int = 1) -> dict[str, Any]:
-    """`read_checkpoint`, but tensors of a folder of parts are left in their files; see `folder_index.open_folder`."""
     if os.path.isdir(path):
-        return open_folder(path, flag, rank, processes)
+        raise CheckpointError(f'{flag} {path!r} is a folder: name a checkpoint file in it')
     if not os.path.isfile(path):
         raise CheckpointNotFoundError(f'{flag} {path!r} does not exist: check the path')
     try:
@@ -90,7 +83,6 @@ def weights_of(content: Mapping[str, Any], path: str, flag: str, use_ema: bool) 
         CheckpointError: it holds no tensors.
     """
     weights, is_ema = pick_weights(content, use_ema)
-    weights = make_whole(weights)
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise CheckpointError(f'{flag} {path!r} holds no model weights: expected a state dict')
     _logger.info('Loaded %s weights from %s.', 'averaged' if is_ema else 'model', path)
@@ -103,7 +95,7 @@ def read_weights(path: str, flag: str, use_ema: bool) -> dict[str, torch.Tensor]
     Raises:
         CheckpointNotFoundError, CheckpointError: see `read_checkpoint`; also if the file holds no tensors.
     """
-    return weights_of(open_checkpoint(path, flag), path, flag, use_ema)
+    return weights_of(read_checkpoint(path, flag), path, flag, use_ema)
 
 
 def describe_misfit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:

@@ -10,8 +10,6 @@ from ..errors import CheckpointError, OutputError
 from ..processes.signals import StopRequested
 from ..processes.vote import Verdict, agree_on_failure
 from ..training.train_loop import Run
-from .folder_store import FolderStore
-from .parts import Part, StoredTensor
 from .position import Position, describe_position
 from .resume import list_candidates
 from .saver import CheckpointSaver, TrainState
@@ -29,18 +27,13 @@ def _statistics(run: Run) -> Iterator[torch.Tensor]:
                     yield buffer
 
 
-def process_state(run: Run) -> torch.Tensor:
-    """What this process holds for itself: sums of the loss and statistics of batch norm; `(n)`, float64."""
-    return torch.cat([run.meter.sums, *[buffer.flatten().to(run.meter.sums) for buffer in _statistics(run)]])
-
-
 def gather_process_state(run: Run) -> torch.Tensor:
-    """`process_state` of all processes; every process must call it.
+    """What each process holds for itself: sums of the loss and statistics of batch norm; every process must call it.
 
     Returns:
         `(processes, n)`, float64 (float32 on mps), on the CPU.
     """
-    mine = process_state(run)
+    mine = torch.cat([run.meter.sums, *[buffer.flatten().to(run.meter.sums) for buffer in _statistics(run)]])
     if not run.args.distributed:
         return mine[None].cpu()
     rows = [torch.empty_like(mine) for _ in range(run.args.world_size)]
@@ -48,17 +41,17 @@ def gather_process_state(run: Run) -> torch.Tensor:
     return torch.stack(rows).cpu()
 
 
-def load_process_state(run: Run, rows: torch.Tensor | StoredTensor, path: str) -> None:
+def load_process_state(run: Run, rows: torch.Tensor, path: str) -> None:
     """Gives this process what `gather_process_state` took from the one of its rank; none if their number changed.
 
     Raises:
         CheckpointError: not what that function gives.
     """
-    if not isinstance(rows, (torch.Tensor, StoredTensor)) or rows.ndim != 2 or rows.shape[1] < 4:
+    if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or rows.shape[1] < 4:
         raise CheckpointError(f'{path!r} holds no usable state of the processes: use another checkpoint')
     if rows.shape[0] != run.args.world_size:
         return
-    mine = rows.narrow(0, run.args.rank, 1)[0].to(run.meter.sums)
+    mine = rows[run.args.rank].to(run.meter.sums)
     run.meter.sums.copy_(mine[:4])
     buffers = list(_statistics(run))
     if sum(buffer.numel() for buffer in buffers) != len(mine) - 4:  # the average is new, say
@@ -75,33 +68,19 @@ class Checkpointer:
         state: what is saved.
         saver: writes the files, on the first process; None on the others.
         interval: updates between checkpoints inside an epoch, 0 for none.
-        folders: lets each process write its part; None to gather them on the first.
     """
 
-    def __init__(self, run: Run, state: TrainState, saver: CheckpointSaver | None, interval: int,
-                 folders: FolderStore | None = None) -> None:
-        self.run, self.state, self.saver, self.interval, self.folders = run, state, saver, interval, folders
-
-    def _collect(self) -> Any:
-        """Makes model, optimizer and average ready to be saved, and returns the state of the processes."""
-        if self.folders is None:
-            processes = gather_process_state(self.run)
-            self.state.gather(keep=self.saver is not None)
-            return processes
-        mine, count = process_state(self.run), self.run.args.world_size
-        rows = Part(mine[None], (count, len(mine)), 0, tuple(range(count + 1)))
-        staged = self.folders.stage({**self.state.tensors(), 'processes': rows})
-        processes = staged.pop('processes')
-        self.state.hold(staged)
-        return processes
+    def __init__(self, run: Run, state: TrainState, saver: CheckpointSaver | None, interval: int) -> None:
+        self.run, self.state, self.saver, self.interval = run, state, saver, interval
 
     def _save(self, position: Position, write: Callable[[CheckpointSaver], Any]) -> None:
         run = self.run
         streamed = getattr(run.loader, 'batch_sampler', None) is None
         self.state.extra = {
             'position': describe_position(position, run.args, len(run.loader), streamed),
-            'processes': self._collect(),
+            'processes': gather_process_state(run),
         }
+        self.state.gather(keep=self.saver is not None)
         error: OutputError | None = None
         if self.saver is not None:
             try:

@@ -11,14 +11,11 @@ import torch
 
 from ..errors import CheckpointError, CheckpointVersionError, ConfigError
 from ..processes.vote import agree_on_failure, agree_on_number
-from .checkpoint import open_checkpoint
-from .parts import hash_of
-from .seal import read_seal
+from .checkpoint import read_checkpoint
+from .seal import hash_of, read_seal
 
 _logger = logging.getLogger(__name__)
 EXTENSION = '.pth.tar'
-FOLDER = '.sharded'
-EXTENSIONS = (EXTENSION, FOLDER)
 PREVIOUS = 'previous'
 RECOVERY = 'recovery-'
 
@@ -32,14 +29,14 @@ def serial_of(path: str) -> float:
 
 
 def list_candidates(folder: str) -> list[str]:
-    """Checkpoints in a run folder, the newest first; of several names of one file or folder only the first."""
+    """Checkpoints in a run folder, the newest first; of several names of one file only the first."""
     patterns = ('last', f'{RECOVERY}*', PREVIOUS, 'checkpoint-*', 'model_best')
-    paths = [path for pattern in patterns for extension in EXTENSIONS
-             for path in glob.glob(os.path.join(glob.escape(folder), pattern + extension))]
+    paths = [path for pattern in patterns
+             for path in glob.glob(os.path.join(glob.escape(folder), pattern + EXTENSION))]
     known: set[tuple[int, int]] = set()
     distinct = []
     for path in paths:
-        status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link may have lost its folder
+        status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link may have lost its file
         if (status.st_dev, status.st_ino) not in known:
             known.add((status.st_dev, status.st_ino))
             distinct.append(path)
@@ -51,23 +48,22 @@ class Team:
     """The processes that open a checkpoint together.
 
     Attributes:
-        rank, processes: of this one, and how many.
+        processes: how many there are.
         device: where what they agree on is reduced.
     """
 
-    rank: int = 0
     processes: int = 1
     device: torch.device = torch.device('cpu')
 
     def open(self, path: str, flag: str) -> dict[str, Any]:
-        """`open_checkpoint`, with the same outcome on all processes; every one must call it.
+        """`read_checkpoint`, with the same outcome on all processes; every one must call it.
 
         Raises:
             CheckpointNotFoundError, CheckpointError: see there; also if another process could not read it.
         """
         content, error = {}, None
         try:
-            content = open_checkpoint(path, flag, self.rank, self.processes)
+            content = read_checkpoint(path, flag)
         except CheckpointError as caught:
             error = caught
         failed = agree_on_failure(error is not None, self.device, self.processes > 1)
@@ -97,8 +93,8 @@ class Found:
     """A checkpoint to resume from.
 
     Attributes:
-        path: its file or folder, '' for a new run.
-        content: its dictionary, None for a new run; tensors in parts are still in their files.
+        path: its file, '' for a new run.
+        content: its dictionary, None for a new run.
         damaged: newer files that were passed over.
     """
 
@@ -155,7 +151,7 @@ def open_resume(args: argparse.Namespace, folder: str, device: torch.device) -> 
         ConfigError: `auto` without `--experiment`.
         CheckpointError, CheckpointNotFoundError: see `read_checkpoint` and `find_newest`.
     """
-    team = Team(args.rank, args.world_size, device)
+    team = Team(args.world_size, device)
     if args.resume != 'auto':
         return Found(args.resume, team.open(args.resume, '--resume')) if args.resume else Found()
     if not args.experiment:

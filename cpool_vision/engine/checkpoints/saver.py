@@ -3,9 +3,8 @@ import glob
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.task import TrainingTask
@@ -16,10 +15,8 @@ from ..atomic import keep_former, link_atomic
 from ..errors import CheckpointError
 from ..processes.sharding import divide_like, divide_optimizer_state, gather_whole
 from .checkpoint import describe_misfit, pick_weights, to_plain
-from .folder_store import remove_unnamed
-from .parts import make_whole
 from .position import Position
-from .resume import EXTENSION, EXTENSIONS, PREVIOUS, RECOVERY, list_candidates, serial_of
+from .resume import EXTENSION, PREVIOUS, RECOVERY, list_candidates, serial_of
 from .seal import read_seal, save_sealed
 
 _logger = logging.getLogger(__name__)
@@ -57,11 +54,7 @@ class TrainState:
     def gather(self, keep: bool) -> None:
         """Makes whole what `--fsdp` divides, for the next checkpoint; every process must call it."""
         if isinstance(self.task.get_trainable_module(), FSDPModule):
-            self.hold(gather_whole(self.tensors(), keep))
-
-    def hold(self, tensors: dict[str, Any]) -> None:
-        """Lets the next checkpoint have these in the place of `tensors`."""
-        self._gathered = tensors
+            self._gathered = gather_whole(self.tensors(), keep)
 
     def to_checkpoint(self, epoch: int) -> dict[str, Any]:
         """Content of a checkpoint in timm's format (version 2: `epoch` is the last finished one, -1 for none)."""
@@ -97,7 +90,7 @@ class TrainState:
             CheckpointError: another architecture, class count or optimizer.
         """
         weights, _ = pick_weights(content, use_ema=False)
-        self._load_weights(weights, make_whole(content.get('task_state')), path, ema=False)
+        self._load_weights(weights, content.get('task_state'), path, ema=False)
         if not weights_only:
             self._load_optimizer(content, path)
         epoch = content.get('epoch')
@@ -110,7 +103,7 @@ class TrainState:
         weights, is_ema = pick_weights(content, use_ema=True)
         if not is_ema:
             _logger.warning('%s has no averaged weights: the average starts from its plain weights.', path)
-        task_state = make_whole(content.get('task_state_ema' if is_ema else 'task_state'))
+        task_state = content.get('task_state_ema' if is_ema else 'task_state')
         self._load_weights(weights, task_state, path, ema=True)
 
     def _load_weights(self, weights: dict[str, torch.Tensor], task_state: Any, path: str, ema: bool) -> None:
@@ -141,43 +134,6 @@ class TrainState:
             self.scheduler.restore_lr = content.get('lr_before_noise')
 
 
-class Store(Protocol):
-    """How checkpoints get under their names: as files, or as folders of parts (`folder_store.FolderStore`).
-
-    Attributes:
-        extension: of the names.
-    """
-
-    extension: str
-
-    def write(self, path: str, content: Mapping[str, Any], serial: int) -> None:
-        """Writes a checkpoint in one step, see `seal.save_sealed`."""
-
-    def link(self, source: str, target: str) -> None:
-        """Gives a checkpoint a second name, see `atomic.link_atomic`."""
-
-    def keep_former(self, path: str, name: str) -> AbstractContextManager[None]:
-        """Gives what the body replaces another name, see `atomic.keep_former`."""
-
-
-class FileStore:
-    """Checkpoints as files of `torch.save`."""
-
-    extension = EXTENSION
-
-    def write(self, path: str, content: Mapping[str, Any], serial: int) -> None:
-        """See `Store`."""
-        save_sealed(path, content, serial)
-
-    def link(self, source: str, target: str) -> None:
-        """See `Store`."""
-        link_atomic(source, target)
-
-    def keep_former(self, path: str, name: str) -> AbstractContextManager[None]:
-        """See `Store`."""
-        return keep_former(path, name)
-
-
 class CheckpointSaver:
     """Writes `last`, `checkpoint-EPOCH` for the best epochs, `model_best`, and `recovery-EPOCH-BATCH` inside epochs.
 
@@ -189,24 +145,21 @@ class CheckpointSaver:
         folder: run folder.
         max_history: numbered checkpoints to keep, best first.
         decreasing: a lower metric is better.
-        store: how they are written, as files if None.
     """
 
-    def __init__(self, folder: str, max_history: int = 10, decreasing: bool = False, store: Store | None = None,
-                 ) -> None:
+    def __init__(self, folder: str, max_history: int = 10, decreasing: bool = False) -> None:
         if max_history < 1:
             raise ValueError(f'max_history must be >= 1, got {max_history}')
         self.folder = folder
         self.max_history = max_history
         self.decreasing = decreasing
-        self.store: Store = store or FileStore()
         self.files: list[tuple[str, float]] = []  # (file name, metric), best first
         self.best_metric: float | None = None
         self.best_epoch: int | None = None
 
     def path(self, stem: str) -> str:
         """Path of `last`, `model_best`, `checkpoint-EPOCH` and so on."""
-        return os.path.join(self.folder, stem + self.store.extension)
+        return os.path.join(self.folder, stem + EXTENSION)
 
     def is_better(self, metric: float, than: float | None) -> bool:
         """Whether a metric beats another; anything beats None, and NaN beats nothing."""
@@ -236,7 +189,7 @@ class CheckpointSaver:
             OutputError: a file cannot be written; the former checkpoints are intact.
         """
         metric = float(metric)
-        name = f'checkpoint-{epoch}{self.store.extension}'
+        name = f'checkpoint-{epoch}{EXTENSION}'
         improved = self.is_better(metric, self.best_metric)
         if improved:
             self.best_metric, self.best_epoch = metric, int(epoch)
@@ -245,15 +198,12 @@ class CheckpointSaver:
         kept, dropped = files[:self.max_history], files[self.max_history:]
 
         content = {**state.to_checkpoint(epoch), 'metric': metric, 'saver': self._history(kept)}
-        with self.store.keep_former(self.path('last'), self.path(PREVIOUS)):
-            self.store.write(self.path('last'), content, self._next_serial())
+        with keep_former(self.path('last'), self.path(PREVIOUS)):
+            save_sealed(self.path('last'), content, self._next_serial())
         if (name, metric) in kept:
-            self.store.link(self.path('last'), os.path.join(self.folder, name))
+            link_atomic(self.path('last'), os.path.join(self.folder, name))
         if improved:
-            self.store.link(self.path('last'), self.path('model_best'))
-            self._remove_other_forms('model_best')
-        if os.path.exists(self.path(PREVIOUS)):
-            self._remove_other_forms('last', PREVIOUS)
+            link_atomic(self.path('last'), self.path('model_best'))
         self.files = kept
         for old, _ in dropped:
             if old != name:
@@ -272,7 +222,7 @@ class CheckpointSaver:
         """
         path = self.path(f'{RECOVERY}{position.epoch}-{position.batch}')
         content = {**state.to_checkpoint(position.epoch - 1), 'saver': self._history(self.files)}
-        self.store.write(path, content, self._next_serial())
+        save_sealed(path, content, self._next_serial())
         self._prune()
         return path
 
@@ -280,31 +230,21 @@ class CheckpointSaver:
         return 1 + max((seal.serial for path in list_candidates(self.folder) if (seal := read_seal(path))), default=0)
 
     def _recoveries(self) -> list[str]:
-        return [path for extension in EXTENSIONS
-                for path in glob.glob(os.path.join(glob.escape(self.folder), f'{RECOVERY}*{extension}'))]
-
-    def _remove_other_forms(self, *stems: str) -> None:
-        """A run that was resumed with another `--checkpoint-format` has names of both."""
-        for path in (os.path.join(self.folder, stem + extension) for stem in stems for extension in EXTENSIONS):
-            if path not in map(self.path, stems) and os.path.lexists(path):
-                self._remove(path)
+        return glob.glob(os.path.join(glob.escape(self.folder), f'{RECOVERY}*{EXTENSION}'))
 
     def _prune(self) -> None:
         recoveries = self._recoveries()
-        others = [path for stem in ('last', PREVIOUS) for path in
-                  (os.path.join(self.folder, stem + extension) for extension in EXTENSIONS) if os.path.exists(path)]
+        others = [path for path in map(self.path, ('last', PREVIOUS)) if os.path.exists(path)]
         newest = sorted([*others, *recoveries], key=serial_of, reverse=True)[:2]
         for path in recoveries:
             if path not in newest:
                 self._remove(path)
-        remove_unnamed(self.folder)
 
     def finish(self) -> None:
         """Removes the files from inside epochs when the run is complete and two whole checkpoints stand."""
         if os.path.exists(self.path('last')) and os.path.exists(self.path(PREVIOUS)):
             for path in self._recoveries():
                 self._remove(path)
-            remove_unnamed(self.folder)
 
     def _remove(self, path: str) -> None:
         try:
@@ -315,13 +255,13 @@ class CheckpointSaver:
     def _complete(self, content: dict[str, Any], saved: dict[str, Any]) -> None:
         """Gives `last` the further names that a kill right after it was written kept it from getting."""
         last, epoch = self.path('last'), content.get('epoch')
-        name = f'checkpoint-{epoch}{self.store.extension}'
+        name = f'checkpoint-{epoch}{EXTENSION}'
         names = [name] if any(entry[0] == name for entry in saved.get('checkpoint_files', [])) else []
         if saved.get('best_epoch') == epoch:
-            names.append(f'model_best{self.store.extension}')
+            names.append(f'model_best{EXTENSION}')
         for target in (os.path.join(self.folder, each) for each in names):
             if not os.path.exists(target) or not os.path.samefile(last, target):
-                self.store.link(last, target)
+                link_atomic(last, target)
 
     def restore(self, content: dict[str, Any], path: str = '') -> None:
         """Takes over history and best metric from a checkpoint of this folder; lost files are forgotten.

@@ -18,7 +18,6 @@ from .args_fault import add_numerics_args
 from .args_labels import add_task_args
 from .args_loader import add_bad_sample_args
 from .args_objective import add_loss_args, add_schedule_args
-from .args_scale import add_sharding_args
 from .args_track import add_tracking_args
 from .args_train_more import add_distillation_args, add_ema_args, add_naflex_args, add_norm_args, add_sized_batch_args
 
@@ -34,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(parser.add_argument_group('model'))
     processes = parser.add_argument_group('device and processes')
     _add_device(processes)
-    add_sharding_args(processes)
+    switch(processes, '--fsdp', help='divide parameters, gradients and optimizer state among the processes (FSDP2)')
     _add_optimizer(parser.add_argument_group('optimizer'))
     schedule = parser.add_argument_group('learning rate schedule')
     _add_schedule(schedule)

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     switch(group, '--pretrained', dest='pretrained', help="load the model's pretrained weights")
     group.add_argument(
         '--checkpoint', default='', type=str, metavar='PATH',
-        help='checkpoint to load, or a folder: every .pth.tar, .pth and .sharded in it is measured')
+        help='checkpoint to load, or a folder: every .pth.tar and .pth in it is measured')
     switch(group, '--use-ema', dest='use_ema', help='take the averaged weights from the checkpoint if it has them')
     switch(group, '--test-pool', dest='test_pool', help='pool the head densely over inputs larger than in training')
     switch(group, '--reparam', help='merge branches that the model can merge before measuring')

@@ -1,8 +1,7 @@
 """`--fsdp`: parameters, gradients, average and optimizer state divided among the processes (FSDP2).
 
-Checkpoints stay what they are without: whole tensors, gathered one by one and written by the first process; or, with
-`--checkpoint-format sharded`, each process writes what it holds. Any number of processes, with or without `--fsdp`, can
-go on from either.
+Checkpoints stay what they are without: whole tensors, gathered one by one and written by the first process. Any number
+of processes, with or without `--fsdp`, loads them.
 """
 import argparse
 from collections.abc import Iterator, Mapping
@@ -15,9 +14,8 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..checkpoints.parts import Part, StoredTensor, make_whole
 from ..errors import ConfigError
 
 # of these each entry of the state belongs to one entry of a parameter, so that they can be divided alike
@@ -28,8 +26,6 @@ _STREAMED = ('hfids', 'tfds', 'wds')
 def check_fsdp(args: argparse.Namespace) -> None:
     """Raises `ConfigError` for what `--fsdp` cannot do; to be called once the processes have met."""
     if not args.fsdp:
-        if args.checkpoint_format == 'sharded':
-            raise ConfigError('--checkpoint-format sharded writes what --fsdp divides: add --fsdp, or drop it')
         return
     if not args.distributed:
         raise ConfigError('--fsdp divides the model among several processes: start them by torchrun, or drop it')
@@ -119,45 +115,11 @@ def gather_whole(value: Any, keep: bool) -> Any:
     return value
 
 
-def part_of(tensor: torch.Tensor) -> Part:
-    """What this process holds of a tensor, and where that belongs; nothing is exchanged or copied.
-
-    Raises:
-        TypeError: it is divided in a way that `shard_task` does not use.
-    """
-    if not isinstance(tensor, DTensor):
-        return Part(tensor.detach(), tuple(tensor.shape))
-    placement, mesh = tensor.placements[0], tensor.device_mesh
-    local = local_part(tensor).detach()
-    if mesh.ndim != 1 or not isinstance(placement, Shard):
-        raise TypeError(f'a tensor divided as {tensor.placements} over {mesh} cannot be written in parts')
-    offsets = _offsets(tensor.shape[placement.dim], mesh.size())
-    rank = mesh.get_local_rank()
-    if local.shape[placement.dim] != offsets[rank + 1] - offsets[rank]:
-        raise TypeError(f'a tensor of shape {tuple(tensor.shape)} is not divided evenly over {mesh}')
-    return Part(local, tuple(tensor.shape), placement.dim, offsets)
-
-
-def _offsets(length: int, processes: int) -> tuple[int, ...]:
-    """Where the parts of a dimension begin, and its end; the last ones are smaller or without entries."""
-    step = -(-length // processes)
-    return tuple(min(length, rank * step) for rank in range(processes + 1))
-
-
-def divide_like(whole: torch.Tensor | StoredTensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor that all processes have, divided as `like` is; itself if that is not.
-
-    Of a tensor that is still in its files only this part is read.
-    """
+def divide_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor that all processes have, divided as `like` is; itself if that is not."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
-        return whole.whole() if isinstance(whole, StoredTensor) else whole
-    if not isinstance(whole, StoredTensor):
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    part = part_of(like)
-    rank, dim = like.device_mesh.get_local_rank(), part.dim or 0
-    local = whole.narrow(dim, part.offsets[rank], part.offsets[rank + 1] - part.offsets[rank])
-    return DTensor.from_local(local.to(like.device), like.device_mesh, like.placements, run_check=False,
-                              shape=like.shape, stride=like.stride())
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def divide_optimizer_state(optimizer: torch.optim.Optimizer, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,6 +130,6 @@ def divide_optimizer_state(optimizer: torch.optim.Optimizer, content: Mapping[st
     for index, parameter in zip(order, parameters, strict=False):
         if index in state:
             state[index] = {
-                key: divide_like(value, parameter) if isinstance(value, (torch.Tensor, StoredTensor)) else value
+                key: divide_like(value, parameter) if isinstance(value, torch.Tensor) else value
                 for key, value in state[index].items()}
-    return {**content, 'state': make_whole(state)}
+    return {**content, 'state': state}

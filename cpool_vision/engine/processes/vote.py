@@ -1,5 +1,5 @@
 """What all processes must know alike before an update: is it sound, and shall the run stop after it."""
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -74,23 +74,3 @@ def agree_on_number(number: int, device: torch.device, distributed: bool) -> boo
     ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
     torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
     return bool(ends[0] == -ends[1])
-
-
-def exchange_rows(row: Sequence[int], device: torch.device, distributed: bool) -> list[list[int]]:
-    """The numbers of all processes, of 64 bits and equally many from each; every process must call it."""
-    if not distributed:
-        return [list(row)]
-    mine = torch.tensor(row, dtype=torch.int64, device=device)
-    rows = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(rows, mine)
-    return [each.tolist() for each in rows]
-
-
-def share_text(text: str, device: torch.device, distributed: bool) -> str:
-    """The text of the first process; every process must call it."""
-    if not distributed:
-        return text
-    data = text.encode()
-    size = exchange_rows([len(data)], device, distributed)[0][0]
-    row = list(data[:size]) + [0] * (size - len(data))
-    return bytes(exchange_rows(row, device, distributed)[0]).decode()

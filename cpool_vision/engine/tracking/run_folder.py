@@ -3,7 +3,6 @@ import argparse
 import glob
 import itertools
 import os
-import shutil
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -13,13 +12,12 @@ from timm.models import safe_model_name
 
 from ..atomic import write_text
 from ..checkpoints.checkpoint import to_plain
-from ..checkpoints.resume import EXTENSION, EXTENSIONS, FOLDER
+from ..checkpoints.resume import EXTENSION
 from ..errors import OutputError
 from .table import EpochTable, keep_copy
 
-_WRITTEN = (f'*{EXTENSION}', f'*{FOLDER}', 'shards*', 'unreadable.txt', 'args.yaml', 'augmentation.json',
-            'tracking.json', '*.csv')
-_MARKS = ('args.yaml', 'summary.csv', *('last' + extension for extension in EXTENSIONS))
+_WRITTEN = (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'augmentation.json', 'tracking.json', '*.csv')
+_MARKS = ('args.yaml', 'summary.csv', f'last{EXTENSION}')
 
 
 def run_path(args: argparse.Namespace, image_size: int | None = None) -> str:
@@ -104,10 +102,7 @@ class RunFolder:
             raise _not_created(path, error) from error
         for name in _WRITTEN:
             for leftover in glob.glob(os.path.join(glob.escape(path), f'.{name}.*tmp')):
-                if os.path.isdir(leftover) and not os.path.islink(leftover):
-                    shutil.rmtree(leftover)
-                else:
-                    os.remove(leftover)
+                os.remove(leftover)
         self.keep('args.yaml', settings)
         if resume_epoch is not None:
             self.summary.trim(resume_epoch)

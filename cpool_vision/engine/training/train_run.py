@@ -14,7 +14,6 @@ import cpool_vision  # noqa: F401 - registers the variants
 from cpool_vision.inspect import SupportStatistics
 
 from ..checkpoints.checkpointer import Checkpointer, load_process_state
-from ..checkpoints.folder_store import FolderStore
 from ..checkpoints.position import Position, check_same_batches, read_position
 from ..checkpoints.resume import check_agreement, open_resume, set_aside
 from ..checkpoints.saver import CheckpointSaver, TrainState
@@ -27,7 +26,6 @@ from ..device import Precision, resolve_precision, seed_everything, settle_threa
 from ..errors import ConfigError
 from ..model import create_train_model, place_model, resolve_input
 from ..processes.sharding import check_fsdp, shard_task
-from ..processes.vote import exchange_rows, share_text
 from ..tracking.progress import silence_logging
 from ..tracking.run_folder import RunFolder, check_free, claim, run_path, settings_text
 from ..tracking.support_log import keep_first_input, measure_supports
@@ -162,19 +160,14 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     run.position = start
     _place_schedule(run, start, restored=content is not None and not args.no_resume_opt)
 
-    folders = None
     if primary and not args.experiment:
         folder = claim(folder)
-    if args.checkpoint_format == 'sharded':
-        folder = share_text(folder, device, args.distributed)  # without --experiment it holds the time of day
-        folders = FolderStore(folder, args.rank, args.world_size,
-                              lambda row: exchange_rows(row, device, args.distributed))
     opened, saver, trackers = None, None, Trackers({})
     if primary:
         opened = RunFolder(folder, settings, start.epoch if continuing else None)
         opened.keep(RECORD, record_text(getattr(args, KEY)))
         run.folder = folder
-        saver = CheckpointSaver(folder, args.checkpoint_hist, decreasing=metric_name == 'loss', store=folders)
+        saver = CheckpointSaver(folder, args.checkpoint_hist, decreasing=metric_name == 'loss')
         if continuing and content is not None:
             saver.restore(content, resume)
         set_aside(found.damaged)
@@ -185,7 +178,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', folder, start.epoch, num_epochs - 1,
                  run.updates_per_epoch, _describe(precision))
 
-    checkpointer = Checkpointer(run, state, saver, args.recovery_interval, folders)
+    checkpointer = Checkpointer(run, state, saver, args.recovery_interval)
     run.after_update = checkpointer.after_update
     rows: list[dict[str, Any]] = []
     with _closing(loader), trackers, run.vote.signals:

@@ -14,8 +14,6 @@ from timm.utils import check_batch_size_retry, decay_batch_step, natural_key
 
 import cpool_vision  # noqa: F401 - registers the variants
 
-from ..checkpoints.folder_index import is_folder
-from ..checkpoints.resume import FOLDER
 from ..data.multi_label import is_multi_label
 from ..device import setup_device
 from ..errors import CheckpointNotFoundError, ConfigError, UserError
@@ -39,12 +37,11 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str]] | None:
         ConfigError: nothing matches, or the file names nothing.
     """
     name = args.model
-    if args.checkpoint and os.path.isdir(args.checkpoint) and not is_folder(args.checkpoint):
+    if args.checkpoint and os.path.isdir(args.checkpoint):
         folder = glob.escape(args.checkpoint)
-        found = [path for ending in ('*.pth.tar', '*.pth', f'*{FOLDER}')
-                 for path in glob.glob(os.path.join(folder, ending))]
+        found = [path for ending in ('*.pth.tar', '*.pth') for path in glob.glob(os.path.join(folder, ending))]
         if not found:
-            raise CheckpointNotFoundError(f'--checkpoint {args.checkpoint!r} holds no .pth.tar, .pth or {FOLDER}')
+            raise CheckpointNotFoundError(f'--checkpoint {args.checkpoint!r} holds no .pth.tar or .pth')
         return [(name, path) for path in sorted(found, key=natural_key)]
     if name == 'all':
         return [(each, '') for each in list_models(pretrained=True, exclude_filters=_OTHER_CLASSES)]
