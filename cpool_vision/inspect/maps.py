@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import ContextPool2d
+from ..layers import context_pools
 
 
 class ContextMaps(NamedTuple):
@@ -64,9 +64,7 @@ def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
     Raises:
         ValueError: The model holds no context pool.
     """
-    # controls that are plain convolutions or means stand in the same places and predict nothing
-    pools = {name: module for name, module in model.named_modules()
-             if isinstance(module, ContextPool2d) and hasattr(module, 'predict')}
+    pools = context_pools(model)
     if not pools:
         raise ValueError(
             f'{type(model).__name__} holds no context pool: build a cpool variant with at least one position')

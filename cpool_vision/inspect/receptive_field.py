@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import ContextPool2d
+from ..layers import Mixer2d, mixers
 from .maps import kept_modes
 
 
@@ -61,12 +61,12 @@ def without_pools(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model holds no context pool.
     """
-    pools = [module for module in model.modules() if isinstance(module, ContextPool2d)]
+    pools = [pool for _, pool in mixers(model)]
     if not pools:
         raise ValueError(
             f'{type(model).__name__} holds no context pool: build a cpool variant with at least one position')
 
-    def off(pool: ContextPool2d) -> Any:
+    def off(pool: Mixer2d) -> Any:
         if pool.gamma is not None:
             return pool.base
         return lambda x: x[..., ::pool.stride, ::pool.stride]
@@ -74,11 +74,11 @@ def without_pools(model: nn.Module) -> Iterator[None]:
     try:
         for pool in pools:
             # of the instance: tokens and maps of both layouts all go through it
-            object.__setattr__(pool, 'pool_map', off(pool))
+            object.__setattr__(pool, 'mix_gated', off(pool))
         yield
     finally:
         for pool in pools:
-            pool.__dict__.pop('pool_map', None)
+            pool.__dict__.pop('mix_gated', None)
 
 
 def _features(model: nn.Module, images: Tensor, layer: str | int | None) -> Tensor:

@@ -1,8 +1,10 @@
-from .context_pool import ContextPool2d, Subsample2d
-from .controls import MIXERS, ControlPool2d, NaFlexControlPool, TokenControlPool, make_pool
-from .naflex_context_pool import NaFlexContextPool, TokenGrids, find_grids
+from .context_pool import ContextPool2d, context_pools
+from .controls import AblatedPool2d, LocalMixer2d
+from .factory import MIXERS, create_mixer
+from .mixer import Mixer2d, Subsample2d, mixers
+from .naflex_context_pool import NaFlexContextPool, NaFlexMixer, TokenGrids, find_grids
 from .token_context_pool import TokenContextPool
 
 __all__ = [
-    'MIXERS', 'ContextPool2d', 'ControlPool2d', 'NaFlexContextPool', 'NaFlexControlPool', 'Subsample2d',
-    'TokenContextPool', 'TokenControlPool', 'TokenGrids', 'find_grids', 'make_pool']
+    'MIXERS', 'AblatedPool2d', 'ContextPool2d', 'LocalMixer2d', 'Mixer2d', 'NaFlexContextPool', 'NaFlexMixer',
+    'Subsample2d', 'TokenContextPool', 'TokenGrids', 'context_pools', 'create_mixer', 'find_grids', 'mixers']

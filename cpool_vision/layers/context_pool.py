@@ -8,27 +8,7 @@ from torch import Tensor, nn
 
 import cpool_vision.ops  # noqa: F401  (registers torch.ops.cpool_vision)
 
-INITS = ('paper', 'identity')
-
-
-class Subsample2d(nn.Module):
-    """Keeps every `stride`-th row and column: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
-
-    The base of a strided `ContextPool2d` that stands behind a convolution whose own stride was taken away: a
-    convolution at stride 1 followed by this equals the convolution at `stride`, bit for bit up to its kernel choice.
-    """
-
-    def __init__(self, stride: int = 2) -> None:
-        super().__init__()
-        if stride < 1:
-            raise ValueError(f'stride must be at least 1, got {stride}')
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., ::self.stride, ::self.stride]
-
-    def extra_repr(self) -> str:
-        return f'stride={self.stride}'
+from .mixer import Mixer2d
 
 
 def default_hidden_dim(dim: int) -> int:
@@ -36,7 +16,7 @@ def default_hidden_dim(dim: int) -> int:
     return max(16, (dim // 16 + 4) // 8 * 8)
 
 
-class ContextPool2d(nn.Module):
+class ContextPool2d(Mixer2d):
     """Replaces each pixel by a weighted mean of a neighbourhood whose size the features choose themselves.
 
     A predictor of two convolutions (1x1 from `dim` to `hidden_dim`, activation, 3x3 to `2 * groups`) gives a weight
@@ -74,6 +54,7 @@ class ContextPool2d(nn.Module):
     """
 
     backend: str | None
+    mixer = 'context'
 
     def __init__(
             self,
@@ -91,33 +72,21 @@ class ContextPool2d(nn.Module):
             device: Any = None,
             dtype: Any = None,
     ) -> None:
-        super().__init__()
-        if dim < 1:
-            raise ValueError(f'dim must be at least 1, got {dim}')
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, stride=stride, init=init, base=base, **dd)
         if groups < 1 or dim % groups:
             raise ValueError(
                 f'groups must divide dim, got groups={groups} for dim={dim}: choose other groups or channels')
-        if stride < 1:
-            raise ValueError(f'stride must be at least 1, got {stride}')
         if not ratio > 0:
             raise ValueError(f'ratio must be > 0 (a fraction of the side of the map), got {ratio}')
         if not floor > 0:
             raise ValueError(f'floor must be > 0 (pixels), got {floor}')
-        if init not in INITS:
-            raise ValueError(f'init must be one of {INITS}, got {init!r}')
         if not 0 < support_init < 1:
             raise ValueError(
                 f'support_init must lie between 0 and 1 (a fraction of the largest support), got {support_init}')
         if hidden_dim is not None and hidden_dim < 1:
             raise ValueError(f'hidden_dim must be at least 1 or None, got {hidden_dim}')
-        if init == 'identity' and stride > 1 and base is None:
-            raise ValueError(
-                f"init='identity' with stride={stride} needs base: pass the pooling module being replaced, "
-                f'for example nn.MaxPool2d or Subsample2d({stride})')
-        dd = {'device': device, 'dtype': dtype}
         hidden_dim = hidden_dim or default_hidden_dim(dim)
-        self.dim = dim
-        self.stride = stride
         self.groups = groups
         self.ratio = float(ratio)
         self.floor = float(floor)
@@ -127,12 +96,11 @@ class ContextPool2d(nn.Module):
         self.reduce = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.act = act_layer()
         self.predict = nn.Conv2d(hidden_dim, 2 * groups, 3, padding=1, **dd)
-        self.gamma = nn.Parameter(torch.empty(dim, **dd)) if init == 'identity' else None
-        self.base = base if base is not None and init == 'identity' else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Sets small predictor weights (std .02), zero biases but for the supports', and a closed gate."""
+        super().reset_parameters()
         for conv in (self.reduce, self.predict):
             nn.init.trunc_normal_(conv.weight, std=.02)
             if conv.bias is not None:
@@ -140,17 +108,11 @@ class ContextPool2d(nn.Module):
         if self.predict.bias is not None:
             with torch.no_grad():
                 self.predict.bias[self.groups:] = self.initial_raw_support
-        if self.gamma is not None:
-            nn.init.zeros_(self.gamma)
 
     @property
     def initial_raw_support(self) -> float:
         """What the support activation maps to `support_init` of the largest support."""
         return math.log(self.support_init / (1 - self.support_init))
-
-    def init_weights(self) -> None:
-        """The hook by which timm's models re-initialise their layers."""
-        self.reset_parameters()
 
     def predict_maps(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels of the map `x`.
@@ -176,22 +138,15 @@ class ContextPool2d(nn.Module):
             weight_logits = weight_logits.masked_fill(~present, -float('inf'))
         return torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
 
-    def pool_map(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """Pools the map `x`, `(B, C, H, W)` to `(B, C, Ho, Wo)`; `present` as in `mix`."""
-        y = self.mix(x, present)
-        if self.gamma is not None:
-            base = self.base(x)
-            y = torch.lerp(base, y.type_as(base), self.gamma.view(-1, 1, 1).type_as(base))
-        return y
-
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels for `x`. Stores nothing."""
         return self.predict_maps(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool_map(x)
-
     def extra_repr(self) -> str:
-        gate = 'identity' if self.gamma is not None else 'paper'
-        return (f'{self.dim}, stride={self.stride}, groups={self.groups}, ratio={self.ratio}, floor={self.floor}, '
-                f'init={gate!r}, support_init={self.support_init}')
+        return (f'{super().extra_repr()}, groups={self.groups}, ratio={self.ratio}, floor={self.floor}, '
+                f'support_init={self.support_init}')
+
+
+def context_pools(model: nn.Module) -> dict[str, ContextPool2d]:
+    """Name and module of every context pool in `model`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ContextPool2d)}

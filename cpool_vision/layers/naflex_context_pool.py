@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .token_context_pool import _TokenPool
+from .context_pool import ContextPool2d
+from .token_context_pool import SequenceMixer
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,51 @@ def find_grids(patch_coord: Tensor, patch_valid: Tensor | None = None, num_prefi
     return TokenGrids(sizes, source.clamp(min=0), source >= 0, filled)
 
 
-class NaFlexContextPool(_TokenPool):
+class NaFlexMixer(SequenceMixer):
+    """What mixers of the tokens of images on grids of their own share."""
+
+    def to_map(self, x: Tensor, grids: TokenGrids | None) -> Tensor:
+        """The grid tokens of `x` as a map `(B, C, H, W)`, a view.
+
+        Raises:
+            ValueError: The images have no grid in common.
+        """
+        if grids is None:
+            raise ValueError('no grids are given: pass grids=TokenGrids.of_images(...) or find_grids(...)')
+        if grids.source is not None:
+            raise ValueError(f'the images have {len(grids.groups)} kinds of grids, or padding: there is no common map')
+        (_, height, width, _), = grids.groups
+        return self.grid_map(x, height, width)
+
+    @torch.compiler.disable
+    def mix_groups(self, x: Tensor, grids: TokenGrids) -> Tensor:
+        """Mixes tokens `(B, P + N, C)` of several grids, or with padding, group by group."""
+        flat, source = x.flatten(0, 1), grids.source
+        if source is None:
+            raise ValueError('tokens of one full grid are no groups: call the module')
+        packed = flat.index_select(0, source)
+        sizes = [images * height * width for images, height, width, _ in grids.groups]
+        present: Sequence[Tensor | None] = [None] * len(sizes)
+        if grids.present is not None:
+            packed = packed.masked_fill(~grids.present[:, None], 0)
+            present = grids.present.split(sizes)
+        pooled = []
+        for tokens, mask, (images, height, width, full) in zip(packed.split(sizes), present, grids.groups, strict=True):
+            here = None if mask is None or full else mask.view(images, 1, height, width)
+            y = self.mix_gated(tokens.view(images, height, width, -1).permute(0, 3, 1, 2), here)
+            pooled.append(y.permute(0, 2, 3, 1).flatten(0, 2))
+        y = torch.cat(pooled)
+        if grids.filled is not None:
+            y, source = y.index_select(0, grids.filled), source.index_select(0, grids.filled)
+        return flat.index_copy(0, source, y.type_as(flat)).view_as(x)
+
+    def forward(self, x: Tensor, grids: TokenGrids | None = None) -> Tensor:
+        if grids is not None and grids.source is not None:
+            return self.mix_groups(x, grids)
+        return self.from_map(x, self.mix_gated(self.to_map(x, grids)))
+
+
+class NaFlexContextPool(NaFlexMixer, ContextPool2d):
     """`ContextPool2d` (stride 1) for tokens `(B, P + N, C)` of images on grids of their own, with padding between them.
 
     Images of like grids are pooled together on maps without padding, so that an image's result does not depend on the
@@ -101,46 +146,6 @@ class NaFlexContextPool(_TokenPool):
         ValueError: An argument is out of range. On call: no grids are given, or the tokens do not fit them.
     """
 
-    def to_map(self, x: Tensor, grids: TokenGrids | None) -> Tensor:
-        """The grid tokens of `x` as a map `(B, C, H, W)`, a view.
-
-        Raises:
-            ValueError: The images have no grid in common.
-        """
-        if grids is None:
-            raise ValueError('no grids are given: pass grids=TokenGrids.of_images(...) or find_grids(...)')
-        if grids.source is not None:
-            raise ValueError(f'the images have {len(grids.groups)} kinds of grids, or padding: there is no common map')
-        (_, height, width, _), = grids.groups
-        return self.grid_map(x, height, width)
-
     def maps(self, x: Tensor, grids: TokenGrids | None = None) -> tuple[Tensor, Tensor]:
         """Weight logits and supports (in tokens), both `(B, G, H, W)`, for images of one grid. Stores nothing."""
         return self.predict_maps(self.to_map(x, grids))
-
-    @torch.compiler.disable
-    def pool_groups(self, x: Tensor, grids: TokenGrids) -> Tensor:
-        """Pools tokens `(B, P + N, C)` of several grids, or with padding, group by group."""
-        flat, source = x.flatten(0, 1), grids.source
-        if source is None:
-            raise ValueError('tokens of one full grid are no groups: call the module')
-        packed = flat.index_select(0, source)
-        sizes = [images * height * width for images, height, width, _ in grids.groups]
-        present: Sequence[Tensor | None] = [None] * len(sizes)
-        if grids.present is not None:
-            packed = packed.masked_fill(~grids.present[:, None], 0)
-            present = grids.present.split(sizes)
-        pooled = []
-        for tokens, mask, (images, height, width, full) in zip(packed.split(sizes), present, grids.groups, strict=True):
-            here = None if mask is None or full else mask.view(images, 1, height, width)
-            y = self.pool_map(tokens.view(images, height, width, -1).permute(0, 3, 1, 2), here)
-            pooled.append(y.permute(0, 2, 3, 1).flatten(0, 2))
-        y = torch.cat(pooled)
-        if grids.filled is not None:
-            y, source = y.index_select(0, grids.filled), source.index_select(0, grids.filled)
-        return flat.index_copy(0, source, y.type_as(flat)).view_as(x)
-
-    def forward(self, x: Tensor, grids: TokenGrids | None = None) -> Tensor:
-        if grids is not None and grids.source is not None:
-            return self.pool_groups(x, grids)
-        return self.from_map(x, self.pool_map(self.to_map(x, grids)))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, fx
 
 from .context_pool import ContextPool2d
+from .mixer import Mixer2d
 
 
 def _check_tokens(num_tokens: int, num_prefix_tokens: int, height: int, width: int) -> None:
@@ -14,8 +15,11 @@ def _check_tokens(num_tokens: int, num_prefix_tokens: int, height: int, width: i
             f'pass the height and width of the grid, or set grid_size')
 
 
-class _TokenPool(ContextPool2d):
-    """What pools of tokens `(B, P + N, C)` share: they have stride 1, and P prefix tokens pass untouched."""
+class SequenceMixer(Mixer2d):
+    """What mixers of tokens `(B, P + N, C)` share: they have stride 1, and P prefix tokens pass untouched.
+
+    Stands in front of a mixer of maps among the bases of a class.
+    """
 
     def __init__(self, dim: int, num_prefix_tokens: int = 0, **kwargs: Any) -> None:
         if kwargs.get('stride', 1) != 1:
@@ -43,22 +47,8 @@ class _TokenPool(ContextPool2d):
         return f'{super().extra_repr()}, num_prefix_tokens={self.num_prefix_tokens}'
 
 
-class TokenContextPool(_TokenPool):
-    """`ContextPool2d` (stride 1) for tokens `(B, P + H * W, C)`: prefix tokens pass untouched, the grid is pooled.
-
-    The grid of a call is `(height, width)` where given, else `grid_size`, which may be set at any time. The map handed
-    to the operator is a channels-last view of the tokens. With `init='identity'` a fresh layer returns its input.
-
-    Args:
-        dim: Channels C.
-        num_prefix_tokens: Leading tokens P that are not part of the grid (class, registers, distillation).
-        grid_size: `(H, W)` of calls that name no grid.
-        **kwargs: Further arguments of `ContextPool2d`.
-
-    Raises:
-        ValueError: An argument is out of range. On call, outside TorchScript and fx: the number of tokens does not
-            fit the grid, or no grid is known.
-    """
+class TokenMixer(SequenceMixer):
+    """What mixers of the tokens of one grid per call, `(B, P + H * W, C)`, share."""
 
     def __init__(
             self,
@@ -87,12 +77,30 @@ class TokenContextPool(_TokenPool):
             width = self.grid_width
         return self.grid_map(x, height, width)
 
-    def maps(self, x: Tensor, height: int | None = None, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Weight logits and supports (in tokens), both `(B, G, H, W)`, for tokens `x`. Stores nothing."""
-        return self.predict_maps(self.to_map(x, height, width))
-
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        return self.from_map(x, self.pool_map(self.to_map(x, height, width)))
+        return self.from_map(x, self.mix_gated(self.to_map(x, height, width)))
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, grid_size={self.grid_size}'
+
+
+class TokenContextPool(TokenMixer, ContextPool2d):
+    """`ContextPool2d` (stride 1) for tokens `(B, P + H * W, C)`: prefix tokens pass untouched, the grid is pooled.
+
+    The grid of a call is `(height, width)` where given, else `grid_size`, which may be set at any time. The map handed
+    to the operator is a channels-last view of the tokens. With `init='identity'` a fresh layer returns its input.
+
+    Args:
+        dim: Channels C.
+        num_prefix_tokens: Leading tokens P that are not part of the grid (class, registers, distillation).
+        grid_size: `(H, W)` of calls that name no grid.
+        **kwargs: Further arguments of `ContextPool2d`.
+
+    Raises:
+        ValueError: An argument is out of range. On call, outside TorchScript and fx: the number of tokens does not
+            fit the grid, or no grid is known.
+    """
+
+    def maps(self, x: Tensor, height: int | None = None, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Weight logits and supports (in tokens), both `(B, G, H, W)`, for tokens `x`. Stores nothing."""
+        return self.predict_maps(self.to_map(x, height, width))

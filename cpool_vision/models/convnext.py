@@ -10,17 +10,23 @@ import torch
 from timm.models import ConvNeXt
 from torch import nn
 
-from ..layers import make_pool
-from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
+from ..layers import create_mixer
+from ._builder import build_variant, check_placed, variant_cfgs
 from ._compat import convnext_filter_fn, register_model
+from ._family import Family, PoolConfig
 
 __all__ = ['ContextPoolConvNeXt']
+
+# At 224 pixels the first stage holds 56 x 56 maps, where a pool can cost more than the rest of its stage.
+FAMILY = Family(
+    'convnext', positions=('pre_block', 'downsample'), stages=(1, 2, 3), groups=16,
+    former_positions={'stage': 'pre_block'})
 
 
 class ContextPoolConvNeXt(ConvNeXt):
     """timm's `ConvNeXt` with context pools.
 
-    Positions: `stage` pools what enters the last block of each stage; `downsample` pools before the strided
+    Positions: `pre_block` pools what enters the last block of each stage; `downsample` pools before the strided
     convolution between stages, behind its norm. Both at stride 1, so that `init='identity'` starts from the base.
 
     Args:
@@ -30,23 +36,23 @@ class ContextPoolConvNeXt(ConvNeXt):
 
     def __init__(self, *args: Any, cpool: PoolConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        cpool = cpool or PoolConfig('convnext')
+        cpool = cpool or PoolConfig(FAMILY)
         positions = cpool.positions
         pool_args = dict(cpool.layer_args, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
         for i in cpool.stages:
             stage: Any = self.stages[i]
             dim: Any = self.feature_info[i]['num_chs']
-            if 'stage' in positions:
-                pool = make_pool(dim, **pool_args)
+            if 'pre_block' in positions:
+                pool = create_mixer(dim, **pool_args)
                 *blocks, last = stage.blocks.named_children()
                 stage.blocks = nn.Sequential(OrderedDict([*blocks, ('cpool', pool), last]))
             if 'downsample' in positions and isinstance(stage.downsample, nn.Sequential):
                 norm, conv = stage.downsample.children()
                 dim = conv.in_channels
-                pool = make_pool(dim, **pool_args)
+                pool = create_mixer(dim, **pool_args)
                 # The base's own names stay, so that its weights load.
                 stage.downsample = nn.Sequential(OrderedDict([('0', norm), ('cpool', pool), ('1', conv)]))
-        check_placed(context_pools(self), cpool)
+        check_placed(self, cpool)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -64,7 +70,7 @@ class ContextPoolConvNeXt(ConvNeXt):
 def _create_convnext(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextPoolConvNeXt:
     return build_variant(
         ContextPoolConvNeXt,
-        'convnext',
+        FAMILY,
         variant,
         pretrained,
         base_filter=convnext_filter_fn,

@@ -11,11 +11,15 @@ from timm.layers import GroupNorm1
 from timm.models.metaformer import GroupNorm1NoBias, MetaFormer
 from torch import Tensor, nn
 
-from ..layers import ContextPool2d, make_pool
-from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
+from ..layers import Mixer2d, create_mixer
+from ._builder import build_variant, check_placed, variant_cfgs
 from ._compat import metaformer_filter_fn, register_model
+from ._family import STAGES, Family, PoolConfig
 
-__all__ = ['ContextPoolMetaFormer', 'ContextPoolMixer']
+__all__ = ['ContextPoolMetaFormer']
+
+FAMILY = Family(
+    'metaformer', positions=('token_mixer',), stages=STAGES, former_positions={'mixer': 'token_mixer'})
 
 
 class ContextPoolMixer(nn.Module):
@@ -25,7 +29,7 @@ class ContextPoolMixer(nn.Module):
         cpool: Pools maps `(B, C, H, W)` at stride 1.
     """
 
-    def __init__(self, cpool: ContextPool2d) -> None:
+    def __init__(self, cpool: Mixer2d) -> None:
         super().__init__()
         self.cpool = cpool
 
@@ -36,8 +40,8 @@ class ContextPoolMixer(nn.Module):
 class ContextPoolMetaFormer(MetaFormer):
     """timm's `MetaFormer` with context pools in the place of PoolFormer's average pools.
 
-    Position: `mixer` replaces the token mixer of every block in the stages that pool. With `init='identity'` it starts
-    as the average pool. `cpool_mixer` puts the controls into the same skeleton; `identity` mixes nothing.
+    Position: `token_mixer` replaces the token mixer of every block in the stages that pool. With `init='identity'` it
+    starts as the average pool. `cpool_mixer` puts the controls into the same skeleton; `identity` mixes nothing.
 
     Args:
         *args, **kwargs: As for `MetaFormer`, without `token_mixers`.
@@ -60,7 +64,7 @@ class ContextPoolMetaFormer(MetaFormer):
                 f"token_mixers must be left out, got {kwargs['token_mixers']!r}: context pools take their place; "
                 f"choose with cpool_positions and cpool_mixer")
         super().__init__(*args, **kwargs)
-        cpool = cpool or PoolConfig('metaformer')
+        cpool = cpool or PoolConfig(FAMILY)
         dd: dict[str, Any] = dict(device=kwargs.get('device'), dtype=kwargs.get('dtype'))
         if small_stem:
             conv: Any = self.stem.conv
@@ -68,13 +72,13 @@ class ContextPoolMetaFormer(MetaFormer):
             self._init_weights(self.stem.conv)
             for i, info in enumerate(self.feature_info):
                 info['reduction'] = 2 ** (i + 1)
-        for i in cpool.stages if 'mixer' in cpool.positions else ():
+        for i in cpool.stages if 'token_mixer' in cpool.positions else ():
             dim: Any = self.feature_info[i]['num_chs']
             stage: Any = self.stages[i]
             for block in stage.blocks:
                 average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-                block.token_mixer = ContextPoolMixer(make_pool(dim, base=average, **cpool.layer_args, **dd))
-        check_placed(context_pools(self), cpool)
+                block.token_mixer = ContextPoolMixer(create_mixer(dim, base=average, **cpool.layer_args, **dd))
+        check_placed(self, cpool)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class ContextPoolMetaFormer(MetaFormer):
 def _create_metaformer(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextPoolMetaFormer:
     return build_variant(
         ContextPoolMetaFormer,
-        'metaformer',
+        FAMILY,
         variant,
         pretrained,
         base_filter=metaformer_filter_fn,

@@ -12,14 +12,17 @@ from timm.models import NaFlexVit, adapt_input_conv, register_notrace_function, 
 from timm.models.naflexvit import NaFlexVitCfg
 from torch import Tensor
 
-from ..layers import NaFlexContextPool, TokenGrids, find_grids, make_pool
-from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
+from ..layers import NaFlexMixer, TokenGrids, create_mixer, find_grids
+from ._builder import build_variant, check_placed, variant_cfgs
 from ._compat import naflexvit_filter_fn, register_model
+from ._family import Family, PoolConfig
 from .vision_transformer import ContextPoolBlock
 
-__all__ = ['ContextPoolNaFlexBlock', 'ContextPoolNaFlexVit']
+__all__ = ['ContextPoolNaFlexVit']
 
-register_notrace_module(NaFlexContextPool)
+FAMILY = Family('naflexvit', positions=('pre_attn', 'post_block'), ratio=0.25, groups=16)
+
+register_notrace_module(NaFlexMixer)
 
 
 class GridMask(NamedTuple):
@@ -96,7 +99,7 @@ class ContextPoolNaFlexVit(NaFlexVit):
             raise ValueError(f'block_fn must be left out, got {cfg.block_fn!r}: the blocks are ContextPoolNaFlexBlock')
         block_fn: Any = ContextPoolNaFlexBlock
         super().__init__(dataclasses.replace(cfg, block_fn=block_fn), *args, **kwargs)
-        cpool = cpool or PoolConfig('naflexvit')
+        cpool = cpool or PoolConfig(FAMILY)
         positions = cpool.positions
         self.has_pools = bool(positions)
         if positions and cfg.patch_drop_rate > 0:
@@ -116,10 +119,10 @@ class ContextPoolNaFlexVit(NaFlexVit):
                     f'the options ask for {type(block).__name__}, which has no place for a pool: leave out rope_type, '
                     f'attn_type, attn_gated, swiglu_mlp, attn_only_layer_scale and num_kv_heads')
             if 'pre_attn' in positions:
-                block.cpool_attn = make_pool(self.embed_dim, **pool_args)
+                block.cpool_attn = create_mixer(self.embed_dim, **pool_args)
             if 'post_block' in positions and i + 1 < len(self.blocks):
-                block.cpool = make_pool(self.embed_dim, **pool_args)
-        check_placed(context_pools(self), cpool)
+                block.cpool = create_mixer(self.embed_dim, **pool_args)
+        check_placed(self, cpool)
 
     def _forward_embeds(
             self,
@@ -155,7 +158,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ContextPoolNaFlexVit
 def _create_naflexvit(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextPoolNaFlexVit:
     return build_variant(
         ContextPoolNaFlexVit,
-        'naflexvit',
+        FAMILY,
         variant,
         pretrained,
         base_filter=checkpoint_filter_fn,

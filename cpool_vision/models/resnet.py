@@ -3,25 +3,86 @@
 ResNet: `Deep Residual Learning for Image Recognition`, https://arxiv.org/abs/1512.03385
 Context pooling: `Efficient Representation Learning via Adaptive Context Pooling`, https://arxiv.org/abs/2207.01844
 """
+import re
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import nn
+from torch import Tensor, nn
 
-from ..layers import Subsample2d, make_pool
-from ._builder import PoolConfig, build_variant, check_placed, context_pools, init_context_pools, variant_cfgs
+from ..layers import Subsample2d, create_mixer
+from ._builder import build_variant, check_placed, init_mixers, variant_cfgs
 from ._compat import register_model
+from ._family import Family, PoolConfig
 
 __all__ = ['ContextPoolResNet']
+
+# At 224 pixels the first stage holds 56 x 56 maps, where a pool can cost more than the rest of its stage; with 512
+# channels at 28 x 28 the second would carry most of the multiply-adds.
+FAMILY = Family(
+    'resnet', positions=('branch', 'stem', 'stride', 'shortcut'), stages=(2, 3), former_positions={'stage': 'branch'})
+
+
+class ContextPoolBasicBlock(BasicBlock):
+    """timm's `BasicBlock` with a pool (`cpool`) of its residual branch, in front of the addition."""
+
+    cpool: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
+        y = self.bn2(self.conv2(y))
+        if self.se is not None:
+            y = self.se(y)  # type: ignore[misc]
+        y = self.cpool(y)
+        if self.drop_path is not None:
+            y = self.drop_path(y)
+        return self.act2(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ContextPoolBottleneck(Bottleneck):
+    """timm's `Bottleneck` with a pool (`cpool`) of its residual branch, in front of the addition."""
+
+    cpool: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(y)))))  # type: ignore[misc]
+        y = self.bn3(self.conv3(y))
+        if self.se is not None:
+            y = self.se(y)  # type: ignore[misc]
+        y = self.cpool(y)
+        if self.drop_path is not None:
+            y = self.drop_path(y)
+        return self.act3(y + (x if self.downsample is None else self.downsample(x)))
+
+
+# Slots of timm's that named a pool before every pool was called `cpool`.
+_FORMER_SLOTS = re.compile(r'(^|.*\.)(?:(layer\d+\.\d+)\.se|(layer\d+\.\d+\.aa|maxpool))'
+                           r'\.((?:reduce|predict|base|local)\..*|gamma|support)$')
+
+
+def rename_former_keys(state_dict: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """The state dict with the pools of former checkpoints (in `se`, `aa` and `maxpool`) under their present names."""
+    renamed = {}
+    for key, value in state_dict.items():
+        match = _FORMER_SLOTS.match(key) if key.startswith(prefix) else None
+        renamed[f'{match[1]}{match[2] or match[3]}.cpool.{match[4]}' if match else key] = value
+    return renamed
+
+
+def _rename_on_loading(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    renamed = rename_former_keys(state_dict, prefix)
+    if renamed.keys() != state_dict.keys():
+        state_dict.clear()
+        state_dict.update(renamed)
 
 
 class ContextPoolResNet(ResNet):
     """timm's `ResNet` with context pools.
 
-    Positions: `stage` pools the residual branch of the last block of each stage (the attention slot, stride 1);
+    Positions: `branch` pools the residual branch of the last block of each stage, before the addition (stride 1);
     `stem` takes the place of the stem's max-pool; `stride` pools behind the strided 3x3 convolution of a stage's first
     block, which then runs at stride 1; `shortcut` pools before the 1x1 convolution of the strided shortcut. With
     `init='identity'` every one starts as what it replaced.
@@ -32,7 +93,7 @@ class ContextPoolResNet(ResNet):
         cpool: Where and how to pool; the defaults of the family if None.
 
     Raises:
-        ValueError: A slot that a position needs is absent or already taken by an `attn_layer` or `aa_layer`.
+        ValueError: A slot that a position needs is absent or already taken by an `aa_layer`.
     """
 
     def __init__(
@@ -43,7 +104,7 @@ class ContextPoolResNet(ResNet):
             **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        cpool = cpool or PoolConfig('resnet')
+        cpool = cpool or PoolConfig(FAMILY)
         positions = cpool.positions
         pool_args = dict(cpool.layer_args, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
         if small_stem:
@@ -54,17 +115,18 @@ class ContextPoolResNet(ResNet):
                     f"position 'stem' replaces the stem's max-pool, but this model has {type(self.maxpool).__name__} "
                     f'there: leave the position out')
             dim: Any = self.bn1.num_features
-            pool: nn.Module = make_pool(dim, stride=2, base=self.maxpool, **pool_args)
-            self.maxpool = pool  # type: ignore[assignment]
+            pool = create_mixer(dim, stride=2, base=self.maxpool, **pool_args)
+            self.maxpool = _named(pool)  # type: ignore[assignment]
         for i in cpool.stages:
             stage = getattr(self, f'layer{i + 1}')
-            if 'stage' in positions:
+            if 'branch' in positions:
                 _pool_branch(stage[-1], pool_args)
             if 'stride' in positions and stage[0].stride == 2:
                 _pool_stride(stage[0], pool_args)
             if 'shortcut' in positions and stage[0].stride == 2:
                 stage[0].downsample = _pool_shortcut(stage[0].downsample, pool_args)
-        check_placed(context_pools(self), cpool)
+        self.register_load_state_dict_pre_hook(_rename_on_loading)
+        check_placed(self, cpool)
 
     def _keep_resolution(self) -> None:
         for module in self.conv1.modules():
@@ -77,16 +139,19 @@ class ContextPoolResNet(ResNet):
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
         super().init_weights(zero_init_last=zero_init_last)
-        init_context_pools(self)
+        init_mixers(self)
+
+
+def _named(pool: nn.Module) -> nn.Sequential:
+    """A slot of timm's that holds `pool` under the name that pools have everywhere."""
+    return nn.Sequential(OrderedDict(cpool=pool))
 
 
 def _pool_branch(block: Any, pool_args: dict[str, Any]) -> None:
-    if block.se is not None:
-        raise ValueError(
-            f"position 'stage' needs the attention slot of the block, which holds {type(block.se).__name__}: "
-            f'leave attn_layer or the position out')
-    norm: Any = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-    block.se = make_pool(norm.num_features, **pool_args)
+    bottleneck = isinstance(block, Bottleneck)
+    # timm's stage builds its blocks itself: changing classes keeps weights and names.
+    block.__class__ = ContextPoolBottleneck if bottleneck else ContextPoolBasicBlock
+    block.cpool = create_mixer((block.bn3 if bottleneck else block.bn2).num_features, **pool_args)
 
 
 def _pool_stride(block: Any, pool_args: dict[str, Any]) -> None:
@@ -97,7 +162,7 @@ def _pool_stride(block: Any, pool_args: dict[str, Any]) -> None:
     conv: Any = block.conv2 if isinstance(block, Bottleneck) else block.conv1
     conv.stride = (1, 1)
     dim: Any = conv.out_channels
-    block.aa = make_pool(dim, stride=2, base=Subsample2d(2), **pool_args)
+    block.aa = _named(create_mixer(dim, stride=2, base=Subsample2d(2), **pool_args))
 
 
 def _pool_shortcut(shortcut: nn.Sequential, pool_args: dict[str, Any]) -> nn.Sequential:
@@ -107,13 +172,20 @@ def _pool_shortcut(shortcut: nn.Sequential, pool_args: dict[str, Any]) -> nn.Seq
                          'or the position out')
     conv.stride = (1, 1)
     dim: Any = conv.in_channels
-    pool = make_pool(dim, stride=2, base=Subsample2d(2), **pool_args)
+    pool = create_mixer(dim, stride=2, base=Subsample2d(2), **pool_args)
     # The base's own names stay, so that its weights load.
     return nn.Sequential(OrderedDict([('cpool', pool), *shortcut.named_children()]))
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextPoolResNet:
-    return build_variant(ContextPoolResNet, 'resnet', variant, pretrained, **kwargs)
+    return build_variant(
+        ContextPoolResNet,
+        FAMILY,
+        variant,
+        pretrained,
+        base_filter=lambda state_dict, _: rename_former_keys(state_dict),
+        **kwargs,
+    )
 
 
 default_cfgs = variant_cfgs(

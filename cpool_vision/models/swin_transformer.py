@@ -10,17 +10,20 @@ from timm.models import SwinTransformer
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
-from ..layers import ContextPool2d, TokenContextPool, make_pool
-from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
+from ..layers import Mixer2d, create_mixer
+from ._builder import build_variant, check_placed, variant_cfgs
 from ._compat import register_model, swin_filter_fn
+from ._family import Family, PoolConfig
 
-__all__ = ['ContextPoolLinear', 'ContextPoolSwinBlock', 'ContextPoolSwinTransformer']
+__all__ = ['ContextPoolSwinTransformer']
+
+FAMILY = Family('swin_transformer', positions=('pre_attn', 'window', 'post_block'), stages=(2, 3))
 
 
 class ContextPoolLinear(nn.Linear):
     """Queries, keys and values of pooled tokens `(windows, N, C)`: each window is a map of its own."""
 
-    def __init__(self, *args: Any, cpool: TokenContextPool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, cpool: Mixer2d, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cpool = cpool
 
@@ -36,8 +39,8 @@ class ContextPoolSwinBlock(SwinTransformerBlock):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cpool_attn: ContextPool2d | None = None
-        self.cpool: ContextPool2d | None = None
+        self.cpool_attn: Mixer2d | None = None
+        self.cpool: Mixer2d | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
@@ -63,7 +66,7 @@ class ContextPoolSwinTransformer(SwinTransformer):
 
     def __init__(self, *args: Any, cpool: PoolConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        cpool = cpool or PoolConfig('swin_transformer')
+        cpool = cpool or PoolConfig(FAMILY)
         pool_args = dict(cpool.layer_args, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
         for i in cpool.stages if cpool.positions else ():
             stage: Any = self.layers[i]
@@ -71,13 +74,13 @@ class ContextPoolSwinTransformer(SwinTransformer):
                 # timm's stage builds its blocks itself: changing classes keeps weights and names.
                 block.__class__ = ContextPoolSwinBlock
                 pools_after = 'post_block' in cpool.positions and j + 1 < len(stage.blocks)
-                block.cpool_attn = make_pool(block.dim, **pool_args) if 'pre_attn' in cpool.positions else None
-                block.cpool = make_pool(block.dim, **pool_args) if pools_after else None
+                block.cpool_attn = create_mixer(block.dim, **pool_args) if 'pre_attn' in cpool.positions else None
+                block.cpool = create_mixer(block.dim, **pool_args) if pools_after else None
                 if 'window' in cpool.positions:
                     block.attn.qkv.__class__ = ContextPoolLinear
-                    block.attn.qkv.cpool = make_pool(
+                    block.attn.qkv.cpool = create_mixer(
                         block.dim, layout='tokens', grid_size=block.attn.window_size, **pool_args)
-        check_placed(context_pools(self), cpool)
+        check_placed(self, cpool)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As in timm's class; pools inside windows follow the windows' size."""
@@ -90,7 +93,7 @@ class ContextPoolSwinTransformer(SwinTransformer):
 def _create_swin_transformer(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextPoolSwinTransformer:
     return build_variant(
         ContextPoolSwinTransformer,
-        'swin_transformer',
+        FAMILY,
         variant,
         pretrained,
         base_filter=swin_filter_fn,

@@ -10,11 +10,15 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from ..layers import ContextPool2d, make_pool
-from ._builder import PoolConfig, build_variant, check_placed, context_pools, variant_cfgs
+from ..layers import Mixer2d, create_mixer, mixers
+from ._builder import build_variant, check_placed, variant_cfgs
 from ._compat import checkpoint, feature_take_indices, register_model, vit_filter_fn
+from ._family import Family, PoolConfig
 
-__all__ = ['ContextPoolBlock', 'ContextPoolVisionTransformer']
+__all__ = ['ContextPoolVisionTransformer']
+
+FAMILY = Family(  # the ratio at which docs/evidence.md measures position and groups
+    'vision_transformer', positions=('pre_attn', 'post_block'), ratio=0.25, groups=16)
 
 
 class ContextPoolBlock(Block):
@@ -26,8 +30,8 @@ class ContextPoolBlock(Block):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cpool_attn: ContextPool2d | None = None
-        self.cpool: ContextPool2d | None = None
+        self.cpool_attn: Mixer2d | None = None
+        self.cpool: Mixer2d | None = None
 
     def add_branches(self, x: Tensor, read: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """The residual stream `x` plus attention over the tokens `read`, plus the MLP."""
@@ -70,7 +74,7 @@ class ContextPoolVisionTransformer(VisionTransformer):
             raise ValueError(f"block_fn must be left out, got {kwargs['block_fn']!r}: the blocks are ContextPoolBlock")
         kwargs['block_fn'] = ContextPoolBlock
         super().__init__(*args, **kwargs)
-        cpool = cpool or PoolConfig('vision_transformer')
+        cpool = cpool or PoolConfig(FAMILY)
         positions = cpool.positions
         if positions and kwargs.get('patch_drop_rate', 0.) > 0:
             raise ValueError(
@@ -85,10 +89,10 @@ class ContextPoolVisionTransformer(VisionTransformer):
         )
         for i, block in enumerate(self.blocks):
             if 'pre_attn' in positions:
-                block.cpool_attn = make_pool(self.embed_dim, layout='tokens', **pool_args)
+                block.cpool_attn = create_mixer(self.embed_dim, layout='tokens', **pool_args)
             if 'post_block' in positions and i + 1 < len(self.blocks):
-                block.cpool = make_pool(self.embed_dim, layout='tokens', **pool_args)
-        check_placed(context_pools(self), cpool)
+                block.cpool = create_mixer(self.embed_dim, layout='tokens', **pool_args)
+        check_placed(self, cpool)
 
     def set_input_size(
             self,
@@ -96,7 +100,7 @@ class ContextPoolVisionTransformer(VisionTransformer):
             patch_size: tuple[int, int] | None = None,
     ) -> None:
         super().set_input_size(img_size=img_size, patch_size=patch_size)
-        for _, pool in context_pools(self):
+        for _, pool in mixers(self):
             pool.grid_size = self.patch_embed.grid_size
 
     def token_grid(self, x: Tensor) -> tuple[int, int]:
@@ -166,7 +170,7 @@ class ContextPoolVisionTransformer(VisionTransformer):
 def _create_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
     return build_variant(
         ContextPoolVisionTransformer,
-        'vision_transformer',
+        FAMILY,
         variant,
         pretrained,
         base_filter=vit_filter_fn,

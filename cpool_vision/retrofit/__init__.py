@@ -1,5 +1,6 @@
 """Context pools in models that were made without them."""
-from .add import add_context_pool, context_pools, remove_context_pool
+from ..layers import context_pools
+from .add import add_context_pool, remove_context_pool
 from .contextpool_retrofit import contextpool_retrofit
 from .finetune import freeze_base, param_groups, pool_parameters, unfreeze_base
 from .places import POSITIONS, NoPlaceError

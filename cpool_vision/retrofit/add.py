@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import ContextPool2d
-from ..models._builder import DEFAULT_SUPPORT_INIT, as_tuple
-from ..models._builder import context_pools as iterate_pools
+from ..layers import context_pools
+from ..models._family import as_tuple
 from .attach import attach, detach
 from .places import POSITIONS, Finder, NoPlaceError, Place
 from .pools import GridContextPool, follow_images, make_pool, unfollow_images
@@ -113,11 +112,6 @@ def _fit(model: nn.Module, x: Tensor, finder: Finder, places: list[Place],
     return [place for place, _ in kept], [native for _, native in kept]
 
 
-def context_pools(model: nn.Module) -> dict[str, ContextPool2d]:
-    """Name and module of every context pool in `model`."""
-    return dict(iterate_pools(model))
-
-
 def add_context_pool(
         model: Any,
         positions: str | Sequence[str] | None = None,
@@ -127,7 +121,7 @@ def add_context_pool(
         floor: float = 0.1,
         groups: int = 1,
         init: str = 'identity',
-        support_init: float = DEFAULT_SUPPORT_INIT,
+        support_init: float = 0.5,
         hidden_dim: int | None = None,
         backend: str | None = None,
         img_size: int | tuple[int, int] | None = None,

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import ContextPool2d
+from ..layers import mixers
 
 # Running statistics may move in training although no parameter does.
 _STATISTICS = ('running_mean', 'running_var')
@@ -14,10 +14,9 @@ _STATISTICS = ('running_mean', 'running_var')
 def pool_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name and parameter of every context pool in `model`; what a pool replaced (its `base`) is not counted."""
     own: dict[str, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ContextPool2d):
-            prefix = f'{name}.' if name else ''
-            own.update({f'{prefix}{key}': p for key, p in module.named_parameters() if not key.startswith('base.')})
+    for name, mixer in mixers(model):
+        prefix = f'{name}.' if name else ''
+        own.update({f'{prefix}{key}': p for key, p in mixer.named_parameters() if not key.startswith('base.')})
     return own
 
 

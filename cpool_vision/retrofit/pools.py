@@ -41,7 +41,7 @@ class ChannelsLastContextPool(ContextPool2d):
         return self.predict_maps(x.permute(0, 3, 1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.pool_map(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.mix_gated(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         # the strides of the input: other ones would let the next layer choose another kernel, with other rounding
         return y.contiguous() if isinstance(x, fx.Proxy) or x.is_contiguous() else y
 

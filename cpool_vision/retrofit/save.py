@@ -2,7 +2,8 @@
 from typing import Any
 
 from ..hub import save_for_hub
-from .add import ARCHITECTURE, context_pools
+from ..layers import context_pools
+from .add import ARCHITECTURE
 
 
 def save_model(model: Any, folder: str, force: bool = False, **kwargs: Any) -> None:

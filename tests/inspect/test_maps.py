@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from cpool_vision.inspect import context_maps, support_statistics
-from cpool_vision.layers import ContextPool2d
-from cpool_vision.models._builder import context_pools
+from cpool_vision.layers import ContextPool2d, mixers
 
 GRIDS = {
     'convnext_micro_cpool_32': [(32, 48), (16, 24), (8, 12), (4, 6)],
@@ -38,7 +37,7 @@ def test_maps_of_every_pool_on_its_grid(name, groups):
     before = snapshot(model)
     maps = context_maps(model, torch.randn(2, 3, 32, 48))
     assert snapshot(model) == before
-    assert list(maps) == [n for n, _ in context_pools(model)]
+    assert list(maps) == [n for n, _ in mixers(model)]
     assert [m.grid for m in maps.values()] == GRIDS[name]
     for m in maps.values():
         assert m.weight_logits.shape == m.sigma.shape == (2, groups, *m.grid)
@@ -53,7 +52,7 @@ def test_limits_and_gates():
     assert [m.limits for m in maps.values()] == [(.2, .2 + side / 2) for side in (32, 16, 8, 4)]
     assert all(m.gate is None and m.windows == 1 for m in maps.values())
     model = make('resnet_micro_cpool_32', cpool_init='identity')
-    name, pool = next(context_pools(model))
+    name, pool = next(mixers(model))
     assert [m.gate for m in context_maps(model, images).values()] == [0] * 4
     pool.gamma.data[::2] = -.5
     assert context_maps(model, images)[name].gate == .25
@@ -61,7 +60,7 @@ def test_limits_and_gates():
 
 def test_maps_are_those_the_forward_pooled_with():
     model = make('resnet_micro_cpool_32').eval()
-    name, pool = next(context_pools(model))
+    name, pool = next(mixers(model))
     seen = []
     handle = pool.register_forward_hook(lambda m, args, y: seen.append(args[0]))
     maps = context_maps(model, torch.randn(1, 3, 32, 32))
@@ -72,7 +71,7 @@ def test_maps_are_those_the_forward_pooled_with():
 
 def test_strided_pools_and_named_grids():
     model = timm.create_model('resnet18_cpool', cpool_positions='stem')
-    maps = context_maps(model, torch.randn(1, 3, 66, 64))['maxpool']
+    maps = context_maps(model, torch.randn(1, 3, 66, 64))['maxpool.cpool']
     assert maps.grid == (33, 32) and maps.stride == 2 and maps.sigma.shape == (1, 1, 17, 16)
     vit = timm.create_model('vit_micro_cpool_patch4_32', dynamic_img_size=True, cpool_positions=['pre_attn'])
     assert {m.grid for m in context_maps(vit, torch.randn(1, 3, 20, 44)).values()} == {(5, 11)}

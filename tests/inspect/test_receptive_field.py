@@ -94,10 +94,10 @@ def test_a_pool_that_is_off_is_its_base() -> None:
     x = torch.randn(1, 4, 6, 6)
     with without_pools(model):
         assert torch.equal(model(x), nn.MaxPool2d(2)(x))
-    assert not torch.equal(model(x), nn.MaxPool2d(2)(x)) and 'pool_map' not in model[0].__dict__
+    assert not torch.equal(model(x), nn.MaxPool2d(2)(x)) and 'mix_gated' not in model[0].__dict__
     with pytest.raises(RuntimeError, match='stop'), without_pools(model):
         raise RuntimeError('stop')
-    assert 'pool_map' not in model[0].__dict__
+    assert 'mix_gated' not in model[0].__dict__
 
 
 @pytest.mark.parametrize('name', [

@@ -4,15 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cpool_vision.layers import MIXERS, ContextPool2d, TokenContextPool, make_pool
-from cpool_vision.models._builder import context_pools
+from cpool_vision.layers import MIXERS, ContextPool2d, TokenContextPool, context_pools, create_mixer, mixers
 
 X = torch.randn(2, 8, 11, 9, generator=torch.Generator().manual_seed(0))
 
 
 def make(mixer, **kwargs):
     torch.manual_seed(0)
-    pool = make_pool(8, mixer=mixer, ratio=.3, **kwargs)
+    pool = create_mixer(8, mixer=mixer, ratio=.3, **kwargs)
     with torch.no_grad():
         for p in pool.parameters():
             p.add_(torch.randn_like(p), alpha=.3)
@@ -20,8 +19,8 @@ def make(mixer, **kwargs):
 
 
 def test_context_is_the_pool_itself():
-    assert type(make_pool(8)) is ContextPool2d
-    assert type(make_pool(8, layout='tokens')) is TokenContextPool
+    assert type(create_mixer(8)) is ContextPool2d
+    assert type(create_mixer(8, layout='tokens')) is TokenContextPool
 
 
 @pytest.mark.parametrize('mixer', MIXERS)
@@ -38,7 +37,7 @@ def test_maps_and_tokens_agree(mixer):
 @pytest.mark.parametrize('stride', [1, 2])
 def test_identity_starts_as_the_base_and_keeps_shapes(mixer, stride):
     base = nn.MaxPool2d(3, stride, 1)
-    pool = make_pool(8, mixer=mixer, stride=stride, init='identity', base=base)
+    pool = create_mixer(8, mixer=mixer, stride=stride, init='identity', base=base)
     assert torch.equal(pool(X), base(X))
     nn.init.ones_(pool.gamma)
     y = pool(X)
@@ -52,7 +51,7 @@ def test_uniform_weights_and_supports_are_what_they_say():
     assert not logits.any() and sigma.std() > 1e-3
     half = .1 + .3 * (11 * 9) ** .5 * .5
     for mixer in ('fixed', 'layer'):
-        pool = make_pool(8, mixer=mixer, ratio=.3, groups=2)
+        pool = create_mixer(8, mixer=mixer, ratio=.3, groups=2)
         logits, sigma = pool.maps(X)
         assert logits.std() > 1e-3
         torch.testing.assert_close(sigma, torch.full_like(sigma, half))
@@ -75,19 +74,25 @@ def test_local_mixers():
     torch.testing.assert_close(make('average')(X), F.avg_pool2d(X, 3, 1, 1, count_include_pad=False))
     assert torch.equal(make('identity')(X), X) and torch.equal(make('identity', stride=2)(X), X[..., ::2, ::2])
     for mixer, size in (('depthwise3', 3), ('depthwise7', 7)):
-        assert torch.equal(make_pool(8, mixer=mixer)(X), X)
+        assert torch.equal(create_mixer(8, mixer=mixer)(X), X)
         pool = make(mixer)
         torch.testing.assert_close(
             pool(X), F.conv2d(X, pool.local.weight, pool.local.bias, padding=size // 2, groups=8))
-        with pytest.raises(TypeError, match=f"mixer '{mixer}' has neither pooling weights nor supports"):
-            pool.maps(X)
 
 
 def test_unknown_mixers_are_refused():
-    with pytest.raises(ValueError, match="mixer of a control must be one of .* got 'mean'"):
-        make_pool(8, mixer='mean')
+    with pytest.raises(ValueError, match="mixer must be one of .* got 'mean'"):
+        create_mixer(8, mixer='mean')
     with pytest.raises(ValueError, match="cpool_mixer must be one of context, .* got 'mean'"):
         timm.create_model('vit_micro_cpool_patch4_32', cpool_mixer='mean', device='meta')
+
+
+def test_mixers_without_a_predictor_are_no_context_pools():
+    for mixer in MIXERS:
+        pool = create_mixer(8, mixer=mixer)
+        adaptive = mixer in ('context', 'uniform', 'fixed', 'layer')
+        assert isinstance(pool, ContextPool2d) == adaptive == hasattr(pool, 'predict')
+        assert list(context_pools(nn.Sequential(pool))) == ['0'] * adaptive and len(list(mixers(pool))) == 1
 
 
 @pytest.mark.parametrize('name', [
@@ -98,7 +103,7 @@ def test_every_family_takes_every_mixer(name, mixer):
     model = timm.create_model(name, cpool_mixer=mixer, cpool_init='identity').eval()
     plain = timm.create_model(name, cpool_positions=[]).eval()
     assert not plain.load_state_dict(model.state_dict(), strict=False).missing_keys
-    pools = list(context_pools(model))
+    pools = list(mixers(model))
     assert pools and all(pool.mixer == mixer for _, pool in pools)
     assert model._model_args['cpool_mixer'] == mixer
     x = torch.randn(1, 3, 32, 32)

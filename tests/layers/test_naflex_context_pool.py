@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cpool_vision.layers import ContextPool2d, NaFlexContextPool, TokenGrids, find_grids, make_pool
+from cpool_vision.layers import ContextPool2d, NaFlexContextPool, TokenGrids, create_mixer, find_grids
 
 
 def places(height, width):
@@ -100,7 +100,7 @@ def test_gradients_of_groups_and_missing_tokens():
 
 
 def test_a_mean_of_neighbours_counts_only_those_present():
-    pool = make_pool(1, mixer='average', layout='naflex').double()
+    pool = create_mixer(1, mixer='average', layout='naflex').double()
     x = torch.tensor([[[1.], [2.], [6.]]], dtype=torch.float64)
     y = pool(x, find_grids(torch.tensor([[[0, 0], [0, 1], [1, 1]]])))
     assert y.flatten().tolist() == [3., 3., 3.]
@@ -116,7 +116,7 @@ def test_a_mean_of_neighbours_counts_only_those_present():
         torch.randn(1, 5, 4), find_grids(*batch_of(places(2, 2), length=5))), 'no common map'),
     (lambda: NaFlexContextPool(4, stride=2), 'pooled at stride 1, got stride=2'),
     (lambda: NaFlexContextPool(4, num_prefix_tokens=-1), 'num_prefix_tokens must be at least 0, got -1'),
-    (lambda: make_pool(4, layout='NLC'), "layout must be one of .*'naflex'.*, got 'NLC'"),
+    (lambda: create_mixer(4, layout='NLC'), "layout must be one of .*'naflex'.*, got 'NLC'"),
 ])
 def test_what_cannot_be_pooled_is_named(call, message):
     with pytest.raises(ValueError, match=message):

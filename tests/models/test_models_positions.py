@@ -3,10 +3,10 @@ import itertools
 import pytest
 import timm
 import torch
+from models_testing import POSITIONS
 from torch import nn
 
-from cpool_vision.layers import ContextPool2d
-from cpool_vision.models._builder import POSITIONS, context_pools
+from cpool_vision.layers import ContextPool2d, mixers
 
 MODELS = [
     ('convnext_micro_cpool_32', 'convnext', 16),
@@ -25,13 +25,13 @@ CASES = [
     if not (name == 'resnet_micro_cpool_32' and 'stem' in positions)
 ]
 PLACES = {
-    ('convnext_micro_cpool_32', 'stage'): [f'stages.{i}.blocks.cpool' for i in (1, 2, 3)],
+    ('convnext_micro_cpool_32', 'pre_block'): [f'stages.{i}.blocks.cpool' for i in (1, 2, 3)],
     ('convnext_micro_cpool_32', 'downsample'): [f'stages.{i}.downsample.cpool' for i in (1, 2, 3)],
-    ('resnet18_cpool', 'stage'): ['layer3.1.se', 'layer4.1.se'],
-    ('resnet18_cpool', 'stem'): ['maxpool'],
-    ('resnet18_cpool', 'stride'): ['layer3.0.aa', 'layer4.0.aa'],
+    ('resnet18_cpool', 'branch'): ['layer3.1.cpool', 'layer4.1.cpool'],
+    ('resnet18_cpool', 'stem'): ['maxpool.cpool'],
+    ('resnet18_cpool', 'stride'): ['layer3.0.aa.cpool', 'layer4.0.aa.cpool'],
     ('resnet18_cpool', 'shortcut'): [f'layer{i}.0.downsample.cpool' for i in (3, 4)],
-    ('poolformer_micro_cpool_32', 'mixer'): [
+    ('poolformer_micro_cpool_32', 'token_mixer'): [
         f'stages.{i}.blocks.{j}.token_mixer.cpool' for i, n in enumerate((2, 2, 4, 2)) for j in range(n)],
     ('swin_micro_cpool_patch2_window4_32', 'pre_attn'): [
         f'layers.{i}.blocks.{j}.cpool_attn' for i, n in ((2, 4), (3, 1)) for j in range(n)],
@@ -69,7 +69,7 @@ def test_identity_starts_as_the_base_and_paper_does_not(name, positions, size):
     with torch.no_grad():
         expected = plain(x)
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-        for _, pool in context_pools(model):
+        for _, pool in mixers(model):
             nn.init.ones_(pool.gamma)
         paper = timm.create_model(name, cpool_init='paper', **wide).double().eval()
         paper.load_state_dict({k: v for k, v in model.state_dict().items() if k in paper.state_dict()})
@@ -81,7 +81,7 @@ def test_identity_starts_as_the_base_and_paper_does_not(name, positions, size):
 @pytest.mark.parametrize('name,position', sorted(PLACES))
 def test_pools_stand_where_they_should(name, position):
     model = timm.create_model(name, cpool_positions=position, device='meta')
-    assert [n for n, _ in context_pools(model)] == PLACES[name, position]
+    assert [n for n, _ in mixers(model)] == PLACES[name, position]
     listed = timm.create_model(name, cpool_positions=[position], device='meta')
     assert str(listed) == str(model)
 
@@ -90,9 +90,9 @@ def test_pools_stand_where_they_should(name, position):
     ('convnext_micro_cpool_32', ['stages.1', 'stages.3']), ('resnet18_cpool', ['layer2', 'layer4'])])
 def test_stages_are_selectable(name, prefixes):
     model = timm.create_model(name, cpool_stages=[1, 3], device='meta')
-    assert [n.rpartition('.')[0].rpartition('.')[0] for n, _ in context_pools(model)] == prefixes
+    assert [n.rpartition('.')[0].rpartition('.')[0] for n, _ in mixers(model)] == prefixes
     one = timm.create_model(name, cpool_stages=3, device='meta')
-    assert [n.split('.')[0] for n, _ in context_pools(one)] == [prefixes[1].split('.')[0]]
+    assert [n.split('.')[0] for n, _ in mixers(one)] == [prefixes[1].split('.')[0]]
 
 
 def test_settings_reach_every_pool():
@@ -100,14 +100,14 @@ def test_settings_reach_every_pool():
         model = timm.create_model(
             name, cpool_ratio=.3, cpool_floor=.2, cpool_groups=4, cpool_init='identity', cpool_support_init=.2,
             device='meta')
-        pools = [pool for _, pool in context_pools(model)]
+        pools = [pool for _, pool in mixers(model)]
         assert pools and {(p.ratio, p.floor, p.groups, p.gamma is None, p.support_init) for p in pools} == {
             (.3, .2, 4, False, .2)}
 
 
 def test_strided_positions_halve_the_map():
     model = timm.create_model('resnet50_cpool', cpool_positions=['stem', 'stride', 'shortcut'])
-    assert {p.stride for _, p in context_pools(model)} == {2}
+    assert {p.stride for _, p in mixers(model)} == {2}
     features = model.eval().forward_intermediates(torch.randn(1, 3, 70, 70), intermediates_only=True)
     assert [f.shape[-1] for f in features] == [35, 18, 9, 5, 3]
 
@@ -115,8 +115,6 @@ def test_strided_positions_halve_the_map():
 def test_positions_without_a_slot_are_refused():
     with pytest.raises(ValueError, match=r"position 'stem' replaces the stem's max-pool, but this model has Identity"):
         timm.create_model('resnet_micro_cpool_32', cpool_positions='stem', device='meta')
-    with pytest.raises(ValueError, match=r"position 'stage' needs the attention slot .* holds SEModule"):
-        timm.create_model('resnet18_cpool', block_args=dict(attn_layer='se'), device='meta')
     with pytest.raises(ValueError, match=r"position 'stride' needs the anti-aliasing slot .* holds AvgPool2d"):
         timm.create_model('resnet18_cpool', aa_layer=nn.AvgPool2d, cpool_positions='stride', device='meta')
     with pytest.raises(ValueError, match=r"position 'shortcut' needs a strided 1x1 convolution"):
@@ -135,7 +133,7 @@ def test_prefix_tokens_pass_every_pool_untouched():
         'vit_micro_cpool_patch4_32', class_token=True, reg_tokens=3, global_pool='token',
         cpool_positions=['post_block', 'pre_attn']).eval()
     seen = []
-    for _, pool in context_pools(model):
+    for _, pool in mixers(model):
         assert isinstance(pool, ContextPool2d) and pool.num_prefix_tokens == 4
         pool.register_forward_hook(lambda m, args, y: seen.append(torch.equal(args[0][:, :4], y[:, :4])
                                                                   and not torch.equal(args[0], y)))
@@ -146,8 +144,8 @@ def test_prefix_tokens_pass_every_pool_untouched():
 def test_pools_inside_windows_follow_their_size():
     model = timm.create_model(
         'swin_micro_cpool_patch2_window4_32', cpool_positions='window', cpool_stages=[0, 1]).eval()
-    assert {pool.grid_size for _, pool in context_pools(model)} == {(4, 4)}
+    assert {pool.grid_size for _, pool in mixers(model)} == {(4, 4)}
     assert torch.isfinite(torch.jit.script(model)(torch.randn(1, 3, 32, 32))).all()
     model.set_input_size((48, 48), window_size=(6, 3))
-    assert {pool.grid_size for _, pool in context_pools(model)} == {(6, 3)}
+    assert {pool.grid_size for _, pool in mixers(model)} == {(6, 3)}
     assert model(torch.randn(1, 3, 48, 48)).shape == (1, 10)

@@ -3,11 +3,12 @@ import json
 import pytest
 import timm
 import torch
+from models_testing import POSITIONS
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 
-from cpool_vision.models._builder import POSITIONS, context_pools
+from cpool_vision.layers import mixers
 
 PAIRS = [
     ('convnext_atto_cpool', 'convnext_atto', 64),
@@ -63,13 +64,13 @@ def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
     with torch.no_grad():
         expected = model(x)
         variant = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-        assert all(pool.gamma is not None for _, pool in context_pools(variant))
+        assert all(pool.gamma is not None for _, pool in mixers(variant))
         torch.testing.assert_close(variant(x), expected, rtol=0, atol=1e-5)
         everywhere = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_positions=EVERYWHERE[base]).eval()
         torch.testing.assert_close(everywhere(x), expected, rtol=1e-5, atol=1e-5)
         paper = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_init='paper').eval()
-        assert all(pool.gamma is None for _, pool in context_pools(paper))
+        assert all(pool.gamma is None for _, pool in mixers(paper))
         # attention of random weights takes all of its tokens alike, so that what is pooled before it matters little
         least = 3e-5 if base.startswith('swin') else 1e-4 if base.startswith('vit') else 1e-3
         assert (paper(x) - expected).abs().max() > least
@@ -144,7 +145,7 @@ def test_weights_of_other_pools_are_refused(tmp_path, kwargs):
 def test_saved_models_come_back_with_their_settings(tmp_path, name, kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7, in_chans=1, **kwargs)
-    for _, pool in context_pools(model):
+    for _, pool in mixers(model):
         nn.init.normal_(pool.predict.weight)
         if pool.gamma is not None:
             nn.init.normal_(pool.gamma)
@@ -156,3 +157,24 @@ def test_saved_models_come_back_with_their_settings(tmp_path, name, kwargs):
     x = torch.randn(2, 1, 32, 32)
     assert torch.equal(back(x), model(x))
     assert str(back) == str(model)
+
+
+@pytest.mark.parametrize('prefix', ['', 'encoder.'])
+def test_checkpoints_of_resnets_whose_pools_had_the_names_of_slots_load(prefix):
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18_cpool', cpool_positions=['branch', 'stem', 'stride'], cpool_init='identity')
+    own = model.state_dict()
+    former = {prefix + k.replace('1.cpool.', '1.se.').replace('aa.cpool.', 'aa.').replace('maxpool.cpool.', 'maxpool.'):
+              torch.randn_like(v) if v.is_floating_point() else v for k, v in own.items()}
+    assert not any('cpool' in k for k in former) and len(former) == len(own)
+    if prefix:
+        nn.ModuleDict({'encoder': model}).load_state_dict(former)
+    else:
+        model.load_state_dict(former)
+    for key, value in model.state_dict().items():
+        old = key.replace('1.cpool.', '1.se.').replace('.cpool.', '.')
+        assert torch.equal(value, former[prefix + old]), key
+    # an SE module of the base keeps its name
+    excited = timm.create_model('resnet18_cpool', block_args=dict(attn_layer='se'))
+    assert {k for k in excited.state_dict() if '.se.' in k} and 'layer4.1.cpool.reduce.weight' in excited.state_dict()
+    excited.load_state_dict(excited.state_dict())

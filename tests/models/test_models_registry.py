@@ -3,10 +3,12 @@ import dataclasses
 import pytest
 import timm
 import torch
+from models_testing import POSITIONS
 from timm.models import get_pretrained_cfg
 
 import cpool_vision
-from cpool_vision.models._builder import POSITIONS, context_pools, pool_keys
+from cpool_vision.layers import mixers
+from cpool_vision.models._builder import pool_keys
 
 BASES = {
     'convnext_atto_cpool': 'convnext_atto',
@@ -74,14 +76,14 @@ def test_the_variant_adds_keys_to_its_base_and_changes_none(name):
     assert {k: v.shape for k, v in base.items()} == {k: own[k].shape for k in base}
     plain = meta_model(name, cpool_positions='none')
     assert list(plain.state_dict()) == list(base)
-    assert not list(context_pools(plain))
+    assert not list(mixers(plain))
 
 
 @pytest.mark.parametrize('name', sorted(DEPTHS))
 def test_depth_variants_are_their_base_cut_short(name):
     base, depth = DEPTHS[name]
     model = meta_model(name)
-    assert len(model.blocks) == depth and len(list(context_pools(model))) == depth
+    assert len(model.blocks) == depth and len(list(mixers(model))) == depth
     expected = meta_model(base, depth=depth).state_dict()
     plain = meta_model(name, cpool_positions=[]).state_dict()
     assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in expected.items()}
@@ -132,13 +134,13 @@ def test_factory_dtype_and_device_reach_every_parameter(name):
 @pytest.mark.parametrize('name', sorted(MICRO))
 @pytest.mark.parametrize('kwargs,error,message', [
     (dict(cpool_positions='head'), ValueError, r"unknown position 'head' for \w+: choose from .*, or 'none'"),
-    (dict(cpool_positions=['none', 'stage']), ValueError, r"unknown position 'none'"),
+    (dict(cpool_positions=['none', 'stem']), ValueError, r"unknown position 'none'"),
     (dict(cpool_stages=[4]), ValueError, r'cpool_stages must be among \(0, 1, 2, 3\), got 4'),
     (dict(cpool_init='zero'), ValueError, r"init must be one of .* got 'zero'"),
     (dict(cpool_groups=5), ValueError, r'groups must divide dim, got groups=5'),
     (dict(cpool_ratio=-1), ValueError, r'ratio must be > 0 .* got -1'),
     (dict(cpool_floor=0), ValueError, r'floor must be > 0 .* got 0'),
-    (dict(cpool_position='stage'), TypeError, r"unknown keyword 'cpool_position' for \w+: choose from cpool_positions"),
+    (dict(cpool_position='stem'), TypeError, r"unknown keyword 'cpool_position' for \w+: choose from cpool_positions"),
 ])
 def test_bad_keywords_are_named(name, kwargs, error, message):
     with pytest.raises(error, match=message):

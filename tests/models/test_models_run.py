@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from cpool_vision.models._builder import context_pools
+from cpool_vision.layers import mixers
 
 CONV = ['convnext_micro_cpool_32', 'resnet_micro_cpool_32', 'poolformer_micro_cpool_32']
 VIT = 'vit_micro_cpool_patch4_32'
@@ -13,7 +13,7 @@ MICRO = [*CONV, 'naflexvit_micro_cpool_patch4_gap', 'swin_micro_cpool_patch2_win
 def make(name, **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
-    for _, pool in context_pools(model):
+    for _, pool in mixers(model):
         for conv in (pool.reduce, pool.predict):
             nn.init.normal_(conv.weight, std=1 / conv.weight[0].numel() ** .5)
         if pool.gamma is not None:
@@ -56,7 +56,7 @@ def test_vit_takes_other_sizes(prefix, no_embed_class):
     torch.testing.assert_close(dynamic(torch.ones(1, 3, 32, 32)), native)
 
     fixed.set_input_size(img_size=(24, 40))
-    assert {pool.grid_size for _, pool in context_pools(fixed)} == {(6, 10)}
+    assert {pool.grid_size for _, pool in mixers(fixed)} == {(6, 10)}
     torch.testing.assert_close(dynamic(x), fixed(x), rtol=1e-4, atol=1e-4)
     assert dynamic(torch.randn(1, 3, 16, 60)).isfinite().all()
 
@@ -68,7 +68,7 @@ def test_vit_takes_other_sizes(prefix, no_embed_class):
 def test_vit_takes_another_patch_size_and_padding():
     model = make(VIT)
     model.set_input_size(img_size=(32, 64), patch_size=(8, 4))
-    assert {pool.grid_size for _, pool in context_pools(model)} == {(4, 16)}
+    assert {pool.grid_size for _, pool in mixers(model)} == {(4, 16)}
     assert model(torch.randn(1, 3, 32, 64)).shape == (1, 10)
     padded = make(VIT, dynamic_img_size=True, dynamic_img_pad=True)
     assert padded(torch.randn(1, 3, 30, 45)).shape == (1, 10)
@@ -183,7 +183,7 @@ def test_intermediates_of_vit_match_timms_own():
 def test_pruning_keeps_pools_of_kept_layers(name):
     model = make(name)
     model.prune_intermediate_layers([3], prune_head=True)
-    assert list(context_pools(model))
+    assert list(mixers(model))
     assert model.forward_intermediates(torch.randn(1, 3, 32, 32), indices=[3], intermediates_only=True)[0].shape[0] == 1
 
 

@@ -1,10 +1,12 @@
 import pytest
 import timm
 import torch
+from models_testing import POSITIONS
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from cpool_vision.models._builder import POSITIONS, context_pools, pool_keys
+from cpool_vision.layers import mixers
+from cpool_vision.models._builder import pool_keys
 
 MICRO = {
     'convnext_micro_cpool_32': 'convnext',
@@ -36,7 +38,7 @@ def is_fresh(pool):
 @pytest.mark.parametrize('name', [*sorted(MICRO), 'resnet18_cpool'])
 def test_the_layers_own_init_is_kept(name, kwargs):
     model = timm.create_model(name, **kwargs)
-    pools = [pool for _, pool in context_pools(model)]
+    pools = [pool for _, pool in mixers(model)]
     assert pools and all(is_fresh(pool) for pool in pools)
     if hasattr(model, 'init_weights'):
         model.init_weights()
@@ -46,26 +48,26 @@ def test_the_layers_own_init_is_kept(name, kwargs):
 @pytest.mark.parametrize('mode', ['jax', 'jax_nlhb', 'moco', 'reset', ''])
 def test_every_vit_scheme_keeps_it(mode):
     model = timm.create_model('vit_micro_cpool_patch4_32', weight_init=mode, cpool_init='identity')
-    assert all(is_fresh(pool) for _, pool in context_pools(model))
+    assert all(is_fresh(pool) for _, pool in mixers(model))
     model.init_weights(mode)
-    assert all(is_fresh(pool) for _, pool in context_pools(model))
+    assert all(is_fresh(pool) for _, pool in mixers(model))
 
 
 def test_the_parents_scheme_alone_would_lose_it():
     model = timm.create_model('resnet_micro_cpool_32')
     timm.models.ResNet.init_weights(model)
-    assert not any(is_fresh(pool) for _, pool in context_pools(model))
+    assert not any(is_fresh(pool) for _, pool in mixers(model))
     vit = timm.create_model('vit_micro_cpool_patch4_32')
-    for _, pool in context_pools(vit):
+    for _, pool in mixers(vit):
         for conv in (pool.reduce, pool.predict):
             timm.models.vision_transformer.init_weights_vit_jax(conv)
-    assert not any(is_fresh(pool) for _, pool in context_pools(vit))
+    assert not any(is_fresh(pool) for _, pool in mixers(vit))
 
 
 def sibling(name, model):
     """A parameter of the base in the block that the pool `name` stands in."""
     parts = name.split('.')
-    if name == 'maxpool':
+    if name == 'maxpool.cpool':
         return 'conv1.weight'
     if parts[0] == 'blocks':
         return f'blocks.{parts[1]}.attn.qkv.weight'
@@ -90,7 +92,7 @@ def test_layer_decay_puts_a_pool_with_its_block(name):
     named = {n: scales[id(p)] for n, p in model.named_parameters()}
     assert len(set(named.values())) > 4
     for key in pool_keys(model):
-        pool_name = max((n for n, _ in context_pools(model) if key.startswith(n + '.')), key=len)
+        pool_name = max((n for n, _ in mixers(model) if key.startswith(n + '.')), key=len)
         assert named[key] == named[sibling(pool_name, model)], key
         assert named[key] < 1. or any(last in key for last in ('blocks.5', 'layer4', 'layers.3', 'stages.3')), key
 
@@ -141,4 +143,4 @@ def test_a_few_steps_learn_and_open_the_gate(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(pool.gamma.abs().max() > 0 and not is_fresh(pool) for _, pool in context_pools(model))
+    assert all(pool.gamma.abs().max() > 0 and not is_fresh(pool) for _, pool in mixers(model))

@@ -1,0 +1,109 @@
+"""What every module in a pool's slot shares: its stride, and the gate that blends it with what it replaced."""
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INITS = ('paper', 'identity')
+
+
+class Subsample2d(nn.Module):
+    """Keeps every `stride`-th row and column: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
+
+    The base of a strided `ContextPool2d` that stands behind a convolution whose own stride was taken away: a
+    convolution at stride 1 followed by this equals the convolution at `stride`, bit for bit up to its kernel choice.
+    """
+
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__()
+        if stride < 1:
+            raise ValueError(f'stride must be at least 1, got {stride}')
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., ::self.stride, ::self.stride]
+
+    def extra_repr(self) -> str:
+        return f'stride={self.stride}'
+
+
+class Mixer2d(nn.Module):
+    """Base of the modules that mix the places of a map: context pools, and the controls they are compared with.
+
+    A subclass defines `mix`. With a gate the output is `base(x) + gamma * (mix(x) - base(x))`, else `mix(x)`.
+
+    Args:
+        dim: Channels C of the input `(B, C, H, W)`.
+        stride: Output cells are `stride` pixels apart; the output is `(B, C, ceil(H / stride), ceil(W / stride))`.
+        init: `paper` outputs the mixer itself. `identity` adds a gate per channel that starts at zero, so that a fresh
+            module returns exactly `base(x)`.
+        base: What `identity` starts from; the identity itself at stride 1 if None. Not kept without a gate.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: An argument is out of range, or `init='identity'` with `stride > 1` has no `base`.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            stride: int = 1,
+            init: str = 'paper',
+            base: nn.Module | None = None,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f'dim must be at least 1, got {dim}')
+        if stride < 1:
+            raise ValueError(f'stride must be at least 1, got {stride}')
+        if init not in INITS:
+            raise ValueError(f'init must be one of {INITS}, got {init!r}')
+        if init == 'identity' and stride > 1 and base is None:
+            raise ValueError(
+                f"init='identity' with stride={stride} needs base: pass the pooling module being replaced, "
+                f'for example nn.MaxPool2d or Subsample2d({stride})')
+        self.dim = dim
+        self.stride = stride
+        self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if init == 'identity' else None
+        self.base = base if base is not None and init == 'identity' else nn.Identity()
+
+    def reset_parameters(self) -> None:
+        """Closes the gate."""
+        if self.gamma is not None:
+            nn.init.zeros_(self.gamma)
+
+    def init_weights(self) -> None:
+        """The hook by which timm's models re-initialise their layers."""
+        self.reset_parameters()
+
+    def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """The map `x` mixed, without base and gate: `(B, C, H, W)` to `(B, C, Ho, Wo)`.
+
+        Pixels where the boolean `(B, 1, H, W)` `present` is false count as outside the map; they must be zero in `x`.
+        """
+        raise NotImplementedError('a mixer defines mix')
+
+    def mix_gated(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """The mixed map behind the gate, `(B, C, H, W)` to `(B, C, Ho, Wo)`; `present` as in `mix`."""
+        y = self.mix(x, present)
+        if self.gamma is not None:
+            base = self.base(x)
+            y = torch.lerp(base, y.type_as(base), self.gamma.view(-1, 1, 1).type_as(base))
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix_gated(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, stride={self.stride}, init={'identity' if self.gamma is not None else 'paper'!r}"
+
+
+def mixers(model: nn.Module) -> Iterator[tuple[str, Mixer2d]]:
+    """Names and modules of every context pool, and of every control, in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, Mixer2d):
+            yield name, module
