@@ -12,7 +12,7 @@ import pathlib
 import sys
 from typing import Any
 
-from cpool_vision.engine.flags import args_train, args_validate
+from cpool_vision.engine.settings import train_flags, validate_flags
 
 from .markers import run_command
 
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = ROOT / 'docs' / 'flags.md'
 CASES = ROOT / 'tests' / 'engine' / 'flag_cases.json'
 EFFECTS = 'test_engine_flag_effects.py::test_flag_has_its_effect'
-PARSERS = {'train': args_train.build_parser, 'validate': args_validate.build_parser}
+PARSERS = {'train': train_flags.build_parser, 'validate': validate_flags.build_parser}
 
 
 def read_cases() -> dict[str, dict[str, Any]]:

@@ -12,9 +12,9 @@ from typing import Any
 import timm
 
 import cpool_vision  # noqa: F401  registers the variants
-from cpool_vision.engine.flags import args_validate
-from cpool_vision.engine.flags.config import parse_args, read_yaml
-from cpool_vision.engine.validation.validate_run import validate
+from cpool_vision.engine.settings import validate_flags
+from cpool_vision.engine.settings.config import parse_args, read_yaml
+from cpool_vision.engine.validate.run import validate
 
 from .markers import write_between
 from .model_table import count
@@ -41,7 +41,7 @@ def measure(run: Path, data_dir: Path, split: str = 'validation') -> dict[str, A
         argv += ['--crop-pct', str(settings['crop_pct'])]
     if kwargs:
         argv += ['--model-kwargs', *(f'{key}={value}' for key, value in kwargs.items())]
-    row = validate(parse_args(args_validate.build_parser, argv))
+    row = validate(parse_args(validate_flags.build_parser, argv))
     _, params, macs = count(settings['model'], num_classes=settings['num_classes'], **kwargs)
     epochs = (run / 'summary.csv').read_text(encoding='utf-8').strip().splitlines()
     train_images = sum(1 for _ in timm.data.create_reader('', str(Path(settings['data_dir']) / 'train')))

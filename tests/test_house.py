@@ -34,6 +34,19 @@ ARROWS = {
     'cli': {'data', 'engine', 'inspect', 'retrofit'},
     'profile': {'ops', 'engine', 'inspect', 'cli'},
 }
+# the same inside the engine
+ROOMS = {
+    'settings': set(),
+    'distributed': set(),
+    'device': {'distributed'},
+    'data': {'device', 'settings'},
+    'checkpoints': {'distributed'},
+    'model': {'checkpoints', 'device'},
+    'tracking': {'checkpoints', 'device', 'distributed'},
+    'validate': {'data', 'device', 'model', 'settings', 'tracking'},
+    'train': {'checkpoints', 'data', 'device', 'distributed', 'model', 'tracking', 'validate'},
+}
+
 WITHOUT_TIMM = ('ops', 'layers', 'inspect')
 PRIVATE_TIMM = 'models/_compat.py'
 
@@ -143,6 +156,21 @@ def subpackage_of(module: str, name: str) -> str | None:
     return parts[1] if len(parts) > 1 and parts[1] in ARROWS else ''
 
 
+def room_of(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE / 'engine').parts[0].removesuffix('.py')
+
+
+def wrong_arrows(path: pathlib.Path) -> list[str]:
+    """Imports from one room of the engine into another that no arrow allows."""
+    here, wrong = room_of(path), []
+    for module, name in imports(path):
+        parts = [*module.split('.'), name]
+        reached = parts[2] if parts[:2] == ['cpool_vision', 'engine'] and len(parts) > 2 else here
+        if reached != here and reached not in ROOMS[here]:
+            wrong.append(f'{path}: {here} imports {module} {name}')
+    return wrong
+
+
 def wrong_imports(path: pathlib.Path) -> list[str]:
     here = path.relative_to(PACKAGE).parts[0]
     wrong = []
@@ -168,18 +196,40 @@ def test_imports_run_one_way(here: str) -> None:
     assert paths and [line for path in paths for line in wrong_imports(path)] == []
 
 
+def test_the_rooms_of_the_engine_form_no_cycle() -> None:
+    paths = sorted((PACKAGE / 'engine').rglob('*.py'))
+    assert {room_of(path) for path in paths} - {'__init__'} == set(ROOMS)
+    assert [line for path in paths if room_of(path) in ROOMS for line in wrong_arrows(path)] == []
+    left = dict(ROOMS)
+    while left:
+        free = [room for room, reached in left.items() if not reached & set(left)]
+        assert free, f'a cycle among {", ".join(left)}'
+        for room in free:
+            del left[room]
+
+
+@pytest.mark.parametrize('code, wrong', [
+    ('from ..train.loop import Run', 1), ('from .. import model', 1), ('from ..device import Precision', 0),
+    ('from cpool_vision.engine.validate import metrics', 1), ('from .keyed import KeyedDataset', 0),
+    ('from cpool_vision.errors import UserError', 0)])
+def test_wrong_arrows_are_recognised(code: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], 'parsed', lambda path: ast.parse(code))
+    assert len(wrong_arrows(PACKAGE / 'engine' / 'data' / 'example.py')) == wrong
+
+
 @pytest.mark.parametrize('here, code, wrong', [
     ('ops', 'from ..layers import ContextPool2d', 1),
     ('ops', 'def f():\n    import timm', 1),
     ('ops', 'from . import reference', 0),
     ('layers', 'from ..ops import context_pool2d', 0),
     ('layers', 'from .. import models', 1),
-    ('layers', 'from cpool_vision.engine.errors import UserError', 1),
+    ('layers', 'from cpool_vision.engine.model import x', 1),
+    ('layers', 'from cpool_vision.errors import UserError', 0),
     ('engine', 'import cpool_vision.models', 1),
     ('engine', 'import cpool_vision', 0),
     ('engine', 'from timm.data._info import x', 1),
     ('engine', 'from timm.data import create_loader', 0),
-    ('data', 'from ..engine import errors', 1),
+    ('data', 'from ..engine import model', 1),
 ])
 def test_wrong_imports_are_recognised(here: str, code: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], 'parsed', lambda path: ast.parse(code))
@@ -247,7 +297,7 @@ import cpool_vision, timm
 told = {'models': len(timm.list_models('*cpool*'))}
 import cpool_vision.inspect.draw, cpool_vision.cli.inspect
 told['matplotlib'] = 'matplotlib' in sys.modules
-import cpool_vision.data, cpool_vision.engine.training.train_run, cpool_vision.data.augment
+import cpool_vision.data, cpool_vision.engine.train.run, cpool_vision.data.augment
 told['early'] = sorted({'albumentations', 'cv2'} & set(sys.modules))
 from cpool_vision.data.augment import Pipeline
 Pipeline('light')

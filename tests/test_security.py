@@ -19,7 +19,7 @@ from cpool_vision.data.augment import AugmentationError
 from cpool_vision.data.augment_config import read_config
 from cpool_vision.engine.checkpoints.checkpoint import read_checkpoint
 from cpool_vision.engine.checkpoints.seal import save_sealed
-from cpool_vision.engine.errors import CheckpointError, UserError
+from cpool_vision.errors import CheckpointError, UserError
 
 MODEL = 'test_resnet'
 DATA = ['--dataset', 'cpool/shapes', '--num-classes', '10', '-b', '8', '-j', '0', '--img-size', '32', '--device', 'cpu']

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from cpool_vision.engine import atomic
+from cpool_vision import files
 from cpool_vision.profile.measure import machine
 
 from ..results import measure
@@ -31,7 +31,7 @@ class StaleRunError(ValueError):
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` as a whole, so that an interruption leaves what was there; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(str(path), text)
+    files.write_text(str(path), text)
 
 
 def run_name(arm: str, seed: int) -> str:

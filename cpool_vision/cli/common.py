@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cpool_vision.engine.errors import UserError
-from cpool_vision.engine.processes.signals import StopRequested
+from cpool_vision.engine.distributed.signals import StopRequested
 from cpool_vision.engine.tracking.progress import setup_logging
+from cpool_vision.errors import UserError
 
 
 def run(command: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:

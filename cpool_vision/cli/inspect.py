@@ -66,7 +66,7 @@ class Inspection:
     """Everything that can be asked about a model, computed when it is first needed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from cpool_vision.engine.errors import ConfigError
+        from cpool_vision.errors import ConfigError
         from cpool_vision.inspect import grid_points
 
         if args.points is not None and len(args.points) % 2:
@@ -203,8 +203,8 @@ def _check(args: argparse.Namespace) -> list[str]:
         ConfigError: nothing to do, or a combination that says nothing.
         OutputError: a file that cannot be written.
     """
-    from cpool_vision.engine.errors import ConfigError
-    from cpool_vision.engine.validation.results import check_writable
+    from cpool_vision.engine.validate.results import check_writable
+    from cpool_vision.errors import ConfigError
 
     wanted = [name for name in _FLAGS if getattr(args, name)]
     if not wanted:
@@ -230,7 +230,7 @@ def _check(args: argparse.Namespace) -> list[str]:
 def _inspect(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     wanted = _check(args)
-    from cpool_vision.engine.atomic import write_text
+    from cpool_vision.files import write_text
     from cpool_vision.inspect.draw import save_figure
     from cpool_vision.inspect.report import Report
 

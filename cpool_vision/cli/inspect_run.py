@@ -15,7 +15,7 @@ def read_settings(folder: str) -> dict[str, Any]:
     """
     import yaml
 
-    from cpool_vision.engine.errors import ConfigError
+    from cpool_vision.errors import ConfigError
 
     path = os.path.join(folder, 'args.yaml')
     if not os.path.exists(path):
@@ -58,7 +58,7 @@ def add_run(report: 'Report', folder: str, dpi: int) -> None:
     Raises:
         ConfigError: no run, or its files cannot be read.
     """
-    from cpool_vision.engine.flags.args_train import build_parser
+    from cpool_vision.engine.settings.train_flags import build_parser
     from cpool_vision.engine.tracking.run_plots import read_run, runs_figure
 
     run = read_run(folder)

@@ -78,7 +78,7 @@ class Loaded:
 
 def _settings(args: argparse.Namespace) -> argparse.Namespace:
     """The settings of validation, with ours in their place."""
-    from cpool_vision.engine.flags.args_validate import build_parser as build_validate_parser
+    from cpool_vision.engine.settings.validate_flags import build_parser as build_validate_parser
 
     settings = build_validate_parser().parse_args([])
     for key, value in vars(args).items():
@@ -104,7 +104,7 @@ def _pictures(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[l
     from PIL import Image
 
     from cpool_vision.engine.data.loaders import build_dataset
-    from cpool_vision.engine.errors import ConfigError, DatasetError
+    from cpool_vision.errors import ConfigError, DatasetError
 
     pictures: list[Any] = []
     labels = []
@@ -162,7 +162,7 @@ def load_maps(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     Raises:
         UnknownModelError: the model holds no context pool.
     """
-    from cpool_vision.engine.errors import UnknownModelError
+    from cpool_vision.errors import UnknownModelError
     from cpool_vision.inspect import context_maps
 
     try:
@@ -174,7 +174,7 @@ def load_maps(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
 @contextmanager
 def drawing(flag: str, path: str) -> Iterator[None]:
     """Turns the errors of drawing into `path`, which `flag` named, into those of the command line."""
-    from cpool_vision.engine.errors import ConfigError, OutputError, UserError
+    from cpool_vision.errors import ConfigError, OutputError, UserError
     from cpool_vision.inspect.draw import PlotDependencyError
 
     try:

@@ -21,8 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _plot(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    from cpool_vision.engine.errors import ConfigError, OutputError
     from cpool_vision.engine.tracking.run_plots import read_run, runs_figure
+    from cpool_vision.errors import ConfigError, OutputError
     from cpool_vision.inspect.draw import PlotDependencyError, save_figure
 
     if args.dpi < 1:

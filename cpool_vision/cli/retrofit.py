@@ -49,9 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _retrofit(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    from cpool_vision.engine.errors import ConfigError, OutputError
-    from cpool_vision.engine.flags.args_validate import build_parser as build_validate_parser
     from cpool_vision.engine.model import create_eval_model
+    from cpool_vision.engine.settings.validate_flags import build_parser as build_validate_parser
+    from cpool_vision.errors import ConfigError, OutputError
     from cpool_vision.retrofit import add_context_pool, context_pools, save_model
 
     settings = build_validate_parser().parse_args([])

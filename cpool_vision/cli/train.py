@@ -7,9 +7,9 @@ from . import common
 
 
 def _train(argv: Sequence[str] | None) -> None:
-    from cpool_vision.engine.flags.args_train import build_parser
-    from cpool_vision.engine.flags.config import parse_args
-    from cpool_vision.engine.training.train_run import train
+    from cpool_vision.engine.settings.config import parse_args
+    from cpool_vision.engine.settings.train_flags import build_parser
+    from cpool_vision.engine.train.run import train
 
     result = train(parse_args(build_parser, argv))
     if result:

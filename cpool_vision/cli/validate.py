@@ -7,10 +7,10 @@ from . import common
 
 
 def _validate(argv: Sequence[str] | None) -> None:
-    from cpool_vision.engine.flags.args_validate import build_parser
-    from cpool_vision.engine.flags.config import parse_args
-    from cpool_vision.engine.validation.bulk import run_validation
-    from cpool_vision.engine.validation.results import finite, scalars
+    from cpool_vision.engine.settings.config import parse_args
+    from cpool_vision.engine.settings.validate_flags import build_parser
+    from cpool_vision.engine.validate.bulk import run_validation
+    from cpool_vision.engine.validate.results import finite, scalars
 
     args = parse_args(build_parser, argv)
     results = run_validation(args)

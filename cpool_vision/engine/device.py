@@ -16,8 +16,9 @@ import torch
 from timm import utils
 from timm.layers import set_fast_norm
 
-from .errors import ConfigError
-from .processes.rendezvous import rendezvous_url
+from cpool_vision.errors import ConfigError
+
+from .distributed.rendezvous import rendezvous_url
 
 _logger = logging.getLogger(__name__)
 _DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -124,7 +125,7 @@ def settle_threads(distributed: bool) -> None:
     """Waits 20 ms, so that data loading workers can be forked after a collective operation.
 
     Threads of gloo that end what they did take a lock of the interpreter, and a child forked in that instant waits for
-    it forever (CPython up to 3.11; up to 6 of 1000 forks after an all-reduce, see tests/engine/test_engine_kill.py).
+    it forever (CPython up to 3.11; up to 6 of 1000 forks after an all-reduce, see test_engine_kill.py).
     """
     if distributed:
         time.sleep(0.02)

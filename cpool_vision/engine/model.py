@@ -13,9 +13,10 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import create_model, is_model, list_models, resolve_model_input_args
 from timm.models import load_checkpoint as load_numpy_checkpoint
 
+from cpool_vision.errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnknownModelError
+
 from .checkpoints.checkpoint import load_weights, read_checkpoint, weights_of
 from .device import Precision
-from .errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnknownModelError
 
 _logger = logging.getLogger(__name__)
 

@@ -56,7 +56,7 @@ def _case(args: argparse.Namespace) -> Any:
 
 def _check(args: argparse.Namespace) -> None:
     """What would fail after minutes of measuring fails before."""
-    from cpool_vision.engine.errors import ConfigError, OutputError
+    from cpool_vision.errors import ConfigError, OutputError
     from cpool_vision.inspect.canvas import PlotDependencyError, check_suffix
 
     if args.repeats < 1:
@@ -84,7 +84,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _profile(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    from cpool_vision.engine.errors import OutputError
+    from cpool_vision.errors import OutputError
     from cpool_vision.inspect.canvas import save_figure
 
     from . import report

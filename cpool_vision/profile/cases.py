@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpool_vision.engine.errors import ConfigError
+from cpool_vision.errors import ConfigError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float64': torch.float64}
 # A smooth map has one free value per so many output cells along each axis.

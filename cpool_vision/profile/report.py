@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from cpool_vision.engine.errors import ConfigError
+from cpool_vision.errors import ConfigError
 from cpool_vision.ops import BACKENDS
 
 from .cases import Case

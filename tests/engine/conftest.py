@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from timm.layers import set_fast_norm
 
-from cpool_vision.engine.flags import args_train, args_validate
-from cpool_vision.engine.flags.config import parse_args
-from cpool_vision.engine.training.train_run import train
+from cpool_vision.engine.settings import train_flags, validate_flags
+from cpool_vision.engine.settings.config import parse_args
+from cpool_vision.engine.train.run import train
 
 CLASSES = ('cat', 'dog', 'owl')
 
@@ -67,19 +67,19 @@ def base_flags(flags_into: Callable[[Any], list[str]], tmp_path: Any) -> list[st
 @pytest.fixture
 def train_args() -> Callable[..., argparse.Namespace]:
     """Parses flags of train.py."""
-    return lambda *flags: parse_args(args_train.build_parser, list(flags))
+    return lambda *flags: parse_args(train_flags.build_parser, list(flags))
 
 
 @pytest.fixture
 def validate_args() -> Callable[..., argparse.Namespace]:
     """Parses flags of validate.py."""
-    return lambda *flags: parse_args(args_validate.build_parser, list(flags))
+    return lambda *flags: parse_args(validate_flags.build_parser, list(flags))
 
 
 @pytest.fixture
 def run_train(base_flags: list[str]) -> Callable[..., dict[str, Any]]:
     """Trains in this process with `base_flags` and further ones; returns the result."""
-    return lambda *flags: train(parse_args(args_train.build_parser, [*base_flags, *flags]))
+    return lambda *flags: train(parse_args(train_flags.build_parser, [*base_flags, *flags]))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch.nn as nn
 from loop_tools import make_batches, make_run
 
 from cpool_vision.engine.checkpoints.saver import TrainState
-from cpool_vision.engine.processes import sharding
+from cpool_vision.engine.distributed import sharding
 
 
 class TinyBlock(nn.Module):

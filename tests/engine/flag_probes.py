@@ -19,12 +19,14 @@ from timm.task import distillation
 from cpool_vision.engine import device, model
 from cpool_vision.engine.data import dataset
 from cpool_vision.engine.data import loaders as data
-from cpool_vision.engine.errors import ConfigError
-from cpool_vision.engine.flags import args_validate
-from cpool_vision.engine.flags.config import parse_args
-from cpool_vision.engine.training import objective, train_loop, train_run
-from cpool_vision.engine.validation import validate_run
-from cpool_vision.engine.validation.evaluate import Evaluation
+from cpool_vision.engine.settings import validate_flags
+from cpool_vision.engine.settings.config import parse_args
+from cpool_vision.engine.train import loop as train_loop
+from cpool_vision.engine.train import objective
+from cpool_vision.engine.train import run as train_run
+from cpool_vision.engine.validate import run as validate_run
+from cpool_vision.engine.validate.evaluate import Evaluation
+from cpool_vision.errors import ConfigError
 
 CPU = torch.device('cpu')
 
@@ -215,7 +217,7 @@ class Probes:
         return calls
 
     def validation(self, *flags: str) -> Any:
-        args = parse_args(args_validate.build_parser, [
+        args = parse_args(validate_flags.build_parser, [
             '--device', 'cpu', '--data-dir', self.root, '--model', 'test_resnet', '--num-classes', '3', '-b', '2', '-j',
             '0', *flags])
         self.patch.setattr(model, 'create_model', lambda name, **kwargs: create_model(

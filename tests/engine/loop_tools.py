@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 
 from cpool_vision.engine.device import Precision
-from cpool_vision.engine.training.train_loop import Run
+from cpool_vision.engine.train.loop import Run
 
 
 class CountingTask(ClassificationTask):

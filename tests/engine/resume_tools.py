@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpool_vision.engine.checkpoints.checkpointer import Checkpointer
+from cpool_vision.engine.train.checkpointer import Checkpointer
 
 
 class Crash(BaseException):

@@ -63,7 +63,7 @@ def test_debug_variable_shows_the_traceback(base_flags: list[str], monkeypatch: 
 
 
 def test_other_exceptions_are_not_swallowed(base_flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpool_vision.engine.training import train_run
+    from cpool_vision.engine.train import run as train_run
 
     def bug(*_: Any) -> None:
         raise ZeroDivisionError
@@ -74,7 +74,7 @@ def test_other_exceptions_are_not_swallowed(base_flags: list[str], monkeypatch: 
 
 
 def test_interrupt_exits_130(base_flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpool_vision.engine.training import train_run
+    from cpool_vision.engine.train import run as train_run
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

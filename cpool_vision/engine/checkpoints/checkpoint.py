@@ -13,14 +13,9 @@ import torch
 import torch.nn as nn
 from timm.models import clean_state_dict
 
-from ..atomic import link_atomic, write_atomic
-from ..errors import CheckpointError, CheckpointNotFoundError
-from .seal import check_seal
+from cpool_vision.errors import CheckpointError, CheckpointNotFoundError
 
-__all__ = [
-    'describe_misfit', 'link_atomic', 'load_weights', 'pick_weights', 'read_checkpoint', 'read_weights', 'to_plain',
-    'weights_of', 'write_atomic',
-]
+from .seal import check_seal
 
 _logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
+from cpool_vision.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)

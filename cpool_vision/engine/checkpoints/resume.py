@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, CheckpointVersionError, ConfigError
-from ..processes.vote import agree_on_failure, agree_on_number
+from cpool_vision.errors import CheckpointError, CheckpointVersionError, ConfigError
+
+from ..distributed.vote import agree_on_failure, agree_on_number
 from .checkpoint import read_checkpoint
 from .seal import hash_of, read_seal
 

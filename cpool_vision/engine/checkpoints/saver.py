@@ -11,9 +11,10 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch.distributed.fsdp import FSDPModule
 
-from ..atomic import keep_former, link_atomic
-from ..errors import CheckpointError
-from ..processes.sharding import divide_like, divide_optimizer_state, gather_whole
+from cpool_vision.errors import CheckpointError
+from cpool_vision.files import keep_former, link_atomic
+
+from ..distributed.sharding import divide_like, divide_optimizer_state, gather_whole
 from .checkpoint import describe_misfit, pick_weights, to_plain
 from .position import Position
 from .resume import EXTENSION, PREVIOUS, RECOVERY, list_candidates, serial_of

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..atomic import write_atomic
-from ..errors import CheckpointError, CheckpointVersionError
+from cpool_vision.errors import CheckpointError, CheckpointVersionError
+from cpool_vision.files import write_atomic
 
 SCHEMA = 1
 _MARK = b'cpool_vision checkpoint '

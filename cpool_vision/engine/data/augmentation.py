@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cpool_vision.data.augment import Augmentation, AugmentationError, Pipeline
+from cpool_vision.errors import ConfigError
 
-from ..errors import ConfigError
-from ..flags.args_train import build_parser
+from ..settings.train_flags import build_parser
 from .keyed import KeyedDataset, kept_generators
 from .sampling import BatchKey
 

@@ -5,8 +5,8 @@ import pickle
 from typing import Any
 
 from cpool_vision.data import create_dataset
+from cpool_vision.errors import DatasetError, DatasetNotFoundError, UserError
 
-from ..errors import DatasetError, DatasetNotFoundError, UserError
 from .multi_label import is_multi_label, open_label_file, reader_arguments, settle_labels
 
 _FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')

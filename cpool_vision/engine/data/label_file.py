@@ -12,7 +12,7 @@ from timm.data.readers.reader import Reader
 from timm.data.readers.targets import get_field, has_field, parse_target_keys
 from timm.utils import natural_key
 
-from ..errors import DatasetError, DatasetNotFoundError
+from cpool_vision.errors import DatasetError, DatasetNotFoundError
 
 NAMES = ('labels.csv', 'labels.jsonl', 'metadata.csv', 'metadata.jsonl')
 SEPARATOR = '|'

@@ -4,7 +4,8 @@ from typing import Any
 
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 
-from ..errors import ConfigError
+from cpool_vision.errors import ConfigError
+
 from .multi_label import is_multi_label
 
 

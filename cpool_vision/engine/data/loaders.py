@@ -9,8 +9,9 @@ from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableIma
 from timm.data.loader import PrefetchLoader
 from timm.data.naflex_loader import NaFlexPrefetchLoader
 
+from cpool_vision.errors import ConfigError, DatasetError
+
 from ..device import Precision
-from ..errors import ConfigError, DatasetError
 from .augmentation import open_pipeline, transform_maker, try_pipeline
 from .dataset import build_dataset
 from .keyed import DrawnSeeds, KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup

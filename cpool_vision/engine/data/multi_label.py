@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from timm.data import ImageDataset, MultiLabelTarget
 
-from ..errors import ConfigError, DatasetError
+from cpool_vision.errors import ConfigError, DatasetError
+
 from .label_file import LabelFileReader, find_label_file
 from .unreadable import UNREADABLE
 

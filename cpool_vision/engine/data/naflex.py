@@ -11,8 +11,9 @@ import torch.nn as nn
 import torch.utils.data
 from timm.data import ImageDataset, NaFlexMixup, create_naflex_loader
 
+from cpool_vision.errors import ConfigError, DatasetError
+
 from ..device import Precision
-from ..errors import ConfigError, DatasetError
 from .keyed import KeyedErasing
 from .loader_flags import augmentation, mixing
 from .loaders import build_dataset, image_mode

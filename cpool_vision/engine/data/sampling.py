@@ -8,8 +8,7 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from cpool_vision.data.counter import CounterDraws
-
-from ..errors import ConfigError
+from cpool_vision.errors import ConfigError
 
 # streams of random numbers, each independent of the others
 ORDER, SAMPLE, REPLACEMENT, MIXING, ERASING, SIZES, WORKERS = range(7)

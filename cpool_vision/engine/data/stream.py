@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.utils.data
 
-from ..errors import ConfigError, DatasetError
+from cpool_vision.errors import ConfigError, DatasetError
+
 from .keyed import Report, kept_generators, seed_generators
 from .sampling import WORKERS, BatchKeys, keyed_seeds
 from .unreadable import UnreadableLog

@@ -11,8 +11,8 @@ import torch.distributed
 from PIL import Image
 from timm.data import ImageDataset
 
-from ..checkpoints.checkpoint import write_atomic
-from ..errors import DatasetError
+from cpool_vision.errors import DatasetError
+from cpool_vision.files import write_atomic
 
 _logger = logging.getLogger(__name__)
 UNREADABLE = -100  # label of an image that could not be decoded: the ignore_index of cross-entropy

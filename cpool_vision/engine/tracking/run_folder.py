@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from timm.models import safe_model_name
 
-from ..atomic import write_text
+from cpool_vision.errors import OutputError
+from cpool_vision.files import write_text
+
 from ..checkpoints.checkpoint import to_plain
 from ..checkpoints.resume import EXTENSION
-from ..errors import OutputError
 from .table import EpochTable, keep_copy
 
 _WRITTEN = (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'augmentation.json', 'tracking.json', '*.csv')

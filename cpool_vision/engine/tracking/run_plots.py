@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpool_vision.errors import ConfigError
 from cpool_vision.inspect.canvas import new_figure, require_matplotlib
 
-from ..errors import ConfigError
 from .table import read_rows
 from .track import SUPPORTS, UPDATES
 

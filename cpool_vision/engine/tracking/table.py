@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..atomic import write_text
+from cpool_vision.errors import OutputError
+from cpool_vision.files import write_text
+
 from ..checkpoints.checkpoint import to_plain
-from ..errors import OutputError
 
 
 def keep_copy(path: str) -> str:

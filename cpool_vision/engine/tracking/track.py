@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from cpool_vision.errors import UserError
 from cpool_vision.inspect import SupportStatistics
 
-from ..errors import UserError
-from ..processes.signals import StopRequested
+from ..distributed.signals import StopRequested
 from .table import EpochTable, UpdateTable
 from .track_services import (
     MlflowTracker,

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cpool_vision.errors import ConfigError
+from cpool_vision.files import write_text
 from cpool_vision.inspect import SupportStatistics
 
-from ..atomic import write_text
 from ..checkpoints.checkpoint import to_plain
-from ..errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 RECORD = 'tracking.json'

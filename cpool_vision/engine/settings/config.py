@@ -1,0 +1,159 @@
+"""Command line and YAML: `--config` sets the parser's defaults, the command line wins, unknown keys are errors."""
+import argparse
+import difflib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+from cpool_vision.errors import ConfigError
+
+_logger = logging.getLogger(__name__)
+_UNSET = object()
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Reads a YAML mapping with `yaml.safe_load`.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f'--config {path!r} cannot be read ({error.strerror}): check the path') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = ' '.join(str(error).split())
+        raise ConfigError(f'--config {path!r} is not valid YAML ({where}): mend the file') from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f'--config {path!r} holds a {type(content).__name__}: it must map flags to values')
+    return {str(key): value for key, value in content.items()}
+
+
+def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    keys: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if action.dest not in ('help', 'config'):
+            keys[action.dest] = action
+            keys.update({flag.lstrip('-').replace('-', '_'): action for flag in action.option_strings
+                         if flag.startswith('--')})
+    return keys
+
+
+def _convert_scalar(action: argparse.Action, value: Any, where: str) -> Any:
+    kind = action.type
+    if kind is None or kind is str:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise ConfigError(f'{where}: {value!r} is not a string')
+    try:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return kind(value)  # type: ignore[operator]
+    except (TypeError, ValueError):
+        raise ConfigError(f'{where}: {value!r} is not of type {getattr(kind, "__name__", kind)}') from None
+
+
+def convert_value(action: argparse.Action, value: Any, where: str) -> Any:
+    """Checks a YAML value against the flag that it sets, as the command line would.
+
+    Args:
+        action: the flag.
+        value: what the YAML file holds.
+        where: name for messages, e.g. "key 'lr' in recipe.yaml".
+
+    Returns:
+        The value in the flag's type.
+
+    Raises:
+        ConfigError: wrong type, wrong number of values, or not one of the choices.
+    """
+    if value is None:
+        if action.default is None or action.dest == 'data':
+            return None
+        if action.type is str or action.type is None and action.nargs is None:
+            return ''
+        raise ConfigError(f'{where}: the value is empty; give one, or remove the key')
+    if isinstance(action, argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise ConfigError(f'{where}: {value!r} is not true or false')
+        return value
+    if isinstance(action, ParseKwargs):
+        if not isinstance(value, dict):
+            raise ConfigError(f'{where}: {value!r} is not a mapping of names to values')
+        return value
+    if action.nargs in ('+', '*') or isinstance(action.nargs, int):
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if isinstance(action.nargs, int) and len(values) != action.nargs or not values and action.default != []:
+            raise ConfigError(f'{where}: {value!r} has {len(values)} values, the flag takes {action.nargs}')
+        result: Any = [_convert_scalar(action, item, where) for item in values]
+    else:
+        result = _convert_scalar(action, value, where)
+    if action.choices is not None and result not in action.choices:
+        raise ConfigError(f'{where}: {result!r} is not one of {", ".join(map(str, action.choices))}')
+    return result
+
+
+def yaml_defaults(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    """Settings of a YAML file, by the parser's destinations; dashes and aliases of flags are accepted as keys.
+
+    Raises:
+        ConfigError: unreadable file, a key that is no flag (close matches are named), or a value that does not fit.
+    """
+    actions = _actions_by_key(parser)
+    settings: dict[str, Any] = {}
+    for key, value in read_yaml(path).items():
+        name = key.replace('-', '_')
+        if name not in actions:
+            close = difflib.get_close_matches(name, actions, n=3)
+            hint = f'did you mean {" or ".join(close)}?' if close else 'see --help for the flags'
+            raise ConfigError(f'unknown key {key!r} in --config {path!r}: {hint}')
+        action = actions[name]
+        if action.dest in settings:
+            raise ConfigError(f'key {key!r} in --config {path!r} sets {action.dest!r} a second time: keep one')
+        settings[action.dest] = convert_value(action, value, f'key {key!r} in --config {path!r}')
+    return settings
+
+
+def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None,
+               ) -> argparse.Namespace:
+    """Parses a command line; settings of `--config` rank between the parser's defaults and the command line.
+
+    A `--device` that nobody asked for falls back to the CPU where there is no CUDA device, with a warning.
+
+    Args:
+        build_parser: makes a fresh parser.
+        argv: arguments, those of the process if None.
+
+    Returns:
+        The namespace, without `config`.
+
+    Raises:
+        ConfigError: see `yaml_defaults`.
+    """
+    parser = build_parser()
+    has_config = any(action.dest == 'config' for action in parser._actions)
+    path = ''
+    if has_config:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument('-c', '--config', default='')
+        path = first.parse_known_args(argv)[0].config
+    settings = yaml_defaults(parser, path) if path else {}
+    parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+
+    probe = build_parser()
+    probe.set_defaults(**{action.dest: _UNSET for action in probe._actions if action.dest != 'help'})
+    given = {key for key, value in vars(probe.parse_args(argv)).items() if value is not _UNSET} | set(settings)
+    if 'device' not in given and not torch.cuda.is_available():
+        _logger.warning('No CUDA device is available: running on the CPU (--device cpu says so explicitly).')
+        args.device = 'cpu'
+    if has_config:
+        del args.config
+    return args

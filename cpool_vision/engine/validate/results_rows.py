@@ -1,0 +1,138 @@
+"""Rows of results: what was measured, as plain values under the names of timm and ours."""
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+
+from cpool_vision.version import __version__
+
+from ..device import Precision
+from .labels import describe_classes
+from .metrics import ClassFigures
+from .multi_label import LabelFigures, LabelTally
+
+_MATRIX_IN_JSON = 100  # classes
+_CONFUSIONS = 20
+
+
+@dataclass
+class Measurement:
+    """Figures of one split; see `metrics.ClassTally` and `metrics.MultiLabelTally`."""
+
+    metrics: dict[str, float]
+    figures: ClassFigures
+    several: dict[str, float] | None
+    images_per_sec: float
+    names: list[str]
+
+
+@dataclass
+class LabelMeasurement:
+    """Figures of one split whose images have several labels; see `multi_label.LabelTally`."""
+
+    metrics: dict[str, float]
+    figures: LabelFigures
+    images_per_sec: float
+    names: list[str]
+
+
+def class_details(measured: Measurement) -> dict[str, Any]:
+    """Figures by class and by confidence, as lists of plain values."""
+    figures, names = measured.figures, describe_classes(measured.names)
+    accuracy = figures.accuracy.tolist()
+    details: dict[str, Any] = {'per_class': [
+        {'class': index, 'name': name, 'images': int(figures.images[index]), 'accuracy': accuracy[index]}
+        for index, name in enumerate(names)]}
+    edges = [100 * place / len(figures.bin_images) for place in range(len(figures.bin_images) + 1)]
+    details['reliability'] = [
+        {'low': low, 'high': high, 'images': int(count), 'confidence': 100 * float(confidence),
+         'accuracy': 100 * int(hits) / int(count) if count else math.nan}
+        for low, high, count, hits, confidence in zip(
+            edges[:-1], edges[1:], figures.bin_images, figures.bin_hits, figures.bin_confidence, strict=True)]
+    if figures.confusion is not None:
+        wrong = figures.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        order = np.argsort(-wrong, axis=None, kind='stable')[:_CONFUSIONS]
+        pairs = [divmod(int(cell), len(names)) for cell in order if wrong.flat[cell]]
+        details['top_confusions'] = [
+            {'true': names[row], 'predicted': names[column], 'images': int(wrong[row, column]),
+             'share': 100 * int(wrong[row, column]) / int(figures.images[row])} for row, column in pairs]
+        if len(names) <= _MATRIX_IN_JSON:
+            details['confusion_matrix'] = figures.confusion.tolist()
+    return details
+
+
+def label_details(measured: LabelMeasurement) -> dict[str, Any]:
+    """Figures by label, as a list of plain values."""
+    figures = measured.figures
+    columns = {name: figures.column(name) for name in ('precision', 'recall', 'f1')}
+    return {'per_class': [
+        {'class': index, 'name': name, 'images': int(figures.positives[index]),
+         'predicted': int(figures.predicted[index]), 'ap': float(figures.ap[index]),
+         **{key: values[index] for key, values in columns.items()}}
+        for index, name in enumerate(describe_classes(measured.names))]}
+
+
+def environment(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Any]:
+    """What the last digits of the figures may depend on."""
+    dtype = precision.amp_dtype or precision.model_dtype or torch.float32
+    return {
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+        'dtype': str(dtype).removeprefix('torch.') + (' by autocast' if precision.amp_dtype else ''),
+        'batch_size': args.batch_size,
+        'versions': {'cpool_vision': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
+    }
+
+
+def head_of_row(args: argparse.Namespace, parameters: int, data_config: dict[str, Any], crop_pct: float,
+                ) -> dict[str, Any]:
+    """What a row says of the model and its input."""
+    return {
+        'model': args.model,
+        'param_count': round(parameters / 1e6, 2),
+        'img_size': data_config['input_size'][-1],
+        'crop_pct': crop_pct,
+        'interpolation': data_config['interpolation'],
+    }
+
+
+def row_of(args: argparse.Namespace, about: dict[str, Any], measured: Measurement) -> dict[str, Any]:
+    """Single figures of a split, in the order of timm's columns first; see `run.validate`."""
+    metrics = measured.metrics
+    best = measured.several or metrics
+    averaged = measured.figures.averaged(args.metrics_avg) if args.metrics_avg else {}
+    row: dict[str, Any] = {
+        'model': about['model'],
+        'top1': round(best['top1'], 4), 'top1_err': round(100 - best['top1'], 4),
+        'top5': round(best['top5'], 4), 'top5_err': round(100 - best['top5'], 4),
+        **{f'{args.metrics_avg}_{name}': round(value, 4) for name, value in averaged.items()},
+        **about,
+        'loss': round(metrics['loss'], 4),
+        'images': metrics['images'],
+        'images_per_sec': round(measured.images_per_sec * args.world_size, 2),
+        **{f'{name}_{side}': best[f'{name}_{side}'] for name in ('top1', 'top5') for side in ('low', 'high')},
+    }
+    if measured.several:
+        row |= {'real_images': measured.several['images'], 'original_top1': metrics['top1'],
+                'original_top5': metrics['top5']}
+    row['nll'] = metrics['loss']
+    return row | {name: metrics[name] for name in ('macro_accuracy', 'ece', 'mce', 'brier', 'nonfinite', 'unreadable')}
+
+
+def label_row_of(args: argparse.Namespace, about: dict[str, Any], measured: LabelMeasurement) -> dict[str, Any]:
+    """Single figures of a split whose images have several labels, in the order of timm's columns where it has them."""
+    metrics = measured.metrics
+    rates = {name: round(metrics[name], 4) for name in LabelTally.columns if name != 'loss'}
+    return {
+        'model': about['model'], **rates, **about,
+        'threshold': args.threshold,
+        'loss': round(metrics['loss'], 4),
+        'images': metrics['images'],
+        'images_per_sec': round(measured.images_per_sec * args.world_size, 2),
+        'bce': metrics['loss'],
+        **{name: metrics[name] for name in ('empty', 'nonfinite', 'unreadable')},
+    }

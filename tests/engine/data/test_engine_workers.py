@@ -1,0 +1,217 @@
+"""Workers of the training loader over epochs and under signals, and streamed sets."""
+import logging
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from loader_tools import (
+    CASES,
+    CPU,
+    Batch,
+    Build,
+    Inside,
+    Seeded,
+    Shards,
+    Unseeded,
+    builder,
+    check_workers_and_positions,
+    same,
+    states,
+)
+from timm.data import IterableImageDataset
+
+from cpool_vision.engine.data import loaders as data
+from cpool_vision.engine.data.sampling import BatchKeys
+from cpool_vision.errors import ConfigError, DatasetError
+
+
+@pytest.fixture
+def build(image_root: str, train_args: Callable[..., Any]) -> Build:
+    """Builds training loaders."""
+    return builder(image_root, train_args)
+
+
+def test_workers_stay_from_epoch_to_epoch(build: Build) -> None:
+    prepared = build(workers=2)
+    prepared.take(0, 0, stop=1)
+    workers = [worker.pid for worker in data._stream(prepared.loader).loader._iterator._workers]
+    whole = build().take(1)
+    assert same(prepared.take(1), whole)  # after an epoch that was left in the middle
+    assert [worker.pid for worker in data._stream(prepared.loader).loader._iterator._workers] == workers
+
+
+def test_closed_workers_are_gone_and_start_again(build: Build) -> None:
+    prepared = build(workers=2)
+    prepared.take(0, 0, stop=2)
+    workers = data._stream(prepared.loader).loader._iterator._workers
+    begin = time.monotonic()
+    data.close_workers(prepared.loader)
+    assert time.monotonic() - begin < 4 and not any(worker.is_alive() for worker in workers)
+    assert same(prepared.take(1), build().take(1))
+    data.close_workers(prepared.loader)
+    data.close_workers(prepared.loader)
+    data.close_workers(build().loader)
+
+
+def test_workers_that_start_anew_give_the_same_batches(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', lambda *args, **kwargs: real(
+        *args, **{**kwargs, 'persistent_workers': False}))
+    check_workers_and_positions(build, CASES['randaugment'], 2)
+
+
+def test_an_iterator_kept_over_epochs_reads_ahead(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = build()
+    expected = {place: plain.take(*place) for place in ((0, 0), (1, 0), (0, 3))}
+    eager = build('--use-multi-epochs-loader', workers=2)
+    begun: list[tuple[int, int]] = []
+    real = BatchKeys._keys
+    monkeypatch.setattr(BatchKeys, '_keys', lambda self, *place: begun.append(place) or real(self, *place))
+    assert same(eager.take(0), expected[0, 0])
+    assert begun[-1] == (1, 0)
+    begun.clear()
+    assert same(eager.take(1), expected[1, 0])
+    assert begun == [(2, 0)]
+    assert same(eager.take(0, 3), expected[0, 3])  # not what was loaded ahead
+    assert begun[1:] == [(0, 3), (1, 0)]
+    assert same(eager.take(1), expected[1, 0])
+
+
+@pytest.mark.slow
+def test_workers_that_are_not_forked(build: Build) -> None:
+    prepared = build(*CASES['mixed'], workers=1)
+    data._stream(prepared.loader).loader.multiprocessing_context = 'spawn'
+    assert same(prepared.take(1, 2), build(*CASES['mixed']).take(1, 2))
+
+
+def take_under_signal(prepared: Any, kind: str) -> list[Batch]:
+    """Takes an epoch; its two workers get a signal from another process after the first batch."""
+    data.set_position(prepared.loader, 0)
+    taken = []
+    known = {child.pid for child in multiprocessing.active_children()}
+    for image, target in prepared.loader:
+        taken.append((image.clone(), target.clone()))
+        if len(taken) == 1:
+            workers = [str(child.pid) for child in multiprocessing.active_children() if child.pid not in known]
+            assert len(workers) == 2
+            subprocess.run(['kill', f'-{kind[3:]}', *workers], check=True)  # noqa: S603, S607
+    return taken
+
+
+@pytest.mark.parametrize('streamed', [False, True])
+@pytest.mark.parametrize('kind', ['SIGINT', 'SIGUSR1', 'SIGTERM'])
+def test_workers_outlive_the_signals_of_a_scheduler(
+        build: Build, kind: str, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if streamed:
+        monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    expected = build(workers=2).take(0)
+    assert same(take_under_signal(build(workers=2), kind), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('start, survives', [('None', False), ('WorkerSignals()', True)])
+@pytest.mark.parametrize('kind', ['INT', 'USR1', 'TERM'])
+def test_workers_as_torch_starts_them_do_not(kind: str, start: str, survives: bool) -> None:
+    code = f'''
+import subprocess, time
+from torch.utils.data import DataLoader
+from cpool_vision.engine.data.worker import WorkerSignals
+iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn={start}))
+next(iterator)
+subprocess.run(['kill', '-{kind}', *[str(worker.pid) for worker in iterator._workers]], check=True)
+print(sum(1 for item in iterator))
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)  # noqa: S603
+    assert (done.returncode == 0 and done.stdout == '99\n') == survives, done.stderr
+
+
+@pytest.mark.parametrize('leave', ['raise ValueError', *(
+    pytest.param(way, marks=pytest.mark.slow) for way in ('sys.exit(3)', 'os.kill(os.getpid(), 9)'))])
+def test_workers_end_with_the_process(image_root: str, leave: str) -> None:
+    code = f'''
+import os, sys
+from torch.utils.data import DataLoader
+from cpool_vision.engine.data.worker import WorkerSignals
+iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn=WorkerSignals()))
+next(iterator)
+print(*[worker.pid for worker in iterator._workers], flush=True)
+{leave}
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)  # noqa: S603
+    assert done.returncode in (1, 3, -9)
+    pids = done.stdout.split()
+    assert len(pids) == 2
+    for _ in range(600):
+        if not any(os.path.exists(f'/proc/{pid}') for pid in pids):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail('workers are left')
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('name', ['randaugment', 'mixed', 'unfetched'])
+def test_streamed_sets_are_entered_by_loading_again(
+        build: Build, name: str, workers: int, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    caplog.set_level(logging.INFO, 'cpool_vision')
+    random.seed(1)
+    one = build(*CASES[name], workers=workers)
+    before = states()
+    whole = {epoch: one.take(epoch) for epoch in (0, 1)}
+    assert states() == before
+    assert len(whole[0]) == len(one.loader) == 6 and not same(*whole.values())
+    two = build(*CASES[name], workers=workers)
+    for epoch, batch in ((1, 2), (0, 5)):
+        torch.manual_seed(epoch)
+        assert same(two.take(epoch, batch), whole[epoch][batch:])
+    assert 'loading 2 batches of epoch 1 again' in caplog.text
+    with pytest.raises(DatasetError, match='ended after 6 batches, before the position 7'):
+        two.take(0, 7)
+    with pytest.raises(ConfigError, match='no batch -1'):
+        data.set_position(two.loader, 0, -1)
+    assert data.unreadable_report(two.loader) == [] and data.share_unreadable(two.loader, CPU) == 0
+
+
+@pytest.mark.parametrize('place', [(0, 1), (1, 0), (2, 0)])
+def test_streamed_sets_without_workers_go_on_from_epoch_to_epoch_only(
+        build: Build, place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    prepared = build()
+    with pytest.raises(ConfigError, match=f'batch {place[1]} of epoch {place[0]}: use --workers 1 or more'):
+        prepared.take(*place)
+    assert len(prepared.take(0)) == len(prepared.take(1)) == 6
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_streamed_sets_draw_anew_in_each_epoch_and_process(
+        build: Build, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    monkeypatch.setattr(Shards, 'set_epoch', lambda self, epoch: None)  # the images come in the same order
+    prepared = build(workers=workers)
+    here = prepared.take(0, 0, 2)
+    for other in (prepared.take(1, 0, 2), build('--seed', '5', workers=workers).take(0, 0, 2),
+                  build(workers=workers, rank=1, world_size=2).take(0, 0, 2)):
+        assert [target.tolist() for _, target in other] == [target.tolist() for _, target in here]
+        assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(here, other, strict=True))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_streamed_sets_seed_transforms_with_their_own_generator(
+        build: Build, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, 'build_dataset', lambda *_: IterableImageDataset('', reader=Shards()))
+    whole = build(workers=workers, transform=Seeded).take(0)
+    assert len({float(row[0, 0, 0]) for batch, _ in whole for row in batch}) > 12
+    if workers:
+        assert same(build(workers=workers, transform=Inside).take(0, 2), whole[2:])
+        assert not same(build(workers=workers, transform=Unseeded).take(0, 2), whole[2:])
+    with pytest.raises(ConfigError, match='--aug-repeats needs a set with an index'):
+        build('--aug-repeats', '2', world_size=2)

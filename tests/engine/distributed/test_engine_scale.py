@@ -1,0 +1,126 @@
+"""Several nodes, and how often processes exchange gradients."""
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from loop_tools import make_batches, make_run
+from port_tools import free_port
+
+from benchmarks.kill_test import compare_runs
+from cpool_vision.engine.train.loop import train_one_epoch
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+FLAGS = [
+    '--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]', '--dataset',
+    'cpool/shapes', '--num-classes', '10', '--train-num-samples', '96', '--val-num-samples', '15', '-b', '4', '-j', '1',
+    '--grad-accum-steps', '3', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-2', '--drop',
+    '0.2', '--model-ema', '--model-ema-decay', '0.9', '--device', 'cpu', '--recovery-interval', '1', '--no-tensorboard']
+
+
+@pytest.fixture
+def process_group(tmp_path: pathlib.Path) -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def count_exchanges(batches: int, accum: int, silence: bool = True) -> tuple[int, int]:
+    """Exchanges of the gradient in an epoch under DDP, and updates."""
+    run = make_run(make_batches(batches), accum)
+    task: Any = run.task
+    task.no_sync = lambda: task.trainable_module.no_sync() if silence else nullcontext()
+    task.prepare_distributed()
+    calls = [0]
+
+    def hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        calls[0] += 1
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    task.trainable_module.register_comm_hook(None, hook)
+    train_one_epoch(run, 0, 1)
+    return calls[0], len(run.optimizer.seen)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize('batches, accum, updates', [(6, 3, 2), (7, 3, 3), (5, 1, 5), (2, 4, 1)])
+def test_gradients_are_exchanged_once_per_update(process_group: None, batches: int, accum: int, updates: int) -> None:
+    assert count_exchanges(batches, accum) == (updates, updates)
+
+
+def test_the_count_sees_needless_exchanges(process_group: None) -> None:
+    """Control: without no_sync each batch costs one."""
+    assert count_exchanges(7, 3, silence=False) == (7, 3)
+
+
+def start_nodes(nodes: int, output: pathlib.Path, flags: list[str], *options: str) -> list[subprocess.Popen[str]]:
+    """One torchrun per node, which meet on this machine, with one process each."""
+    place = f'127.0.0.1:{free_port()}'
+    return [subprocess.Popen(  # noqa: S603
+        [sys.executable, '-m', 'torch.distributed.run', '--nnodes', str(nodes), '--nproc-per-node', '1',
+         '--rdzv-backend', 'c10d', '--rdzv-endpoint', place, '--rdzv-id', 'job', '--local-addr', '127.0.0.1', *options,
+         *flags, '--output', str(output), '--experiment', 'run', '--resume', 'auto'],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}) for _ in range(nodes)]
+
+
+def finish(nodes: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    try:
+        outputs = [node.communicate(timeout=300) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0] * len(nodes), outputs
+    return outputs
+
+
+@pytest.fixture(scope='module')
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The same run as two processes of one torchrun."""
+    output = tmp_path_factory.mktemp('one')
+    subprocess.run(  # noqa: S603
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'train.py', *FLAGS,
+         '--output', str(output), '--experiment', 'run'], check=True, capture_output=True, timeout=300, cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return output / 'run'
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_two_processes_of_one(one_node: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    outputs = finish(start_nodes(2, tmp_path, ['train.py', *FLAGS]))
+    assert sum('--result' in out for out, _ in outputs) == 1
+    assert compare_runs(one_node, tmp_path / 'run') == []
+
+
+CRASH = '''
+import os, signal, sys
+from cpool_vision.cli import train
+from cpool_vision.engine.train import checkpointer
+
+real, seen = checkpointer.Checkpointer.after_update, [0]
+
+def after_update(self, *args):
+    real(self, *args)
+    seen[0] += 1
+    if seen[0] == 4 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpointer.Checkpointer.after_update = after_update
+sys.exit(train.main())
+'''
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_on_one_node_restarts_both(one_node: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / 'crash.py').write_text(CRASH)
+    outputs = finish(start_nodes(2, tmp_path, [str(tmp_path / 'crash.py'), *FLAGS], '--max-restarts', '2'))
+    assert 'Resumed from' in ''.join(err for _, err in outputs)
+    assert compare_runs(one_node, tmp_path / 'run') == []

@@ -1,0 +1,157 @@
+"""SIGTERM, SIGUSR1 and SIGINT: saved between two updates, exit status 143 or 130, at once the second time."""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from resume_tools import rows, unequal
+
+from cpool_vision.cli import train as cli_train
+from cpool_vision.engine.distributed import signals
+from cpool_vision.engine.distributed.signals import StopRequested, StopSignals
+from cpool_vision.engine.train import checkpointer
+from cpool_vision.engine.train import loop as train_loop
+from cpool_vision.engine.train import run as train_run
+
+Train = Callable[..., dict[str, Any]]
+Load = Callable[..., dict[str, Any]]
+STOPS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+
+
+@pytest.fixture(autouse=True)
+def handlers_stay() -> Iterator[None]:
+    """No test leaves handlers of its own."""
+    before = [signal.getsignal(number) for number in STOPS]
+    yield
+    assert [signal.getsignal(number) for number in STOPS] == before
+
+
+def send_at(monkeypatch: pytest.MonkeyPatch, number: int, epoch: int, batch: int) -> None:
+    """Sends this process one signal while it works towards an update."""
+    real, places = train_loop._to_device, [(epoch, batch)]
+
+    def to_device(run: Any, *batch_of: Any) -> Any:
+        if (run.position.epoch, run.position.batch) in places:
+            places.clear()
+            os.kill(os.getpid(), number)
+        return real(run, *batch_of)
+
+    monkeypatch.setattr(train_loop, '_to_device', to_device)
+
+
+@pytest.mark.parametrize('number', STOPS)
+@pytest.mark.parametrize('interval', ['0', '4'])
+def test_a_signal_saves_after_the_update_and_the_run_goes_on_exactly(
+        run_train: Train, load: Load, number: signal.Signals, interval: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ['-b', '4', '--grad-accum-steps', '2', '--model-ema', '--experiment']
+    whole = run_train(*flags, 'whole')['folder']
+    flags += ['broken', '--resume', 'auto', '--recovery-interval', interval]
+    with monkeypatch.context() as patch:
+        send_at(patch, number, 1, 2)
+        with pytest.raises(StopRequested, match=r'saved before batch 4 of epoch 1.*--resume auto') as caught:
+            run_train(*flags)
+    assert caught.value.exit_code == (130 if number == signal.SIGINT else 143)
+    again = run_train(*flags)
+    assert [row['epoch'] for row in again['epochs']] == [1]
+    assert unequal(load(whole, 'last.pth.tar'), load(again['folder'], 'last.pth.tar')) == []
+    assert rows(whole) == rows(again['folder'])
+
+
+@pytest.mark.parametrize('flags, file', [([], 'last'), (['--val-interval', '2'], 'recovery-1-0')])
+def test_a_signal_during_validation_is_obeyed_when_it_ends(
+        run_train: Train, load: Load, flags: list[str], file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
+) -> None:
+    real = train_run.current_lr
+
+    def current_lr(*args: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    flags = ['-b', '4', '--epochs', '2', '--experiment', 'x', '--resume', 'auto', *flags]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_run, 'current_lr', current_lr)
+        with pytest.raises(StopRequested, match='before batch 0 of epoch 1'):
+            run_train(*flags)
+    assert (tmp_path / 'runs' / 'x' / f'{file}.pth.tar').exists()
+    assert [row['epoch'] for row in run_train(*flags)['epochs']] == [1]
+
+
+def test_a_signal_after_the_last_epoch_does_not_make_a_complete_run_fail(
+        run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpointer.Checkpointer.after_epoch
+
+    def after_epoch(self: Any, metric: float | None, final: bool) -> None:
+        if final:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, metric, final)
+
+    monkeypatch.setattr(checkpointer.Checkpointer, 'after_epoch', after_epoch)
+    assert len(run_train('--epochs', '2')['epochs']) == 2
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_exit_status(base_flags: list[str], number: int, status: int, monkeypatch: pytest.MonkeyPatch,
+                     capsys: pytest.CaptureFixture[str]) -> None:
+    send_at(monkeypatch, number, 0, 1)
+    assert cli_train.main(base_flags) == status
+    err = capsys.readouterr().err
+    assert 'stopped by a signal and saved before batch 2 of epoch 0' in err and 'Traceback' not in err
+    flags = err.split('continue with the same flags and ')[1].split()
+    assert cli_train.main([*base_flags, *flags]) == 0  # into another folder, as the run had no name
+
+
+def test_a_second_signal_is_obeyed_at_once() -> None:
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_repetitions_within_two_seconds_count_once_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.]
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
+    monkeypatch.setattr(signals.time, 'monotonic', lambda: now[0])
+    with StopSignals() as stop:
+        for now[0] in (100., 100.5, 101.9):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        now[0] = 102.1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    seen: list[Any] = []
+
+    def run() -> None:
+        with StopSignals():
+            seen.append([signal.getsignal(number) for number in STOPS])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [[signal.getsignal(number) for number in STOPS]]
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_the_second_signal_has_its_default_action(number: signal.Signals) -> None:
+    code = f'''
+import os
+from cpool_vision.engine.distributed.signals import StopSignals
+with StopSignals():
+    os.kill(os.getpid(), {number})
+    print('saved', flush=True)
+    os.kill(os.getpid(), {number})
+    print('still here', flush=True)
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)  # noqa: S603
+    assert done.returncode == -number and done.stdout == 'saved\n'
+    assert f'{number.name}: saving after this update' in done.stderr

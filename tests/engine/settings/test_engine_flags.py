@@ -1,0 +1,88 @@
+"""The parsers know every flag of timm's scripts, by name, default and meaning."""
+import argparse
+import copy
+import json
+import os
+from typing import Any
+
+import pytest
+
+from cpool_vision.engine.settings import train_flags, validate_flags
+
+with open(os.path.join(os.path.dirname(__file__), '..', 'timm_flags.json'), encoding='utf-8') as file:
+    FACTS = json.load(file)
+# flags that differ from those of timm's scripts, with the reason; docs/flags.md lists them
+DEVIATIONS: dict[str, dict[str, Any]] = {
+    'decay_epochs': {'default': None},  # timm's factory then takes 90 for step, and a share of the epochs for wsd
+}
+PARSERS = {'train': train_flags.build_parser, 'validate': validate_flags.build_parser}
+
+
+def facts_of(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
+    """The facts of a parser, in the form of timm_flags.json."""
+    return {
+        action.dest: {
+            'dest': action.dest,
+            'flags': sorted(action.option_strings),
+            'kind': type(action).__name__.lstrip('_').replace('Action', ''),
+            'nargs': action.nargs,
+            'const': action.const,
+            'default': action.default,
+            'type': None if action.type is None else getattr(action.type, '__name__', str(action.type)),
+            'choices': None if action.choices is None else list(action.choices),
+        }
+        for action in parser._actions if action.dest != 'help'
+    }
+
+
+def differences(parser: argparse.ArgumentParser, facts: dict[str, Any]) -> list[str]:
+    """Destinations of timm's flags that the parser lacks or defines differently."""
+    mine = facts_of(parser)
+    expected = {fact['dest']: {**fact, 'flags': sorted(fact['flags'])} for fact in facts['flags']}
+    wrong = [dest for dest, fact in expected.items() if mine.get(dest) != fact]
+    groups = [sorted(action.dest for action in group._group_actions) for group in parser._mutually_exclusive_groups]
+    return wrong + [f'exclusive: {group}' for group in facts['exclusive'] if group not in groups]
+
+
+def wanted(name: str) -> dict[str, Any]:
+    """Facts of timm's script, with our deviations."""
+    facts: dict[str, Any] = copy.deepcopy(FACTS[name])
+    for fact in facts['flags']:
+        change = DEVIATIONS.get(fact['dest'], {})
+        assert all(fact[field] != value for field, value in change.items())
+        fact.update(change)
+    return facts
+
+
+@pytest.mark.parametrize('name', PARSERS)
+def test_flags_equal_timm(name: str) -> None:
+    assert len(FACTS[name]['flags']) > 50
+    assert differences(PARSERS[name](), wanted(name)) == []
+
+
+@pytest.mark.parametrize('field, value', [
+    ('default', 'another'), ('flags', ['--other']), ('nargs', 7), ('type', 'bytes'), ('choices', ['x']),
+    ('kind', 'StoreFalse'), ('const', 'c'), ('dest', 'gone'),
+])
+def test_comparison_sees_a_change_in_every_field(field: str, value: Any) -> None:
+    facts = wanted('train')
+    facts['flags'][20][field] = value
+    assert differences(PARSERS['train'](), facts) == [facts['flags'][20]['dest']]
+
+
+def test_comparison_sees_a_missing_exclusive_group() -> None:
+    assert differences(argparse.ArgumentParser(), {'flags': [], 'exclusive': [['a', 'b']]}) == [
+        "exclusive: ['a', 'b']"]
+
+
+@pytest.mark.parametrize('name', PARSERS)
+def test_every_flag_is_explained(name: str) -> None:
+    assert [action.dest for action in PARSERS[name]()._actions if not action.help] == []
+
+
+@pytest.mark.parametrize('name', PARSERS)
+def test_help_is_printable(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        PARSERS[name]().parse_args(['--help'])
+    assert caught.value.code == 0
+    assert '--model' in capsys.readouterr().out

@@ -1,0 +1,311 @@
+"""Whole runs of train.py's function on a tiny image folder."""
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import yaml
+from resume_tools import flatten, rows, unequal
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import create_model
+from timm.models import load_checkpoint as timm_load_checkpoint
+
+from cpool_vision.engine.tracking import run_folder
+from cpool_vision.engine.train import loop as train_loop
+from cpool_vision.engine.train import objective
+from cpool_vision.engine.train import run as train_run
+from cpool_vision.errors import CheckpointError, ConfigError, DatasetError, OutputError, UnknownModelError
+
+Train = Callable[..., dict[str, Any]]
+Load = Callable[..., dict[str, Any]]
+
+
+def test_a_run_leaves_settings_summary_and_checkpoints(run_train: Train, load: Load) -> None:
+    result = run_train('--experiment', 'one', '--model-ema', '--model-ema-decay', '0.5', '--no-tensorboard')
+    folder = result['folder']
+    assert sorted(os.listdir(folder)) == [
+        'args.yaml', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar',
+        'previous.pth.tar', 'summary.csv', 'updates.csv']
+    with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
+        settings = yaml.safe_load(file)
+    assert settings['experiment'] == 'one' and settings['lr'] == 1e-3
+    table = rows(folder, timed=True)
+    assert [row['epoch'] for row in table] == ['0', '1']
+    assert list(table[0]) == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr',
+                              'train_images_per_sec']
+    assert float(table[0]['eval_top5']) == 100.  # three classes
+
+    last = load(folder, 'last.pth.tar')
+    assert (last['epoch'], last['version'], last['arch']) == (1, 2, 'test_resnet')
+    assert last['args']['opt'] == 'adamw' and isinstance(last['args'], dict)
+    assert last['metric'] == float(table[1]['eval_top1'])
+    assert set(last['state_dict']) == set(last['state_dict_ema'])
+    assert not torch.equal(last['state_dict']['fc.weight'], last['state_dict_ema']['fc.weight'])
+    best = load(folder, 'model_best.pth.tar')
+    assert best['epoch'] == result['best_epoch']
+    model = create_model('test_resnet', num_classes=3)
+    timm_load_checkpoint(model, os.path.join(folder, 'last.pth.tar'), use_ema=False)
+    assert torch.equal(model.fc.weight, last['state_dict']['fc.weight'])
+
+
+@pytest.mark.parametrize('flags', [
+    [],
+    ['--model-ema', '--mixup', '0.2', '--cutmix', '1.0', '--reprob', '0.5', '--sched-on-updates', '--clip-grad', '1'],
+    ['-j', '2', '--aa', 'rand-m5-mstd0.5', '--opt', 'sgd', '--grad-accum-steps', '2'],
+    ['--sched', 'plateau', '--patience-epochs', '0', '--decay-rate', '0.5', '--no-prefetcher', '--mixup', '0.5'],
+    ['--amp', '--amp-dtype', 'float16', '--lr-noise', '0.1', '0.9'],
+], ids=['plain', 'mixed', 'workers', 'plateau', 'fp16'])
+def test_resumed_run_equals_the_uninterrupted_one(run_train: Train, load: Load, flags: list[str]) -> None:
+    whole = run_train(*flags, '--epochs', '3', '--experiment', 'whole')
+    stopped = run_train(*flags, '--epochs', '3', '--experiment', 'part', '--checkpoint-hist', '3')
+    folder = stopped['folder']
+    again = run_train(*flags, '--epochs', '3', '--experiment', 'rest', '--resume',
+                      os.path.join(folder, 'checkpoint-0.pth.tar'))
+    assert [row['epoch'] for row in again['epochs']] == [1, 2]
+    one, two = load(whole['folder'], 'last.pth.tar'), load(again['folder'], 'last.pth.tar')
+    assert len(flatten(one['optimizer'])) > 10
+    assert unequal(one, two) == []
+    assert rows(whole['folder'])[1:] == rows(again['folder'])
+
+
+@pytest.mark.parametrize('broken', ['optimizer', 'seed', 'epoch'])
+def test_the_comparison_of_resumed_runs_sees_what_is_lost(
+        run_train: Train, load: Load, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_train('--experiment', 'whole')
+    path = os.path.join(whole['folder'], 'checkpoint-0.pth.tar')
+    flags = ['--experiment', 'rest', '--resume', path]
+    if broken == 'optimizer':
+        flags.append('--no-resume-opt')
+    elif broken == 'seed':
+        flags += ['--seed', '43']
+    else:
+        seed = train_loop.seed_everything
+        monkeypatch.setattr(train_loop, 'seed_everything', lambda *keys: seed(*keys[:2], *(k + 1 for k in keys[2:])))
+    again = run_train(*flags)
+    wrong = unequal(load(whole['folder'], 'last.pth.tar'), load(again['folder'], 'last.pth.tar'))
+    assert any(name.startswith('.state_dict') for name in wrong)
+
+
+def test_epochs_are_shuffled_differently(run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[list[int]] = []
+    real = train_run.train_one_epoch
+
+    def spy(run: Any, epoch: int, num_epochs: int) -> Any:
+        state = torch.get_rng_state()
+        orders.append(list(run.loader.sampler))
+        torch.set_rng_state(state)
+        return real(run, epoch, num_epochs)
+
+    monkeypatch.setattr(train_run, 'train_one_epoch', spy)
+    run_train('--experiment', 'a')
+    run_train('--experiment', 'b')
+    run_train('--experiment', 'c', '--seed', '7')
+    assert sorted(orders[0]) == list(range(24))
+    assert orders[0] != orders[1]
+    assert orders[:2] == orders[2:4]
+    assert orders[0] != orders[4]
+
+
+def test_runs_without_a_name_share_no_folder(run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noon(run_folder.datetime):  # type: ignore[misc, name-defined]
+        @classmethod
+        def now(cls) -> Any:
+            return cls(2026, 1, 1, 12)
+
+    monkeypatch.setattr(run_folder, 'datetime', Noon)
+    places = [os.path.basename(run_train('--epochs', '1')['folder']) for _ in range(3)]
+    assert places == ['20260101-120000-test_resnet-32' + suffix for suffix in ('', '-2', '-3')]
+
+
+def test_resume_in_place_continues_the_folder(run_train: Train, load: Load) -> None:
+    first = run_train('--experiment', 'run', '--epochs', '2', '--checkpoint-hist', '2')
+    folder = first['folder']
+    before = load(folder, 'last.pth.tar')['saver']
+    second = run_train('--experiment', 'run', '--epochs', '4', '--checkpoint-hist', '2', '--resume', 'auto')
+    assert second['folder'] == folder
+    assert [row['epoch'] for row in rows(folder)] == ['0', '1', '2', '3']
+    with open(os.path.join(folder, 'summary.csv'), encoding='utf-8') as file:
+        assert file.read().count('epoch,') == 1
+    after = load(folder, 'last.pth.tar')['saver']
+    assert after['best_metric'] >= before['best_metric']
+    assert len([name for name in os.listdir(folder) if name.startswith('checkpoint-')]) == 2
+    with open(os.path.join(folder, 'args.1.yaml'), encoding='utf-8') as file:
+        assert yaml.safe_load(file)['epochs'] == 2
+
+
+def test_resume_from_an_earlier_epoch_replaces_rows_and_keeps_a_copy(run_train: Train) -> None:
+    folder = run_train('--experiment', 'run', '--epochs', '3')['folder']
+    with open(os.path.join(folder, 'summary.csv'), encoding='utf-8') as file:
+        former = file.read()
+    run_train('--experiment', 'run', '--epochs', '3', '--resume', os.path.join(folder, 'checkpoint-0.pth.tar'))
+    assert [row['epoch'] for row in rows(folder)] == ['0', '1', '2']
+    with open(os.path.join(folder, 'summary.1.csv'), encoding='utf-8') as file:
+        assert file.read() == former
+
+
+def test_resume_auto_starts_anew_without_a_checkpoint(run_train: Train) -> None:
+    assert len(run_train('--experiment', 'new', '--resume', 'auto', '--epochs', '1')['epochs']) == 1
+    with pytest.raises(ConfigError, match='--experiment'):
+        run_train('--resume', 'auto')
+
+
+def test_an_existing_run_is_not_overwritten(run_train: Train) -> None:
+    folder = run_train('--experiment', 'run', '--epochs', '1')['folder']
+    contents = {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
+    with pytest.raises(OutputError, match='already holds a run.*--resume auto'):
+        run_train('--experiment', 'run', '--epochs', '1')
+    assert contents == {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
+
+
+def test_unwritable_output_is_refused_before_training(run_train: Train, tmp_path: Any,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'file').write_text('mine')
+    monkeypatch.setattr(train_run, 'train_one_epoch', lambda *_: pytest.fail('trained'))
+    with pytest.raises(OutputError, match='choose another --output') as caught:
+        run_train('--output', str(tmp_path / 'file' / 'runs'))
+    assert isinstance(caught.value, OSError)
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('flags', [
+    ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--model-ema'],
+    ['--amp', '--amp-dtype', 'float16', '--clip-grad', '1.0', '--clip-mode', 'agc'],
+    ['--model-dtype', 'bfloat16', '--model-ema', '--no-prefetcher'],
+    ['--jsd-loss', '--aug-splits', '3', '--split-bn', '--aa', 'augmix-m3'],
+    ['--bce-loss', '--smoothing', '0', '--bce-target-thresh', '0.2', '--layer-decay', '0.7'],
+    ['--train-img-sizes', '32', '48', '--train-batch-sizes', '8', '4', '--variable-batch-loss-scale', 'linear'],
+    ['--torchscript', '--opt', 'lookahead_sgd', '--sched', 'none'],
+    ['--torchcompile', 'eager', '--model-ema', '--model-ema-warmup'],
+    ['--val-split', '', '--no-aug', '--use-multi-epochs-loader'],
+    ['--mixup', '0.2', '--mixup-off-epoch', '1', '--epochs', '2', '-j', '1', '--save-images', '--synchronize-step'],
+    ['--eval-metric', 'loss', '--grad-checkpointing', '--head-init-scale', '0.1', '--head-init-bias', '-2'],
+    ['--input-size', '1', '32', '32', '--mean', '0.5', '--std', '0.25', '--fast-norm'],
+], ids=lambda flags: flags[0].strip('-'))
+def test_flags_train(run_train: Train, load: Load, flags: list[str]) -> None:
+    result = run_train('--epochs', '1', *flags)
+    content = load(result['folder'], 'last.pth.tar')
+    assert all(torch.isfinite(value).all() for value in content['state_dict'].values())
+    assert result['epochs'][-1]['train_loss'] > 0
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_distillation_trains_and_resumes(run_train: Train, load: Load, kind: str,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.task import distillation
+    real = distillation.create_model
+    monkeypatch.setattr(distillation, 'create_model', lambda **kw: real(**{**kw, 'pretrained': False}))
+    flags = ['--kd-model-name', 'test_resnet', '--kd-distill-type', kind, '--epochs', '2']
+    folder = run_train(*flags, '--experiment', 'kd')['folder']
+    again = run_train(*flags, '--experiment', 'rest', '--resume', os.path.join(folder, 'checkpoint-0.pth.tar'))
+    assert set(load(again['folder'], 'last.pth.tar')['state_dict']) == set(
+        create_model('test_resnet', num_classes=3).state_dict())
+
+
+def test_update_schedule_follows_updates(run_train: Train) -> None:
+    steps = run_train('--experiment', 'updates', '--sched-on-updates', '--min-lr', '0')['epochs']
+    epochs = run_train('--experiment', 'epochs', '--min-lr', '0')['epochs']
+    assert [row['lr'] for row in steps] == pytest.approx([5e-4, 0], abs=1e-9)  # half of the cosine, and its end
+    assert [row['lr'] for row in epochs] == pytest.approx([1e-3, 5e-4])
+
+
+@pytest.mark.parametrize('flags, kind', [
+    ([], LabelSmoothingCrossEntropy),
+    (['--smoothing', '0'], nn.CrossEntropyLoss),
+    (['--mixup', '0.1'], SoftTargetCrossEntropy),
+    (['--bce-loss'], BinaryCrossEntropy),
+    (['--bce-loss', '--smoothing', '0'], BinaryCrossEntropy),
+    (['--bce-loss', '--cutmix', '1'], BinaryCrossEntropy),
+    (['--jsd-loss', '--aug-splits', '3'], JsdCrossEntropy),
+])
+def test_loss_follows_the_flags(train_args: Any, flags: list[str], kind: type) -> None:
+    assert type(objective.build_loss(train_args('--num-classes', '3', *flags))) is kind
+
+
+def test_bce_smooths_hard_targets_only(train_args: Any) -> None:
+    assert objective.build_loss(train_args('--bce-loss', '--smoothing', '0.2')).smoothing == 0.2
+    assert objective.build_loss(train_args('--bce-loss', '--smoothing', '0.2', '--mixup', '1')).smoothing == 0
+
+
+@pytest.mark.parametrize('flags, expected', [
+    (['--lr', '0.3'], 0.3),
+    (['--opt', 'sgd'], 0.1 * 64 * 2 * 4 / 256),
+    (['--opt', 'adamw'], 0.1 * (64 * 2 * 4 / 256) ** 0.5),
+    (['--opt', 'lamb', '--lr-base', '0.2', '--lr-base-size', '128'], 0.2 * 2),
+    (['--opt', 'adamw', '--lr-base-scale', 'linear'], 0.1 * 2),
+])
+def test_learning_rate_follows_the_batch(train_args: Any, flags: list[str], expected: float) -> None:
+    args = train_args('-b', '64', '--grad-accum-steps', '4', *flags)
+    args.world_size = 2
+    assert objective.resolve_lr(args) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('flags, error, words', [
+    (['--jsd-loss'], ConfigError, '--aug-splits'),
+    (['--bce-sum'], ConfigError, '--bce-loss'),
+    (['--opt', 'adamx'], ConfigError, 'adamx'),
+    (['--sched', 'cosin'], ConfigError, 'cosin'),
+    (['--amp', '--amp-dtype', 'float8'], ConfigError, 'float8'),
+    (['--amp', '--model-dtype', 'bfloat16'], ConfigError, '--amp needs float32'),
+    (['--lr-base-scale', 'cubic', '--lr', '0'], ConfigError, 'cubic'),
+    (['--grad-accum-steps', '0'], ConfigError, '--grad-accum-steps'),
+    (['--eval-metric', 'f1'], ConfigError, 'f1'),
+    (['--clip-mode', 'max'], ConfigError, 'max'),
+    (['--seed', '-1'], ConfigError, '--seed'),
+    (['--split-bn'], ConfigError, '--aug-splits'),
+    (['--aug-repeats', '3'], ConfigError, 'torchrun'),
+    (['--aug-splits', '1'], ConfigError, '--aug-splits'),
+    (['--device', 'gpu0'], ConfigError, 'gpu0'),
+    (['--device-modules', 'no_such_module'], ConfigError, 'no_such_module'),
+    (['--wandb-resume-id', 'x', '--log-wandb'], ConfigError, '--resume'),
+    (['--model-kwargs', 'in_chans=1'], ConfigError, 'in_chans'),
+    (['--bn-momentum', '0.2'], UnknownModelError, 'bn_momentum'),
+    (['--num-classes', '2'], DatasetError, '--num-classes 3'),
+    (['-b', '25'], DatasetError, '--batch-size'),
+    (['--train-split', 'training2'], DatasetError, 'train, validation'),
+    (['--dataset', 'torch/nothing'], DatasetError, 'torch/nothing'),
+    (['--dataset', 'cpool/nothing'], DatasetError, 'cpool/nothing'),
+    (['--class-map', 'none.txt'], DatasetError, 'none.txt'),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_bad_settings_are_errors(run_train: Train, flags: list[str], error: type, words: str, tmp_path: Any) -> None:
+    with pytest.raises(error, match=words.replace('(', r'\(')):
+        run_train(*flags)
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_empty_and_missing_folders_are_errors(run_train: Train, tmp_path: Any) -> None:
+    (tmp_path / 'empty' / 'train').mkdir(parents=True)
+    with pytest.raises(DatasetError, match='empty'):
+        run_train('--data-dir', str(tmp_path / 'empty'))
+    with pytest.raises(FileNotFoundError, match='--data-dir'):
+        run_train('--data-dir', str(tmp_path / 'absent'))
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--num-classes', '4'], r'\(3,\) for \(4,\).*--num-classes'),
+    (['--model', 'test_vit'], 'missing.*--model'),
+    (['--opt', 'sgd', '--layer-decay', '0.5'], 'optimizer.*--no-resume-opt'),
+])
+def test_resume_of_another_run_is_refused(run_train: Train, flags: list[str], words: str) -> None:
+    folder = run_train('--experiment', 'run', '--epochs', '1')['folder']
+    with pytest.raises(CheckpointError, match=words):
+        run_train('--resume', os.path.join(folder, 'last.pth.tar'), '--experiment', 'other', *flags)
+
+
+TINY_VIT = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2']
+
+
+def test_models_of_a_fixed_size_are_built_for_the_size_asked_for(run_train: Train, load: Load, base_flags: list[str],
+                                                                 ) -> None:
+    result = run_train(*TINY_VIT, '--epochs', '1', '--img-size', '48')
+    assert load(result['folder'], 'last.pth.tar')['state_dict']['pos_embed'].shape[1] == 9 + 1
+    index = base_flags.index('--img-size')
+    del base_flags[index:index + 2]
+    result = run_train(*TINY_VIT, '--epochs', '1', '--input-size', '3', '32', '64', '--experiment', 'wide')
+    assert load(result['folder'], 'last.pth.tar')['state_dict']['pos_embed'].shape[1] == 8 + 1
+
+
+def test_contradicting_sizes_are_errors(run_train: Train) -> None:
+    with pytest.raises(UnknownModelError, match='--img-size, --input-size'):
+        run_train(*TINY_VIT, '--input-size', '3', '48', '48')
