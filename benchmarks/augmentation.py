@@ -26,6 +26,7 @@ from timm.data import create_transform
 from cpool_vision.data import ShapesDataset
 from cpool_vision.data.augment import Pipeline
 from cpool_vision.data.augment_config import list_presets
+from cpool_vision.data.images import open_image
 from cpool_vision.engine.data.keyed import DrawnSeeds, seed_generators
 from cpool_vision.engine.data.posterize import allow_zero_bits
 
@@ -70,7 +71,7 @@ def find_images(folder: pathlib.Path | None, count: int, size: int) -> list[byte
 
 def decode(file: bytes) -> Image.Image:
     """The image of a file."""
-    return Image.open(io.BytesIO(file)).convert('RGB')
+    return open_image(io.BytesIO(file))
 
 
 def draw_sheet(transforms: dict[str, Transform], images: list[Image.Image], size: int, draws: int) -> Image.Image:

@@ -103,7 +103,9 @@ def _pictures(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[l
     import numpy as np
     from PIL import Image
 
+    from cpool_vision.data.images import open_image
     from cpool_vision.engine.data.loaders import build_dataset
+    from cpool_vision.engine.data.unreadable import UnreadableImageError, sample_name
     from cpool_vision.errors import ConfigError, DatasetError
 
     pictures: list[Any] = []
@@ -111,8 +113,7 @@ def _pictures(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[l
     if args.images:
         for path in args.images:
             try:
-                with Image.open(path) as image:
-                    pictures.append(image.convert('RGB'))
+                pictures.append(open_image(path))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise DatasetError(f'image {path!r} cannot be read ({error}): name an image file') from error
         return pictures, _file_labels(args.images)
@@ -124,7 +125,11 @@ def _pictures(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[l
     names = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
     names = {index: name for name, index in names.items()}
     for index in np.random.default_rng(args.seed).permutation(len(dataset))[:args.num_images]:
-        image, target = dataset[int(index)]
+        try:
+            image, target = dataset[int(index)]
+        except UnreadableImageError as error:
+            raise DatasetError(f'image {sample_name(dataset, index)!r} cannot be read ({error}): restore it, or choose '
+                               'others with --seed') from error
         pictures.append(image)
         labels.append(str(names.get(target, target)).replace('_', ' ')[:18])
     return pictures, labels

@@ -37,6 +37,8 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
     """
     if os.path.isdir(path):
         raise CheckpointError(f'{flag} {path!r} is a folder: name a checkpoint file in it')
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f'{flag} {path!r} is no regular file: use a copy')
     if not os.path.isfile(path):
         raise CheckpointNotFoundError(f'{flag} {path!r} does not exist: check the path')
     try:

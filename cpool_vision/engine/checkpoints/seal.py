@@ -15,6 +15,7 @@ import torch
 
 from cpool_vision.errors import CheckpointError, CheckpointVersionError
 from cpool_vision.files import write_atomic
+from cpool_vision.reading import open_regular
 
 SCHEMA = 1
 _MARK = b'cpool_vision checkpoint '
@@ -78,7 +79,7 @@ def save_sealed(path: str, content: Mapping[str, Any], serial: int) -> None:
 def _find_comment(path: str) -> tuple[int, bytes]:
     """Where the comment of the archive begins, and the comment; b'' if there is none."""
     size = os.path.getsize(path)
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         file.seek(max(0, size - _TAIL))
         tail = file.read()
     end = tail.rfind(_END)
@@ -92,8 +93,8 @@ def read_seal(path: str) -> Seal | None:
     """Seal of a file, without a look at the rest; None if it has none or cannot be read."""
     try:
         comment = _find_comment(path)[1]
-        return Seal(**json.loads(comment[len(_MARK):])) if comment.startswith(_MARK) else None
-    except (OSError, ValueError, TypeError):
+        return _parse(comment[len(_MARK):]) if comment.startswith(_MARK) else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -105,7 +106,7 @@ def hash_of(text: str) -> int:
 def _hash_start(path: str, size: int) -> Any:
     """SHA-256 of the first bytes of a file, to be updated further; the file may be larger than the memory."""
     sha256 = hashlib.sha256()
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         while size > 0 and (chunk := file.read(min(_CHUNK, size))):
             sha256.update(chunk)
             size -= len(chunk)
@@ -140,4 +141,11 @@ def check_seal(path: str, flag: str) -> Seal | None:
     if sha256.hexdigest() != seal.sha256:
         raise CheckpointError(f'{flag} {path!r} is damaged (its content does not have the hash that it was written '
                               'with): use another copy')
+    return seal
+
+
+def _parse(text: bytes) -> Seal:
+    seal = Seal(**json.loads(text))
+    if not (isinstance(seal.sha256, str) and type(seal.schema) is int and type(seal.serial) is int):
+        raise ValueError('a seal holds a hash and two numbers')
     return seal

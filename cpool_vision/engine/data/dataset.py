@@ -4,12 +4,18 @@ import os
 import pickle
 from typing import Any
 
+from timm.data import ImageDataset
+
 from cpool_vision.data import create_dataset
+from cpool_vision.data.folders import FolderReader, SafeImageFolder
+from cpool_vision.data.images import guard_images
 from cpool_vision.errors import DatasetError, DatasetNotFoundError, UserError
 
 from .multi_label import is_multi_label, open_label_file, reader_arguments, settle_labels
+from .unreadable import StrictImageDataset
 
 _FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')
+_TORCH_FOLDERS = ('torch/image_folder', 'torch/folder')
 _PREFIXES = ('cpool', 'torch', 'hfds', 'hfids', 'tfds', 'wds')
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
@@ -60,7 +66,7 @@ def build_dataset(
     name, root = args.dataset, args.data_dir
     multi_label = is_multi_label(args)
     _check_name(name)
-    if name in _FOLDER_NAMES or name.lower() in ('torch/image_folder', 'torch/folder'):
+    if name in _FOLDER_NAMES or name.lower() in _TORCH_FOLDERS:
         # a label file may list the images of a split that has no folder
         _check_folder(root, '' if multi_label and args.label_file else split)
     # a mapping comes from --class-subset
@@ -74,9 +80,14 @@ def build_dataset(
         raise
     except FileNotFoundError as error:
         raise DatasetNotFoundError(f'{what}: {error}; check --data-dir') from error
-    except (AssertionError, ImportError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError,
+            pickle.UnpicklingError) as error:
         raise DatasetError(f'{what} cannot be opened ({" ".join(str(error).split())}): check --dataset, --data-dir and '
                            'the split') from error
+    if type(dataset) is ImageDataset:
+        dataset = StrictImageDataset(dataset)
+    elif not name.lower().startswith('cpool/'):
+        guard_images(dataset)
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise DatasetError(f'{what} is empty: check --data-dir and the split')
     _check_classes(dataset, args.num_classes, what)
@@ -93,6 +104,12 @@ def _open(args: argparse.Namespace, split: str, training: bool, input_img_mode: 
             args, root, split_folder(root, split), split, input_img_mode=input_img_mode, **kwargs)
     if is_multi_label(args):
         kwargs |= reader_arguments(args)
+    place = split_folder(root, split) if root and os.path.isdir(root) else ''
+    if name in _FOLDER_NAMES and os.path.isdir(place):
+        reader = FolderReader(place, args.class_map, args.input_key)
+        return ImageDataset(place, reader=reader, input_img_mode=input_img_mode, **kwargs)
+    if name.lower() in _TORCH_FOLDERS and place:
+        return SafeImageFolder(place)
     return create_dataset(
         name,
         root=root,

@@ -13,6 +13,7 @@ from timm.data.readers.targets import get_field, has_field, parse_target_keys
 from timm.utils import natural_key
 
 from cpool_vision.errors import DatasetError, DatasetNotFoundError
+from cpool_vision.reading import open_regular
 
 NAMES = ('labels.csv', 'labels.jsonl', 'metadata.csv', 'metadata.jsonl')
 SEPARATOR = '|'
@@ -274,7 +275,7 @@ class LabelFileReader(Reader):
 
     def __getitem__(self, index: int) -> tuple[Any, list[int]]:
         path, labels = self.samples[index]
-        return open(path, 'rb'), labels
+        return open_regular(path), labels
 
     def __len__(self) -> int:
         return len(self.samples)

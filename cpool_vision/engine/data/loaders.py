@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.utils.data
-from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, Mixup, create_loader
+from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, Mixup, create_loader
 from timm.data.loader import PrefetchLoader
 from timm.data.naflex_loader import NaFlexPrefetchLoader
 
@@ -72,8 +72,6 @@ def build_train_loader(
     allow_zero_bits()
     dataset = build_dataset(args, args.train_split, True, image_mode(args, data_config), args.train_num_samples)
     streamed = isinstance(dataset, torch.utils.data.IterableDataset)
-    if type(dataset) is ImageDataset:
-        dataset = StrictImageDataset(dataset)
     order = None
     if streamed and args.aug_repeats:
         raise ConfigError('--aug-repeats needs a set with an index, not a streamed one: leave it out')
@@ -181,7 +179,7 @@ def build_eval_loader(
         DatasetError: see `build_dataset`.
     """
     dataset = build_dataset(args, split, False, image_mode(args, data_config), num_samples)
-    if type(dataset) is ImageDataset:
+    if isinstance(dataset, StrictImageDataset):
         dataset = CountingImageDataset(dataset)
     workers = args.workers
     if distributed and isinstance(dataset, IterableImageDataset):

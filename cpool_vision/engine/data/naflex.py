@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 import torch.nn as nn
 import torch.utils.data
-from timm.data import ImageDataset, NaFlexMixup, create_naflex_loader
+from timm.data import NaFlexMixup, create_naflex_loader
 
 from cpool_vision.errors import ConfigError, DatasetError
 
@@ -18,7 +18,7 @@ from .keyed import KeyedErasing
 from .loader_flags import augmentation, mixing
 from .loaders import build_dataset, image_mode
 from .stream import StreamedTrainStream
-from .unreadable import CountingImageDataset
+from .unreadable import CountingImageDataset, StrictImageDataset
 from .worker import WorkerSignals
 
 
@@ -167,7 +167,7 @@ def build_naflex_eval_loader(args: argparse.Namespace, model: nn.Module, data_co
     """
     patch_size = check_naflex(args, model)
     dataset = _open(args, data_config, split, False, num_samples)
-    if type(dataset) is ImageDataset:
+    if isinstance(dataset, StrictImageDataset):
         dataset = CountingImageDataset(dataset)
     loader: Any = create_naflex_loader(
         dataset,

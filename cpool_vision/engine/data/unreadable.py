@@ -11,8 +11,10 @@ import torch.distributed
 from PIL import Image
 from timm.data import ImageDataset
 
+from cpool_vision.data.images import open_image
 from cpool_vision.errors import DatasetError
 from cpool_vision.files import write_atomic
+from cpool_vision.reading import one_line
 
 _logger = logging.getLogger(__name__)
 UNREADABLE = -100  # label of an image that could not be decoded: the ignore_index of cross-entropy
@@ -25,7 +27,10 @@ class UnreadableImageError(Exception):
 
 
 class StrictImageDataset(ImageDataset):
-    """timm's `ImageDataset`, but an unreadable image is an error, where timm's hands out its neighbour."""
+    """timm's `ImageDataset`, but an unreadable image is an error, where timm's hands out its neighbour.
+
+    Images are decoded by `data.images.open_image`.
+    """
 
     def __init__(self, dataset: ImageDataset) -> None:
         super().__init__(None, reader=dataset.reader, load_bytes=dataset.load_bytes,
@@ -35,9 +40,8 @@ class StrictImageDataset(ImageDataset):
     def _load(self, index: int) -> tuple[Any, Any]:
         try:
             file, target, *_ = self.reader[index]
-            if self.load_bytes:
-                return file.read(), target
-            return Image.open(file).convert(self.input_img_mode or 'RGB'), target
+            with file:
+                return file.read() if self.load_bytes else open_image(file, self.input_img_mode or 'RGB'), target
         except (*DECODE_ERRORS, ValueError) as error:
             raise UnreadableImageError(' '.join(str(error).split()) or type(error).__name__) from error
 
@@ -61,7 +65,7 @@ class CountingImageDataset(StrictImageDataset):
         try:
             return super()._load(index)
         except UnreadableImageError as error:
-            _logger.warning('Image %s cannot be read (%s).', self.filename(index), error)
+            _logger.warning('Image %s cannot be read (%s).', one_line(self.filename(index)), error)
             return Image.new(self.input_img_mode or 'RGB', (64, 64)), UNREADABLE
 
 
@@ -102,7 +106,7 @@ def refuse_unreadable(dataset: Any, positions: list[int], total: int, limit: flo
 
 def _enumerate(dataset: Any, indices: list[int]) -> str:
     more = f' and {len(indices) - 5} more' if len(indices) > 5 else ''
-    return ', '.join(sample_name(dataset, index) for index in indices[:5]) + more
+    return ', '.join(one_line(sample_name(dataset, index)) for index in indices[:5]) + more
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class UnreadableLog:
         if not self.folder or indices <= self._listed:
             return
         self._listed |= indices
-        text = ''.join(f'{index}\t{sample_name(self.dataset, index)}\n' for index in sorted(self._listed))
+        text = ''.join(f'{index}\t{one_line(sample_name(self.dataset, index))}\n' for index in sorted(self._listed))
         content = text.encode(errors='surrogateescape')  # as file names may hold bytes that are no UTF-8
         write_atomic(os.path.join(self.folder, LIST_NAME), lambda file: file.write(content))
 
@@ -160,7 +164,7 @@ class UnreadableLog:
         self.found.update(new)
         for image in new.values():
             _logger.warning('Training image %s (number %d) cannot be read (%s): another one takes its place.',
-                            image.path, image.index, image.reason)
+                            one_line(image.path), image.index, image.reason)
         self._list(set(self.found))
         if len(self.found) > self.allowed:
             raise DatasetError(
