@@ -2,7 +2,7 @@
 import csv
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +52,36 @@ def watch_calls(patch: pytest.MonkeyPatch, act: Callable[[str], None], *calls: t
         wrap(place, name)
 
 
-def die_at_every_call(
-        folder: Path, start: str, count_calls: Callable[[pytest.MonkeyPatch, Callable[[str], None]], None],
-        save: Callable[[str], None]) -> Iterator[tuple[str, bool]]:
-    """Copies of `start`, each with a save broken off one call later than in the copy before.
+def copies_at_every_call(
+        folder: Path, start: str, watch: Callable[[pytest.MonkeyPatch, Callable[[str], None]], None],
+        save: Callable[[str], None]) -> list[str]:
+    """What a process killed before each call of a save would leave: copies of the folder it saves to.
 
-    A child process saves and dies without any clean-up, as by SIGKILL, before a call that `count_calls` watches.
+    Args:
+        folder: where the copies go.
+        start: folder before the save, which is left as it is.
+        watch: lets a function happen before each call of the operating system that changes a file.
+        save: the save.
 
-    Yields:
-        Each copy, and whether the save in it was completed; that one is the last.
+    Returns:
+        The copies in the order of the calls; the last one is from after the save.
     """
-    died, done = 0, False
-    while not done:
-        copy = str(folder / f'{died}')
-        shutil.copytree(start, copy, symlinks=True)
-        child = os.fork()
-        if child == 0:
-            seen = [0]
+    work, copies, copying = str(folder / 'work'), [], []
 
-            def act(_: str, seen: list[int] = seen, last: int = died) -> None:
-                if seen[0] == last:
-                    os._exit(9)
-                seen[0] += 1
+    def copy(_: str = '') -> None:
+        if copying:  # a call of the copy itself
+            return
+        copying.append(True)
+        copies.append(str(folder / f'{len(copies)}'))
+        shutil.copytree(work, copies[-1], symlinks=True)
+        copying.clear()
 
-            try:
-                count_calls(pytest.MonkeyPatch(), act)
-                save(copy)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, 9)
-        done = status == 0
-        yield copy, done
-        died += 1
+    shutil.copytree(start, work, symlinks=True)
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, copy)
+        save(work)
+    copy()
+    return copies
 
 
 def flatten(value: Any, name: str = '') -> dict[str, Any]:

@@ -2,14 +2,15 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from divided_tools import in_processes
 from loader_tools import CASES, CPU, Build, builder, same
 from PIL import Image
+from process_tools import in_processes
 from timm.data import ImageDataset
 
 from cpool_vision.engine.data import loaders as data
@@ -110,17 +111,17 @@ def test_faults_of_a_transform_are_not_taken_for_unreadable_images(build: Build)
         prepared.take(0)
 
 
+def share(image_root: str, folder: Path, rank: int) -> list[int]:
+    log = UnreadableLog(StrictImageDataset(ImageDataset(os.path.join(image_root, 'train'))), 10)
+    log.open(str(folder) if rank == 0 else '')
+    before = log.share(CPU)
+    log.add([Unreadable(index, str(index), '') for index in ([8], [3, 17])[rank]])
+    return [before, log.share(CPU)]
+
+
 def test_the_first_process_lists_what_all_found(image_root: str, tmp_path: Path) -> None:
     (tmp_path / 'run').mkdir()
-
-    def share(rank: int) -> list[int]:
-        log = UnreadableLog(StrictImageDataset(ImageDataset(os.path.join(image_root, 'train'))), 10)
-        log.open(str(tmp_path / 'run') if rank == 0 else '')
-        before = log.share(CPU)
-        log.add([Unreadable(index, str(index), '') for index in ([8], [3, 17])[rank]])
-        return [before, log.share(CPU)]
-
-    assert in_processes(2, tmp_path, share) == [[0, 3], [0, 3]]
+    assert in_processes(2, tmp_path, partial(share, image_root, tmp_path / 'run')) == [[0, 3], [0, 3]]
     assert (tmp_path / 'run' / 'unreadable.txt').read_text() == '3\tcat/3.png\n8\tdog/0.png\n17\towl/1.png\n'
 
 

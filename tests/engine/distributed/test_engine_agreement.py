@@ -2,12 +2,13 @@
 import pathlib
 import signal
 import types
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from divided_tools import in_processes
+from process_tools import in_processes
 from torch.distributed.rendezvous import rendezvous
 
 from cpool_vision.engine.checkpoints.position import Position
@@ -20,7 +21,7 @@ from cpool_vision.engine.train.checkpointer import Checkpointer, gather_process_
 from cpool_vision.errors import CheckpointError, OutputError
 
 
-def decide(rank: int, folder: str) -> None:
+def decide(folder: str, rank: int) -> None:
     """What each of two processes asks of the other, and what it must learn."""
     cpu = torch.device('cpu')
     good, bad = torch.tensor(1.), torch.tensor(float('nan'))
@@ -86,4 +87,4 @@ def test_each_attempt_of_torchrun_has_its_own_part_of_the_store(monkeypatch: pyt
 
 
 def test_processes_decide_alike(tmp_path: pathlib.Path) -> None:
-    in_processes(2, tmp_path, lambda rank: decide(rank, str(tmp_path)))
+    in_processes(2, tmp_path, partial(decide, str(tmp_path)))

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from divided_tools import in_processes
 from PIL import Image
 from port_tools import free_port
+from process_tools import in_processes
 from torch.nn.functional import cross_entropy
 
 from cpool_vision.cli.validate import main
@@ -196,6 +197,17 @@ def test_the_command_prints_single_figures(base: list[str], capsys: pytest.Captu
     assert shown['images'] == 7 and 'per_class' not in shown and 'brier' in shown
 
 
+def validate(command: list[str], port: int, rank: int) -> tuple[int, str, str]:
+    os.environ.update({'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
+    out, err = io.StringIO(), io.StringIO()
+    logger = logging.getLogger('cpool_vision')
+    logger.addHandler(logging.StreamHandler(err))
+    logger.setLevel(logging.INFO)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(command)
+    return status, out.getvalue(), err.getvalue()
+
+
 def test_two_processes_give_the_results_of_one(run: Callable[..., Any], base: list[str], tmp_path: Path) -> None:
     """Seven images, one of them unreadable, with every output at once."""
     import shutil
@@ -209,19 +221,7 @@ def test_two_processes_give_the_results_of_one(run: Callable[..., Any], base: li
     command = [*base, *flags, '--predictions', str(tmp_path / 'two.npz'), '--results-file', str(tmp_path / 'two.json'),
                '--measure-cost']
 
-    port = free_port()
-
-    def validate(_: int) -> tuple[int, str, str]:
-        os.environ.update({'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
-        out, err = io.StringIO(), io.StringIO()
-        logger = logging.getLogger('cpool_vision')
-        logger.addHandler(logging.StreamHandler(err))
-        logger.setLevel(logging.INFO)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = main(command)
-        return status, out.getvalue(), err.getvalue()
-
-    done = in_processes(2, tmp_path, validate, group=False)
+    done = in_processes(2, tmp_path, partial(validate, command, free_port()), group=False)
     assert [status for status, *_ in done] == [0, 0], done
     assert ''.join(out for _, out, _ in done).count('--result') == 1
     assert '1 of 7 images cannot be read: dog/1.png' in ''.join(err for *_, err in done)

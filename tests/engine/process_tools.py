@@ -1,0 +1,69 @@
+"""Several processes for one test.
+
+They are forked from a server that only imports, not from the process of the tests: threads that earlier tests left
+there may hold a lock, which a child forked at that moment waits for forever.
+"""
+import multiprocessing
+import os
+import pathlib
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PRELOAD = ['torch', 'torch.distributed', 'timm', 'timm.task', 'pytest', 'cpool_vision', 'cpool_vision.cli.train']
+
+
+def clean_context() -> Any:
+    """Context of `multiprocessing` whose processes start within milliseconds and without inherited threads."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _work(work: Callable[[int], Any], rank: int, count: int, place: str, group: bool, answers: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        os.environ.update({'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(count)})
+        if group:
+            dist.init_process_group('gloo', store=dist.FileStore(place, count), rank=rank, world_size=count)
+        answers.put((rank, work(rank), ''))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException:
+        answers.put((rank, None, traceback.format_exc()))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)
+
+
+def in_processes(count: int, folder: pathlib.Path, work: Callable[[int], Any], group: bool = True) -> list[Any]:
+    """Calls a function with the rank in each process of a gloo group and returns what it gives, by rank.
+
+    Args:
+        count: number of processes.
+        folder: folder of the file through which they meet.
+        work: function of a module, or a `functools.partial` of one; it and its result must pickle.
+        group: whether the group exists when `work` is called; otherwise `work` has to create it, as `train` does.
+    """
+    context = clean_context()
+    answers = context.Queue()
+    place = str(folder / f'store-{len(list(folder.glob("store-*")))}')
+    pathlib.Path(place).touch()
+    children = [context.Process(target=_work, args=(work, rank, count, place, group, answers))
+                for rank in range(count)]
+    for child in children:
+        child.start()
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < count:
+            rank, value, error = answers.get(timeout=120)
+            assert not error, error
+            results[rank] = value
+    finally:
+        for child in children:
+            child.join(0 if len(results) < count else 60)
+            child.kill()
+    return [results[rank] for rank in range(count)]
