@@ -6,14 +6,16 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from divided_tools import in_processes, prepare
+from divided_tools import prepare
 from loop_tools import make_batches
+from process_tools import in_processes
 from resume_tools import unequal
 
 from benchmarks.kill_test import Run, compare_runs, run_killed
@@ -94,31 +96,35 @@ def test_a_checkpoint_goes_on_with_and_without(process_group: None, tmp_path: pa
     assert unequal(whole, content_of(third)) != []  # control: the state of the optimizer matters
 
 
+ENTRIES = ('optimizer', 'state_dict', 'state_dict_ema')
+
+
+def save(path: pathlib.Path, rank: int) -> None:
+    run, state = prepare(True, world_size=2, rank=rank)
+    train_one_epoch(run, 0, 2)
+    state.gather(keep=rank == 0)
+    if rank == 0:
+        torch.save(state.to_checkpoint(0), path)
+
+
+def load(path: pathlib.Path, rank: int) -> list[str]:
+    """Entries that differ after loading."""
+    _, state = prepare(True)
+    content = torch.load(path, weights_only=True)
+    fresh = content_of(state)
+    assert state.load_checkpoint(content, str(path)) == 1
+    state.load_ema(content, str(path))
+    now = content_of(state)
+    wanted = {name: content[name] for name in ENTRIES}
+    assert unequal({name: fresh[name] for name in ENTRIES}, wanted) != []  # control
+    return unequal({name: now[name] for name in ENTRIES}, wanted)
+
+
 def test_any_number_of_processes_loads_what_two_wrote(tmp_path: pathlib.Path) -> None:
     path = tmp_path / 'a.pth.tar'
-    entries = ('optimizer', 'state_dict', 'state_dict_ema')
-
-    def save(rank: int) -> None:
-        run, state = prepare(True, world_size=2, rank=rank)
-        train_one_epoch(run, 0, 2)
-        state.gather(keep=rank == 0)
-        if rank == 0:
-            torch.save(state.to_checkpoint(0), path)
-
-    def load(rank: int) -> list[str]:
-        _, state = prepare(True)
-        content = torch.load(path, weights_only=True)
-        fresh = content_of(state)
-        assert state.load_checkpoint(content, str(path)) == 1
-        state.load_ema(content, str(path))
-        now = content_of(state)
-        wanted = {name: content[name] for name in entries}
-        assert unequal({name: fresh[name] for name in entries}, wanted) != []  # control
-        return unequal({name: now[name] for name in entries}, wanted)
-
-    in_processes(2, tmp_path, save)
+    in_processes(2, tmp_path, partial(save, path))
     for count in (1, 3):
-        assert in_processes(count, tmp_path, load) == [[]] * count
+        assert in_processes(count, tmp_path, partial(load, path)) == [[]] * count
 
 
 def test_gradients_are_exchanged_once_per_update(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
