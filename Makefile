@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= output/demo
 PYTEST_ARGS ?=
+PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
 RUN := $(shell date +%Y%m%d-%H%M%S)
@@ -11,11 +12,11 @@ RUN := $(shell date +%Y%m%d-%H%M%S)
 
 help:
 	@echo 'make demo       train a small model on the built-in images, validate it, draw its supports (minutes, CPU)'
-	@echo 'make test       ruff, mypy and pytest'
+	@echo 'make test       ruff, mypy and pytest, on up to four cores (PARALLEL= for one)'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make test-slow  the long tests'
 	@echo 'make table      bring the table of variants in README.md up to date'
-	@echo 'Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), PYTEST_ARGS'
+	@echo 'Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), PARALLEL, PYTEST_ARGS'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +31,7 @@ $(VENV)/.installed-plot: pyproject.toml | $(BIN)/python
 	@touch $@
 
 test: lint
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
