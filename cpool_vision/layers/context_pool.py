@@ -1,6 +1,6 @@
 """Context pooling of feature maps: a lean predictor of weights and supports in front of the operator."""
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,16 @@ def default_hidden_dim(dim: int) -> int:
     return max(16, (dim // 16 + 4) // 8 * 8)
 
 
+def as_fractions(support_init: float | Sequence[float], groups: int) -> tuple[float, ...]:
+    """`support_init` of `ContextPool2d` as one fraction per group: the same for all, or a pair spread geometrically."""
+    pair = (support_init, support_init) if isinstance(support_init, (int, float)) else tuple(support_init)
+    if len(pair) != 2 or not all(0 < fraction < 1 for fraction in pair):
+        raise ValueError(f'support_init must lie between 0 and 1 (a fraction of the largest support), or be a pair of '
+                         f'such fractions, got {support_init}')
+    low, high = pair
+    return tuple(low * (high / low) ** (i / max(1, groups - 1)) for i in range(groups))
+
+
 class ContextPool2d(Mixer2d):
     """Replaces each pixel by a weighted mean of a neighbourhood whose size the features choose themselves.
 
@@ -26,8 +36,8 @@ class ContextPool2d(Mixer2d):
     https://arxiv.org/abs/2207.01844).
 
     With `h = hidden_dim` and `G = groups` the layer has `dim * h + h + 18 * h * G + 2 * G` parameters (and `dim` more
-    with `init='identity'`); its predictor costs `H * W * (dim * h + 18 * h * G)` multiply-adds, the pool itself up to
-    `dim * (H * W) * (Ho * Wo)`, less where supports are small.
+    with a gate, `(k * k + 1) * dim` more with `depthwise=k`); its predictor costs `H * W * (dim * h + 18 * h * G)`
+    multiply-adds, the pool itself up to `dim * (H * W) * (Ho * Wo)`, less where supports are small.
 
     Weight logits and supports are handed to the operator in the parameters' dtype or better (fp32 under autocast; the
     supports never below fp32), the output has the dtype of the input.
@@ -40,8 +50,13 @@ class ContextPool2d(Mixer2d):
         floor: Smallest support, in pixels.
         init: `paper` outputs the pool itself. `identity` outputs `base(x) + gamma * (pool(x) - base(x))` with a gate
             per channel that starts at zero, so that a fresh layer returns exactly `base(x)`.
+        gate: Adds the gate with `init='paper'` too, where it starts at one and is free in sign: from a mean over the
+            neighbourhood (`gamma = 1`) to unsharp masking (`gamma < 0`).
         support_init: Mean support of a fresh layer relative to the largest, between 0 and 1. At 0.5 the raw supports
-            start at zero; a small value starts near the identity and leaves room to grow.
+            start at zero; a small value starts near the identity and leaves room to grow. A pair spreads the groups
+            geometrically from the first value to the second, as ALiBi does with the slopes of its heads.
+        depthwise: Side of a depthwise convolution beside the pool, whose output is added to the pool's: the pool takes
+            means, the convolution can look to one side and subtract. It starts at zero; 0 for none.
         hidden_dim: Width of the predictor; `max(16, dim // 16)` rounded to a multiple of 8 if None.
         base: What `identity` starts from; the identity itself at stride 1 if None. Not kept with `init='paper'`.
         act_layer: Activation of the predictor.
@@ -64,7 +79,9 @@ class ContextPool2d(Mixer2d):
             ratio: float = 0.1,
             floor: float = 0.1,
             init: str = 'paper',
-            support_init: float = 0.5,
+            gate: bool = False,
+            support_init: float | Sequence[float] = 0.5,
+            depthwise: int = 0,
             hidden_dim: int | None = None,
             base: nn.Module | None = None,
             act_layer: Callable[..., nn.Module] = nn.GELU,
@@ -73,7 +90,7 @@ class ContextPool2d(Mixer2d):
             dtype: Any = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, stride=stride, init=init, base=base, **dd)
+        super().__init__(dim, stride=stride, init=init, gate=gate, base=base, **dd)
         if groups < 1 or dim % groups:
             raise ValueError(
                 f'groups must divide dim, got groups={groups} for dim={dim}: choose other groups or channels')
@@ -81,38 +98,42 @@ class ContextPool2d(Mixer2d):
             raise ValueError(f'ratio must be > 0 (a fraction of the side of the map), got {ratio}')
         if not floor > 0:
             raise ValueError(f'floor must be > 0 (pixels), got {floor}')
-        if not 0 < support_init < 1:
-            raise ValueError(
-                f'support_init must lie between 0 and 1 (a fraction of the largest support), got {support_init}')
+        if depthwise < 0 or depthwise % 2 == 0 and depthwise:
+            raise ValueError(f'depthwise must be an odd side of a convolution, or 0 for none, got {depthwise}')
         if hidden_dim is not None and hidden_dim < 1:
             raise ValueError(f'hidden_dim must be at least 1 or None, got {hidden_dim}')
         hidden_dim = hidden_dim or default_hidden_dim(dim)
         self.groups = groups
         self.ratio = float(ratio)
         self.floor = float(floor)
-        self.support_init = float(support_init)
+        as_fractions(support_init, groups)
+        self.support_init = float(support_init) if isinstance(support_init, (int, float)) else tuple(support_init)
         self.backend = backend
 
         self.reduce = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.act = act_layer()
         self.predict = nn.Conv2d(hidden_dim, 2 * groups, 3, padding=1, **dd)
+        self.depthwise = nn.Conv2d(
+            dim, dim, depthwise, stride, depthwise // 2, groups=dim, **dd) if depthwise else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets small predictor weights (std .02), zero biases but for the supports', and a closed gate."""
+        """Sets small predictor weights (std .02), zero biases but for the supports', and the gate."""
         super().reset_parameters()
         for conv in (self.reduce, self.predict):
             nn.init.trunc_normal_(conv.weight, std=.02)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
         if self.predict.bias is not None:
-            with torch.no_grad():
-                self.predict.bias[self.groups:] = self.initial_raw_support
+            self.set_initial_supports(self.predict.bias[self.groups:])
+        if self.depthwise is not None:
+            for parameter in self.depthwise.parameters():
+                nn.init.zeros_(parameter)
 
-    @property
-    def initial_raw_support(self) -> float:
-        """What the support activation maps to `support_init` of the largest support."""
-        return math.log(self.support_init / (1 - self.support_init))
+    def set_initial_supports(self, raw: Tensor) -> None:
+        """Fills `raw`, one value per group, with what the activation maps to `support_init` of the largest support."""
+        with torch.no_grad():
+            raw.copy_(torch.tensor([math.log(f / (1 - f)) for f in as_fractions(self.support_init, len(raw))]))
 
     def predict_maps(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels of the map `x`.
@@ -136,7 +157,10 @@ class ContextPool2d(Mixer2d):
         weight_logits, sigma = self.predict_maps(x, present)
         if present is not None:
             weight_logits = weight_logits.masked_fill(~present, -float('inf'))
-        return torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
+        y = torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
+        if self.depthwise is not None:
+            y = y + self.depthwise(x).type_as(y)
+        return y
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels for `x`. Stores nothing."""

@@ -32,27 +32,27 @@ class AblatedPool2d(ContextPool2d):
             raise ValueError(f'mixer of an ablated pool must be one of {ABLATIONS}, got {mixer!r}')
         super().__init__(dim, **kwargs)
         self.mixer = mixer
+        support = torch.empty_like(self.reduce.weight[0, :self.groups].view(1, -1, 1, 1)).detach()
         if mixer == 'layer':
-            self.support = nn.Parameter(torch.empty_like(self.reduce.weight[:1, :self.groups]))
-            self.reset_parameters()
+            self.support = nn.Parameter(support)
+        else:
+            self.register_buffer('support', support, persistent=False)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Like `ContextPool2d`; supports of a layer start at `support_init` of the largest."""
         super().reset_parameters()
         if hasattr(self, 'support'):
-            nn.init.constant_(self.support, self.initial_raw_support)
+            self.set_initial_supports(self.support.view(-1))
 
     def predict_maps(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As in `ContextPool2d`, without the part that does not adapt."""
         weight_logits, sigma = super().predict_maps(x, present)
         if self.mixer == 'uniform':
             return torch.zeros_like(weight_logits), sigma
-        if self.mixer == 'layer':
-            raw = self.support.view(1, -1, 1, 1).expand_as(sigma)
-        else:
-            raw = torch.full_like(sigma, self.initial_raw_support)
-        sigma = torch.ops.cpool_vision.support_size(raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
-        return weight_logits, sigma
+        raw = self.support.expand_as(sigma)
+        return weight_logits, torch.ops.cpool_vision.support_size(
+            raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, mixer={self.mixer!r}'
@@ -65,7 +65,7 @@ class LocalMixer2d(Mixer2d):
         dim: Channels C.
         mixer: `identity`: the input itself, every `stride`-th pixel. `average`: the mean of 3 x 3 pixels.
             `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity.
-        stride, init, base, device, dtype: As in `Mixer2d`.
+        stride, init, gate, base, device, dtype: As in `Mixer2d`.
 
     Raises:
         ValueError: Unknown `mixer`, or an argument is out of range.
@@ -78,13 +78,14 @@ class LocalMixer2d(Mixer2d):
             mixer: str,
             stride: int = 1,
             init: str = 'paper',
+            gate: bool = False,
             base: nn.Module | None = None,
             device: Any = None,
             dtype: Any = None,
     ) -> None:
         if mixer not in KERNELS:
             raise ValueError(f'mixer of a local mixer must be one of {tuple(KERNELS)}, got {mixer!r}')
-        super().__init__(dim, stride=stride, init=init, base=base, device=device, dtype=dtype)
+        super().__init__(dim, stride=stride, init=init, gate=gate, base=base, device=device, dtype=dtype)
         self.mixer = mixer
         size = KERNELS[mixer]
         if mixer == 'identity':

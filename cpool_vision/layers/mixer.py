@@ -38,12 +38,14 @@ class Mixer2d(nn.Module):
         stride: Output cells are `stride` pixels apart; the output is `(B, C, ceil(H / stride), ceil(W / stride))`.
         init: `paper` outputs the mixer itself. `identity` adds a gate per channel that starts at zero, so that a fresh
             module returns exactly `base(x)`.
-        base: What `identity` starts from; the identity itself at stride 1 if None. Not kept without a gate.
+        gate: Adds the gate with `init='paper'` too, where it starts at one: a fresh module outputs the mixer itself,
+            and the gate is free to sharpen (`gamma < 0`) or to exaggerate (`gamma > 1`).
+        base: What the gate blends with; the identity itself at stride 1 if None. Not kept without a gate.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: An argument is out of range, or `init='identity'` with `stride > 1` has no `base`.
+        ValueError: An argument is out of range, or a gate with `stride > 1` has no `base`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Mixer2d(nn.Module):
             dim: int,
             stride: int = 1,
             init: str = 'paper',
+            gate: bool = False,
             base: nn.Module | None = None,
             device: Any = None,
             dtype: Any = None,
@@ -62,19 +65,22 @@ class Mixer2d(nn.Module):
             raise ValueError(f'stride must be at least 1, got {stride}')
         if init not in INITS:
             raise ValueError(f'init must be one of {INITS}, got {init!r}')
-        if init == 'identity' and stride > 1 and base is None:
+        gated = gate or init == 'identity'
+        cause = 'gate=True' if gate else f'{init=}'
+        if gated and stride > 1 and base is None:
             raise ValueError(
-                f"init='identity' with stride={stride} needs base: pass the pooling module being replaced, "
+                f'{cause} with stride={stride} needs base: pass the pooling module being replaced, '
                 f'for example nn.MaxPool2d or Subsample2d({stride})')
         self.dim = dim
         self.stride = stride
-        self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if init == 'identity' else None
-        self.base = base if base is not None and init == 'identity' else nn.Identity()
+        self.init = init
+        self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if gated else None
+        self.base = base if base is not None and gated else nn.Identity()
 
     def reset_parameters(self) -> None:
-        """Closes the gate."""
+        """Sets the gate to zero, or to one with `init='paper'`."""
         if self.gamma is not None:
-            nn.init.zeros_(self.gamma)
+            nn.init.constant_(self.gamma, 0. if self.init == 'identity' else 1.)
 
     def init_weights(self) -> None:
         """The hook by which timm's models re-initialise their layers."""
@@ -99,7 +105,7 @@ class Mixer2d(nn.Module):
         return self.mix_gated(x)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, stride={self.stride}, init={'identity' if self.gamma is not None else 'paper'!r}"
+        return f'{self.dim}, stride={self.stride}, init={self.init!r}, gate={self.gamma is not None}'
 
 
 def mixers(model: nn.Module) -> Iterator[tuple[str, Mixer2d]]:

@@ -41,7 +41,7 @@ class PoolConfig:
         positions: A position or a sequence of them; `'none'` or an empty sequence gives the plain base architecture.
         stages: Index or indices of the stages that pool (staged families only).
         ratio, groups: As in `ContextPool2d`; those of the family if None.
-        floor, init, support_init, backend: As in `ContextPool2d`.
+        floor, init, gate, support_init, depthwise, backend: As in `ContextPool2d`.
         mixer: What stands in the pools' places, for comparisons; one of `cpool_vision.layers.MIXERS`.
 
     Raises:
@@ -54,7 +54,9 @@ class PoolConfig:
     floor: float = 0.1
     groups: int | None = None
     init: str = 'paper'
-    support_init: float = 0.5
+    gate: bool = False
+    support_init: Any = 0.5
+    depthwise: int = 0
     backend: str | None = None
     mixer: str = 'context'
 

@@ -5,7 +5,7 @@ Context pooling: `Efficient Representation Learning via Adaptive Context Pooling
 """
 import re
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import ResNet
@@ -28,7 +28,8 @@ FAMILY = Family(
 class ContextPoolBasicBlock(BasicBlock):
     """timm's `BasicBlock` with a pool (`cpool`) of its residual branch, in front of the addition."""
 
-    cpool: nn.Module
+    if TYPE_CHECKING:  # TorchScript reads annotations
+        cpool: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
@@ -44,7 +45,8 @@ class ContextPoolBasicBlock(BasicBlock):
 class ContextPoolBottleneck(Bottleneck):
     """timm's `Bottleneck` with a pool (`cpool`) of its residual branch, in front of the addition."""
 
-    cpool: nn.Module
+    if TYPE_CHECKING:  # TorchScript reads annotations
+        cpool: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(self.bn1(self.conv1(x)))

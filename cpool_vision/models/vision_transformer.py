@@ -3,12 +3,13 @@
 Plain ViT: `An Image is Worth 16x16 Words`, https://arxiv.org/abs/2010.11929
 Context pooling: `Efficient Representation Learning via Adaptive Context Pooling`, https://arxiv.org/abs/2207.01844
 """
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import Mixer2d, create_mixer, mixers
 from ._builder import build_variant, check_placed, variant_cfgs
@@ -18,7 +19,7 @@ from ._family import Family, PoolConfig
 __all__ = ['ContextPoolVisionTransformer']
 
 FAMILY = Family(  # the ratio at which docs/evidence.md measures position and groups
-    'vision_transformer', positions=('pre_attn', 'post_block'), ratio=0.25, groups=16)
+    'vision_transformer', positions=('pre_attn', 'pre_kv', 'post_block'), ratio=0.25, groups=16)
 
 
 class ContextPoolBlock(Block):
@@ -55,18 +56,33 @@ class ContextPoolBlock(Block):
         return x
 
 
+class ContextPoolKeyValue(nn.Linear):
+    """Queries of tokens `(B, P + N, C)` as they are, keys and values of the pooled tokens, `(B, P + N, 3 C)`."""
+
+    if TYPE_CHECKING:  # TorchScript reads annotations
+        cpool: Mixer2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        split, bias = self.out_features // 3, self.bias
+        queries = F.linear(x, self.weight[:split], None if bias is None else bias[:split])
+        rest = F.linear(self.cpool(x), self.weight[split:], None if bias is None else bias[split:])
+        return torch.cat([queries, rest], dim=-1)
+
+
 class ContextPoolVisionTransformer(VisionTransformer):
     """timm's `VisionTransformer` whose tokens choose the granularity that attention works at.
 
-    Positions: `pre_attn` pools what each block's attention reads, behind its first norm; `post_block` pools the
-    residual stream after every block that feeds another one, as published. Prefix tokens are not pooled.
+    Positions: `pre_attn` pools what each block's attention reads, behind its first norm; `pre_kv` pools what its keys
+    and values are made of, while queries stay sharp; `post_block` pools the residual stream after every block that
+    feeds another one, as published. Prefix tokens are not pooled.
 
     Args:
         *args, **kwargs: As for `VisionTransformer`, without `block_fn`.
         cpool: Where and how to pool; the defaults of the family if None.
 
     Raises:
-        ValueError: `block_fn` is given, or `patch_drop_rate > 0` with pools: dropped patches leave no grid.
+        ValueError: `block_fn` is given, `patch_drop_rate > 0` with pools (dropped patches leave no grid), or
+            `dynamic_img_size` with `pre_kv`, whose pools know the grid of `img_size` only.
     """
 
     def __init__(self, *args: Any, cpool: PoolConfig | None = None, **kwargs: Any) -> None:
@@ -80,6 +96,9 @@ class ContextPoolVisionTransformer(VisionTransformer):
             raise ValueError(
                 f"patch_drop_rate must be 0 with context pooling, got {kwargs['patch_drop_rate']}: "
                 f'dropped patches leave no grid to pool on')
+        if 'pre_kv' in positions and self.dynamic_img_size:
+            raise ValueError("position 'pre_kv' needs images of one size: leave out dynamic_img_size=True and call "
+                             "set_input_size for another size, or take 'pre_attn'")
         pool_args = dict(
             cpool.layer_args,
             num_prefix_tokens=self.num_prefix_tokens,
@@ -87,10 +106,16 @@ class ContextPoolVisionTransformer(VisionTransformer):
             device=kwargs.get('device'),
             dtype=kwargs.get('dtype'),
         )
-        for i, block in enumerate(self.blocks):
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
             if 'pre_attn' in positions:
                 block.cpool_attn = create_mixer(self.embed_dim, layout='tokens', **pool_args)
-            if 'post_block' in positions and i + 1 < len(self.blocks):
+            if 'pre_kv' in positions:
+                # timm's attention builds its projection itself: changing the class keeps weights and names.
+                qkv = block.attn.qkv
+                qkv.__class__ = ContextPoolKeyValue
+                qkv.cpool = create_mixer(self.embed_dim, layout='tokens', **pool_args)
+            if 'post_block' in positions and i + 1 < len(blocks):
                 block.cpool = create_mixer(self.embed_dim, layout='tokens', **pool_args)
         check_placed(self, cpool)
 

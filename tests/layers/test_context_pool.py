@@ -152,6 +152,7 @@ def test_channels_last_equals_contiguous():
     dict(init='identity'),
     dict(stride=2, groups=2),
     dict(stride=2, init='identity', base=nn.MaxPool2d(3, 2, 1)),
+    dict(groups=2, gate=True, support_init=(.1, .5), depthwise=3),
 ])
 @pytest.mark.filterwarnings('ignore')
 def test_torchscript_and_fx_equal_eager(kwargs):
@@ -215,6 +216,10 @@ def test_maps_stores_nothing():
     (dict(dim=32, init='zero'), r"init must be one of \('paper', 'identity'\), got 'zero'"),
     (dict(dim=32, support_init=0.), r'support_init must lie between 0 and 1 .*, got 0.0'),
     (dict(dim=32, support_init=1.), r'support_init must lie between 0 and 1 .*, got 1.0'),
+    (dict(dim=32, support_init=(.1, 1.)), r'support_init must lie between 0 and 1 .*, got \(0.1, 1.0\)'),
+    (dict(dim=32, support_init=[.1]), r'or be a pair of such fractions, got \[0.1\]'),
+    (dict(dim=32, depthwise=2), r'depthwise must be an odd side of a convolution, or 0 for none, got 2'),
+    (dict(dim=32, gate=True, stride=2), r"gate=True with stride=2 needs base"),
     (dict(dim=32, hidden_dim=0), r'hidden_dim must be at least 1 or None, got 0'),
     (dict(dim=32, init='identity', stride=2), r"init='identity' with stride=2 needs base"),
 ])
@@ -234,3 +239,40 @@ def test_base_may_lower_the_precision_under_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         y = pool(torch.randn(2, 8, 9, 9))
     assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
+
+
+def test_a_pair_of_supports_is_spread_geometrically_over_the_groups():
+    pool = make(groups=4, ratio=.5, floor=.1, support_init=(.05, .4), hidden_dim=1)
+    nn.init.zeros_(pool.predict.weight)
+    sigma = pool.maps(torch.randn(1, 32, 8, 8))[1][0, :, 0, 0]
+    torch.testing.assert_close(sigma, .1 + 4 * torch.tensor([.05, .1, .2, .4]))
+    assert torch.equal(make(groups=1, support_init=(.3, .6)).predict.bias, make(groups=1, support_init=.3).predict.bias)
+
+
+def test_the_gate_of_paper_starts_at_one_and_may_sharpen():
+    pool, plain = spread(make(gate=True, ratio=.4)), spread(make(ratio=.4))
+    pool.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 32, 5, 6)
+    torch.testing.assert_close(pool(x), plain(x))
+    pool(x).square().sum().backward()
+    assert pool.gamma.grad.abs().min() > 0
+    nn.init.constant_(pool.gamma, -.5)
+    torch.testing.assert_close(pool(x), x - .5 * (plain(x) - x))  # unsharp masking
+    strided = make(stride=2, gate=True, base=nn.AvgPool2d(2, ceil_mode=True))
+    assert strided(x).shape == (2, 32, 3, 3)
+    assert torch.equal(make(gate=True, init='identity')(x), x)
+
+
+def test_a_depthwise_convolution_beside_the_pool_starts_at_zero_and_adds():
+    for stride in (1, 2):
+        pool, plain = spread(make(depthwise=3, stride=stride)), spread(make(stride=stride))
+        pool.load_state_dict(plain.state_dict(), strict=False)
+        x = torch.randn(2, 32, 5, 6)
+        assert torch.equal(pool(x), plain(x))
+        pool(x).square().sum().backward()
+        assert pool.depthwise.weight.grad.abs().min() > 0
+        nn.init.normal_(pool.depthwise.weight)
+        torch.testing.assert_close(
+            pool(x), plain(x) + nn.functional.conv2d(x, pool.depthwise.weight, None, stride, 1, groups=32))
+    assert sum(p.numel() for p in pool.parameters()) - sum(p.numel() for p in plain.parameters()) == 10 * 32
+    assert torch.equal(make(depthwise=3, init='identity')(x), x)

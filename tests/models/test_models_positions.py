@@ -41,6 +41,7 @@ PLACES = {
     ('naflexvit_micro_cpool_patch4_gap', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
     ('naflexvit_micro_cpool_patch4_gap', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
     ('vit_micro_cpool_patch4_32', 'post_block'): [f'blocks.{i}.cpool' for i in range(5)],
+    ('vit_micro_cpool_patch4_32', 'pre_kv'): [f'blocks.{i}.attn.qkv.cpool' for i in range(6)],
     ('vit_micro_cpool_patch4_32', 'pre_attn'): [f'blocks.{i}.cpool_attn' for i in range(6)],
 }
 
@@ -105,6 +106,34 @@ def test_settings_reach_every_pool():
             (.3, .2, 4, False, .2)}
 
 
+def test_keys_and_values_of_pooled_tokens_leave_the_queries_sharp():
+    torch.manual_seed(0)
+    model = timm.create_model('vit_micro_cpool_patch4_32', cpool_positions='pre_kv', class_token=True).eval()
+    qkv = model.blocks[0].attn.qkv
+    nn.init.normal_(qkv.cpool.predict.weight)
+    x = torch.randn(2, 65, 128)
+    pooled = qkv.cpool(x)
+    assert not torch.allclose(pooled, x)
+    expected = nn.Linear(128, 384)
+    expected.load_state_dict(qkv.state_dict(), strict=False)
+    torch.testing.assert_close(qkv(x)[..., :128], expected(x)[..., :128])
+    torch.testing.assert_close(qkv(x)[..., 128:], expected(pooled)[..., 128:])
+    model.set_input_size(img_size=(24, 40))
+    assert torch.isfinite(torch.jit.script(model)(torch.randn(1, 3, 24, 40))).all()
+
+
+def test_options_of_the_pools_reach_them_and_start_as_the_base():
+    options = dict(cpool_gate=True, cpool_support_init=[.06, .6], cpool_depthwise=3, cpool_init='identity')
+    for name, _, size in MODELS:
+        model, plain = timm.create_model(name, **options).eval(), timm.create_model(name, cpool_positions='none').eval()
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+        x = torch.randn(1, 3, size, size)
+        assert torch.equal(model(x), plain(x))
+        pools = [pool for _, pool in mixers(model)]
+        assert all(pool.depthwise.kernel_size == (3, 3) and pool.support_init == (.06, .6) for pool in pools)
+        assert {k: model._model_args[k] for k in options} == options
+
+
 def test_strided_positions_halve_the_map():
     model = timm.create_model('resnet50_cpool', cpool_positions=['stem', 'stride', 'shortcut'])
     assert {p.stride for _, p in mixers(model)} == {2}
@@ -124,6 +153,8 @@ def test_positions_without_a_slot_are_refused():
             timm.create_model(name, cpool_positions=position, cpool_stages=0, device='meta')
     with pytest.raises(ValueError, match='patch_drop_rate must be 0 with context pooling, got 0.5'):
         timm.create_model('vit_micro_cpool_patch4_32', patch_drop_rate=.5, device='meta')
+    with pytest.raises(ValueError, match="position 'pre_kv' needs images of one size"):
+        timm.create_model('vit_micro_cpool_patch4_32', cpool_positions='pre_kv', dynamic_img_size=True, device='meta')
     with pytest.raises(ValueError, match='block_fn must be left out'):
         timm.create_model('vit_micro_cpool_patch4_32', block_fn=nn.Identity, device='meta')
 
