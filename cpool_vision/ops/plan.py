@@ -31,8 +31,6 @@ SHAPES = ((14, 7), (14, 14), (28, 7), (0, 4), (0, 7))
 # Cost of touching one element, and of launching the operators of a strip, in multiply-adds of a matrix product.
 ELEMENT_COST = 8.0
 STRIP_COST = 2e7
-# Output cells of a query tile of the Triton kernels, stated here because those are imported on first use only.
-QUERY_TILE = (8, 8)
 # Weights of one window: few enough to stay in the last-level cache.
 CHUNK_ELEMENTS = 600_000
 

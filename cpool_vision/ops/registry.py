@@ -15,9 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends import choose_backend
 from .layout import empty_maps, is_channels_last
 from .native import native_backward, native_forward
-from .plan import QUERY_TILE
 from .reference import context_pool2d_reference
 from .tiled import tiled_backward, tiled_forward
+from .triton.layout import Kept
 
 _lib = torch.library.Library('cpool_vision', 'DEF')
 
@@ -34,10 +34,10 @@ _lib.define(
     'context_pool2d_native_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, int stride) '
     '-> (Tensor, Tensor, Tensor)')
 _lib.define(
-    'context_pool2d_triton(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> (Tensor, Tensor, Tensor)')
+    'context_pool2d_triton(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> (Tensor, Tensor)')
 _lib.define(
-    'context_pool2d_triton_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor norm, '
-    'Tensor reach, int stride) -> (Tensor, Tensor, Tensor)')
+    'context_pool2d_triton_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor kept, '
+    'int stride) -> (Tensor, Tensor, Tensor)')
 
 
 def _context_pool2d(
@@ -59,12 +59,12 @@ def _support_size(raw: Tensor, height: int, width: int, ratio: float, floor: flo
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    from .triton import triton_forward
+    from .triton.launch import triton_forward
     return triton_forward(*args)
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    from .triton import triton_backward
+    from .triton.launch import triton_backward
     return triton_backward(*args)
 
 
@@ -116,14 +116,11 @@ def _native_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -
     return empty_maps(x, (*x.shape[:2], *sigma.shape[2:]), is_channels_last(x, 1))
 
 
-def _triton_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    b, g, ho, wo = sigma.shape
-    tiles = -(-ho // QUERY_TILE[0]) * -(-wo // QUERY_TILE[1])
-    return (
-        empty_maps(x, (b, x.shape[1], ho, wo), is_channels_last(x, g)),
-        x.new_empty(b, g, ho, wo, 2, dtype=torch.float32),
-        x.new_empty(b * g, tiles, 4, dtype=torch.int32),
-    )
+def _triton_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    b, c, h, w = x.shape
+    out = sigma.shape[2:]
+    kept = x.new_empty(b * weight_logits.shape[1], Kept.of(h, w, *out).size, dtype=torch.float32)
+    return empty_maps(x, (b, c, *out), is_channels_last(x, 1)), kept
 
 
 def _backward_fake(
@@ -132,7 +129,7 @@ def _backward_fake(
 
 
 def _native_backward_fake(
-        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_like(x, weight_logits, sigma, is_channels_last(x, 1))
 
 
@@ -175,7 +172,7 @@ def _register_autograd(
 
 _register_autograd('tiled', _tiled_fake)
 _register_autograd('native', _native_fake, _native_backward_fake)
-_register_autograd('triton', _triton_fake)
+_register_autograd('triton', _triton_fake, _native_backward_fake)
 
 
 def _pair_flops(x_shape: Sequence[int], sigma_shape: Sequence[int]) -> int:

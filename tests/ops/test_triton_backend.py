@@ -50,7 +50,7 @@ def test_other_reasons(monkeypatch):
 
 
 FIRST_USE = ('import os, sys, torch; from cpool_vision.ops import context_pool2d as p; x = torch.randn(1, 4, 8, 8); '
-             's = torch.ones(1, 1, 8, 8); p(x, s, s); print(sys.modules.get("cpool_vision.ops.triton")); ')
+             's = torch.ones(1, 1, 8, 8); p(x, s, s); print(sys.modules.get("cpool_vision.ops.triton.launch")); ')
 
 
 def test_triton_is_imported_on_first_use_and_never_by_default_on_a_cpu():

@@ -1,8 +1,6 @@
 """The kernels compile ahead of time for sm_80 and sm_90, without a GPU, and spill no registers as shipped."""
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,104 +9,70 @@ triton = pytest.importorskip('triton')
 if os.environ.get('TRITON_INTERPRET') == '1':
     pytest.skip('interpreted kernels are not compiled', allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from benchmarks.kernel_cost.launches import Call, compile_call  # noqa: E402
+from benchmarks.kernel_cost.sass import BIN, disassemble  # noqa: E402
+from cpool_vision.ops.triton import launch  # noqa: E402
 
-from cpool_vision.ops.triton import backward, forward, launch  # noqa: E402
-from cpool_vision.ops.triton.common import SEARCH  # noqa: E402
-
-KERNELS = (forward.pool_forward, backward.grad_supports, backward.grad_logits, backward.grad_features)
-TYPES = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
-CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
 # Of a thread block, without opting in to more.
 SHARED_LIMIT = 48 * 1024
-FEATURES = ('p_x', 'p_y', 'p_dx', 'p_grad')
+KERNELS = ('prepare', 'pool', 'grad_queries', 'grad_keys')
+needs_tools = pytest.mark.skipif(not (BIN / 'cuobjdump').is_file(), reason='this build of Triton has no cuobjdump')
+slow = pytest.mark.slow
+
+# Channels of a group and the map: one for each shipped configuration.
+SHAPES = [
+    (48, 14), (12, 28), (96, 56),
+    *(pytest.param(*shape, marks=slow) for shape in (
+        (24, 14), (48, 7), (48, 24), (24, 28), (64, 14), (768, 14), (128, 56), (16, 112), (256, 24), (96, 14)))]
 
 
-def compile_kernel(kernel, channels, dtype, channels_last, arch, config=None, ones=(), batch_stride='i32'):
-    """The compiled kernel as a call on maps of so many channels, in one of the two plain layouts, makes it.
-
-    A launch takes integers that equal 1 for constants: those named in `ones`. `batch_stride` is a type.
-    """
-    config = config or launch.choose_config(kernel, channels, dtype, channels_last)
-    constants = launch.tile_constants() | {
-        'BLOCK_C': config.block_c, 'SEARCH': SEARCH, 'SHIFT': launch.SHIFT[dtype]}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    unit = 'c' if channels_last else 'w'
-    constants |= {name: 1 for name in kernel.arg_names if re.fullmatch(f's_[xyg]{unit}', name)}
-    constants |= {name: 1 for name in kernel.arg_names if name in ones}
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = 'constexpr'
-        elif name.startswith('p_'):
-            signature[name] = '*' + (TYPES[dtype] if name in FEATURES else 'i32' if name == 'p_reach' else 'fp32')
-        else:
-            plain = 'fp32' if name == 'log_tolerance' else 'i32'
-            signature[name] = batch_stride if re.fullmatch('s_.b', name) else plain
-        aligned = channels_last and re.fullmatch('s_[xyg][bhw]|channels', name)
-        if name not in constants and (aligned or name.startswith('p_')):
-            attributes[(i,)] = [['tt.divisibility', 16]]
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes), target=GPUTarget('cuda', arch, 32),
-        options={'num_warps': config.num_warps, 'num_stages': config.num_stages})
+def spills(compiled_launch):
+    machine = disassemble(compiled_launch.compiled.asm['cubin'])
+    assert 0 < machine.registers <= 255
+    return machine.stack
 
 
-def usage(compiled, path):
-    """Registers of a thread and bytes of its stack, which holds what was spilled, as the assembled binary says."""
-    file = path / 'kernel.cubin'
-    file.write_bytes(compiled.asm['cubin'])
-    out = subprocess.run(  # noqa: S603
-        [str(CUOBJDUMP), '-res-usage', str(file)], capture_output=True, text=True, check=True)
-    found = re.search(r'REG:(\d+) STACK:(\d+)', out.stdout + out.stderr)
-    return int(found[1]), int(found[2])
+@needs_tools
+@pytest.mark.parametrize('channels,side', SHAPES)
+@pytest.mark.parametrize('dtype,tokens,arch', [
+    (torch.bfloat16, True, 90), (torch.float32, False, 80),
+    *(pytest.param(*case, marks=slow) for case in (
+        (torch.bfloat16, True, 80), (torch.bfloat16, False, 90), (torch.float16, True, 90), (torch.float32, True, 90),
+        (torch.float32, False, 90), (torch.float16, False, 80)))], ids=str)
+def test_shipped_configurations_spill_nothing(channels, side, dtype, tokens, arch):
+    for each in compile_call(Call(2, 2 * channels, side, side, 2, 2.0, dtype, tokens), arch):
+        assert spills(each) == 0, each.name
+        assert each.compiled.metadata.shared <= SHARED_LIMIT, each.name
 
 
-needs_cuobjdump = pytest.mark.skipif(not CUOBJDUMP.is_file(), reason='this build of Triton has no cuobjdump')
+@pytest.mark.parametrize('call', [
+    Call(2, 4, 1, 1, 2, 1.0, torch.float32), Call(1, 4, 1, 9, 1, 1.0, torch.float32, False),
+    Call(2, 6, 33, 1, 3, 1.0, torch.float32, True, 2), Call(2, 16, 20, 17, 1, 1.0, torch.bfloat16, False, 3)], ids=str)
+def test_odd_sizes_compile(call):
+    launches = compile_call(call, 80)
+    assert tuple(each.name for each in launches) == KERNELS
+    assert all(each.compiled.asm['cubin'] for each in launches)
 
 
-@needs_cuobjdump
-@pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('channels', [16, pytest.param(32, marks=pytest.mark.slow), pytest.param(
-    64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256])
-@pytest.mark.parametrize('arch', [80, 90])
-def test_shipped_configurations_spill_nothing(arch, channels, dtype, channels_last, tmp_path):
-    for kernel in KERNELS:
-        compiled = compile_kernel(kernel, channels, dtype, channels_last, arch)
-        registers, stack = usage(compiled, tmp_path)
-        assert 0 < registers <= 255 and stack == 0, f'{kernel.__name__}: {registers=}, {stack=}'
-        assert 0 < compiled.metadata.shared <= SHARED_LIMIT, kernel.__name__
+def test_offsets_beyond_32_bits_compile(monkeypatch):
+    monkeypatch.setattr(launch, 'needs_wide_index', lambda *_: True)
+    assert all(each.compiled.asm['cubin'] for each in compile_call(Call(2, 64, 18, 18, 1, 1.0)))
 
 
-@pytest.mark.parametrize('ones', [
-    ('stride', 'groups'),
-    ('stride', 'groups', 'height', 'width', 'out_height', 'out_width', 'channels'),
-    ('height', 'out_height', 's_lg', 's_sg', 's_lw', 's_sw'),
-], ids=['plain', 'one_pixel', 'one_row'])
-def test_sizes_of_one_compile(ones):
-    for kernel in KERNELS:
-        assert compile_kernel(kernel, 16, torch.float32, False, 80, ones=ones).asm['cubin']
-
-
-def test_batch_strides_beyond_32_bits_compile():
-    for kernel in KERNELS:
-        assert compile_kernel(kernel, 64, torch.bfloat16, True, 90, batch_stride='i64').asm['cubin']
-
-
-@needs_cuobjdump
-def test_spills_would_be_seen(tmp_path):
+@needs_tools
+def test_spills_would_be_seen(monkeypatch):
     """Negative control: one warp cannot hold these blocks."""
-    config = launch.Config(64, 1, 2)
-    compiled = compile_kernel(forward.pool_forward, 128, torch.float32, False, 80, config)
-    assert usage(compiled, tmp_path)[1] > 0
+    monkeypatch.setattr(launch, 'choose_config', lambda *_: launch.Config(4, 16, 2, 128, 0, 1, 1))
+    assert max(map(spills, compile_call(Call(2, 128, 16, 16, 1, 1.0)))) > 0
 
 
 @pytest.mark.parametrize('arch', [80, 90])
-def test_products_of_fp32_do_not_use_tf32(arch):
-    for kernel in KERNELS:
-        ptx = compile_kernel(kernel, 64, torch.float32, True, arch).asm['ptx']
-        assert 'tf32' not in ptx
-    half = compile_kernel(forward.pool_forward, 64, torch.bfloat16, True, arch).asm['ptx']
-    assert re.search(r'mma\S*bf16', half)
-    assert not re.search(r'\batom\.|\bred\.', half)
+def test_products_and_sums(arch):
+    """fp32 by three products of TF32, together as exact; half precision as it is; nothing is added atomically."""
+    exact, half = (
+        {each.name: each.compiled.asm['ptx'] for each in compile_call(Call(2, 64, 16, 16, 1, 1.0, dtype), arch)}
+        for dtype in (torch.float32, torch.bfloat16))
+    for name in KERNELS[1:]:
+        assert len(re.findall(r'mma\S*tf32', exact[name])) >= 3, name
+        assert re.search(r'mma\S*bf16', half[name]) and 'tf32' not in half[name], name
+        assert not re.search(r'\batom\.|\bred\.', exact[name] + half[name]), name

@@ -7,181 +7,332 @@ import triton
 import triton.language as tl
 
 from .common import (
+    EVERYTHING,
+    WIDE,
+    cell,
+    centre,
     dot,
-    exponent_scale,
-    load_logits,
-    nearest_pixel,
-    offsets,
-    reaches,
-    reaching_box,
-    squared_distances,
-    tile_cells,
-    weights,
+    exponents,
+    follow,
+    key_window,
+    least_square,
+    locate,
+    offset,
+    padded,
+    query_reach,
+    squares,
 )
 
 
 @triton.jit
-def products(p_grad, b_query, m_query, s_gc, p_x, b_key, m_key, s_xc, first, channels,
-             QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """`(queries, keys)`: `dy_i . x_j` over the channels of a group, in fp32."""
-    b_products = tl.zeros((QUERIES, KEYS), tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        b_c = start + tl.arange(0, BLOCK_C)
-        m_c = b_c < channels
-        b_g = tl.load(p_grad + b_query[:, None] + (first + b_c)[None, :] * s_gc,
-                      mask=m_query[:, None] & m_c[None, :], other=0.0)
-        b_v = tl.load(p_x + b_key[None, :] + (first + b_c)[:, None] * s_xc,
-                      mask=m_key[None, :] & m_c[:, None], other=0.0)
-        b_products = dot(b_g, b_v, b_products)
-    return b_products
+def fold(a, ROWS: tl.constexpr):
+    """Sums `(queries, ROWS * n)` over the rows of a chunk: `(queries, n)`."""
+    if ROWS == 1:
+        return a
+    return tl.sum(tl.reshape(a, (a.shape[0], ROWS, a.shape[1] // ROWS)), 1)
 
 
 @triton.jit
-def grad_supports(
-        p_grad, p_x, p_logits, p_sigma, p_norm, p_reach, p_dot, p_dsigma,
-        s_gb, s_gc, s_gh, s_gw, s_xb, s_xc, s_xh, s_xw, s_lb, s_lg, s_lh, s_lw, s_sb, s_sg, s_sh, s_sw,
-        height, width, out_height, out_width, groups, channels, stride,
-        QUERY_H: tl.constexpr, QUERY_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program makes `dsigma_i` and `d_i` of a query tile."""
-    tiles_w = tl.cdiv(out_width, QUERY_W)
-    tiles = tl.cdiv(out_height, QUERY_H) * tiles_w
-    tile = tl.program_id(0) % tiles
-    plane = (tl.program_id(0) // tiles).to(tl.int64)
-    batch = plane // groups
-    group = plane % groups
-    p_logits += batch * s_lb + group * s_lg
-    p_sigma += batch * s_sb + group * s_sg
-    p_grad += batch * s_gb
-    p_x += batch * s_xb
+def sums_of_queries(
+        p_g, p_x, p_w, s_gc, s_xc, s_xh, s_xw, g_at, m_q, scale, norm, top, row, col, least_y, least_x, ya, yb, xa, xb,
+        height, width, rows,
+        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, XW: tl.constexpr,
+        STRIDE: tl.constexpr, IN_LOGS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
+    """`sum_j a_ij` times 1, `S_ij`, `D_ij` and `D_ij S_ij`, D less its least, over the keys of a window.
 
-    b_row, b_col, m_query = tile_cells(tile, tiles_w, out_height, out_width, QUERY_H, QUERY_W)
-    b_y, b_x = nearest_pixel(b_row, b_col, height, width, stride)
-    b_cell = plane * out_height * out_width + offsets(b_row, b_col, out_width, 1)
-    b_query = offsets(b_row, b_col, s_gh, s_gw)
-    b_sigma = tl.load(p_sigma + offsets(b_row, b_col, s_sh, s_sw), mask=m_query, other=1.0).to(tl.float32)
-    b_top = tl.load(p_norm + b_cell * 2, mask=m_query, other=0.0)
-    b_log = tl.load(p_norm + b_cell * 2 + 1, mask=m_query, other=float('inf'))
-    b_scale = exponent_scale(b_sigma)
-    p_tile = p_reach + (plane * tiles + tile) * 4
-    y0 = tl.load(p_tile)
-    y1 = tl.load(p_tile + 1)
-    x0 = tl.load(p_tile + 2)
-    x1 = tl.load(p_tile + 3)
-
-    b_dot = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
-    b_far = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
-    b_both = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
-    keys_w = tl.cdiv(width, KEY_W)
-    for n in range(0, (y1 - y0) * (x1 - x0)):
-        key = (y0 + n // (x1 - x0)) * keys_w + x0 + n % (x1 - x0)
-        b_ky, b_kx, m_key = tile_cells(key, keys_w, height, width, KEY_H, KEY_W)
-        b_products = products(
-            p_grad, b_query, m_query, s_gc, p_x, offsets(b_ky, b_kx, s_xh, s_xw), m_key, s_xc,
-            group * channels, channels, QUERY_H * QUERY_W, KEY_H * KEY_W, BLOCK_C)
-        b_l = load_logits(p_logits, b_ky, b_kx, m_key, s_lh, s_lw)
-        b_d = squared_distances(b_row, b_col, b_y, b_x, b_ky, b_kx, stride)
-        b_a = weights(b_l[None, :] - b_d * b_scale[:, None], b_top, b_log)
-        b_dot += tl.sum(b_a * b_products, 1)
-        b_a *= b_d
-        b_far += tl.sum(b_a, 1)
-        b_both += tl.sum(b_a * b_products, 1)
-
-    tl.store(p_dot + b_cell, b_dot, mask=m_query)
-    # One division at a time: the cube of a small support underflows.
-    b_dsigma = (b_both - b_dot * b_far) / b_sigma / b_sigma / b_sigma
-    tl.store(p_dsigma + b_cell, b_dsigma.to(p_dsigma.dtype.element_ty), mask=m_query)
-
-
-@triton.jit
-def grad_logits(
-        p_grad, p_x, p_logits, p_sigma, p_norm, p_reach, p_dot, p_dlogits,
-        s_gb, s_gc, s_gh, s_gw, s_xb, s_xc, s_xh, s_xw, s_lb, s_lg, s_lh, s_lw, s_sb, s_sg, s_sh, s_sw,
-        height, width, out_height, out_width, groups, channels, stride,
-        QUERY_H: tl.constexpr, QUERY_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr, BLOCK_C: tl.constexpr,
-        SEARCH: tl.constexpr):
-    """One program makes `dl_j` of a key tile from the query tiles that read it."""
-    keys_w = tl.cdiv(width, KEY_W)
-    keys = tl.cdiv(height, KEY_H) * keys_w
-    key = tl.program_id(0) % keys
-    plane = (tl.program_id(0) // keys).to(tl.int64)
-    batch = plane // groups
-    group = plane % groups
-    tiles_w = tl.cdiv(out_width, QUERY_W)
-    tiles = tl.cdiv(out_height, QUERY_H) * tiles_w
-    p_reach += plane * tiles * 4
-    p_sigma += batch * s_sb + group * s_sg
-    p_grad += batch * s_gb
-    p_x += batch * s_xb
-
-    b_ky, b_kx, m_key = tile_cells(key, keys_w, height, width, KEY_H, KEY_W)
-    b_l = load_logits(p_logits + batch * s_lb + group * s_lg, b_ky, b_kx, m_key, s_lh, s_lw)
-    b_key = offsets(b_ky, b_kx, s_xh, s_xw)
-    b_dlogits = tl.zeros((KEY_H * KEY_W,), tl.float32)
-    box_y, box_x, rows, cols = reaching_box(p_reach, tiles, tiles_w, key // keys_w, key % keys_w, SEARCH)
-    for n in range(0, rows * cols):
-        tile = (box_y + n // cols) * tiles_w + box_x + n % cols
-        if reaches(p_reach, tile, tile >= 0, key // keys_w, key % keys_w):
-            b_row, b_col, m_query = tile_cells(tile, tiles_w, out_height, out_width, QUERY_H, QUERY_W)
-            b_y, b_x = nearest_pixel(b_row, b_col, height, width, stride)
-            b_cell = plane * out_height * out_width + offsets(b_row, b_col, out_width, 1)
-            b_sigma = tl.load(p_sigma + offsets(b_row, b_col, s_sh, s_sw), mask=m_query, other=1.0).to(tl.float32)
-            b_top = tl.load(p_norm + b_cell * 2, mask=m_query, other=0.0)
-            b_log = tl.load(p_norm + b_cell * 2 + 1, mask=m_query, other=float('inf'))
-            b_dot = tl.load(p_dot + b_cell, mask=m_query, other=0.0)
-            b_products = products(
-                p_grad, offsets(b_row, b_col, s_gh, s_gw), m_query, s_gc, p_x, b_key, m_key, s_xc,
-                group * channels, channels, QUERY_H * QUERY_W, KEY_H * KEY_W, BLOCK_C)
-            b_d = squared_distances(b_row, b_col, b_y, b_x, b_ky, b_kx, stride)
-            b_a = weights(b_l[None, :] - b_d * exponent_scale(b_sigma)[:, None], b_top, b_log)
-            b_dlogits += tl.sum(b_a * (b_products - b_dot[:, None]), 0)
-    p_out = p_dlogits + plane * height * width + offsets(b_ky, b_kx, width, 1)
-    tl.store(p_out, b_dlogits.to(p_dlogits.dtype.element_ty), mask=m_key)
-
-
-@triton.jit
-def grad_features(
-        p_grad, p_dx, p_logits, p_sigma, p_norm, p_reach,
-        s_gb, s_gc, s_gh, s_gw, s_xb, s_xc, s_xh, s_xw, s_lb, s_lg, s_lh, s_lw, s_sb, s_sg, s_sh, s_sw,
-        height, width, out_height, out_width, groups, channels, stride,
-        QUERY_H: tl.constexpr, QUERY_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr, BLOCK_C: tl.constexpr,
-        SEARCH: tl.constexpr, SHIFT: tl.constexpr):
-    """One program makes `dx_j` of a channel block of a key tile; weights are scaled by `2^SHIFT` while in `dy`'s dtype.
+    Per pair it forms the part of a weight that depends on rows and on the key alone, and sums that, and its product
+    with `S_ij`, with and without the rows' part of D. The columns' part multiplies sums over all rows of a block.
     """
-    keys_w = tl.cdiv(width, KEY_W)
-    keys = tl.cdiv(height, KEY_H) * keys_w
-    blocks = tl.cdiv(channels, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    key = tl.program_id(0) // blocks % keys
-    plane = (tl.program_id(0) // blocks // keys).to(tl.int64)
-    batch = plane // groups
-    group = plane % groups
-    tiles_w = tl.cdiv(out_width, QUERY_W)
-    tiles = tl.cdiv(out_height, QUERY_H) * tiles_w
-    p_reach += plane * tiles * 4
-    p_sigma += batch * s_sb + group * s_sg
+    QUERIES: tl.constexpr = row.shape[0]
+    KEYS: tl.constexpr = CHUNK * XW
+    BLOCKS: tl.constexpr = 1 if TAIL else (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    k = tl.arange(0, KEYS)
+    kr = k // XW
+    kc = k % XW
+    x = tl.arange(0, XW)
+    c = tl.arange(0, BLOCK_C)
+    at = kr.to(INDEX) * s_xh + kc.to(INDEX) * s_xw
+    at_c = at[None, :] + (c.to(INDEX) * s_xc)[:, None]
+    g_c = g_at[:, None] + (c.to(INDEX) * s_gc)[None, :]
+    if BLOCKS == 1:
+        g = tl.load(p_g + g_c, mask=m_q[:, None] & (c < CHANNELS)[None, :], other=0.0)
+    if TAIL:
+        t = BLOCK_C + tl.arange(0, TAIL)
+        m_t = t < CHANNELS
+        at_t = at[None, :] + (t.to(INDEX) * s_xc)[:, None]
+        g_t = tl.load(p_g + g_at[:, None] + (t.to(INDEX) * s_gc)[None, :], mask=m_q[:, None] & m_t[None, :], other=0.0)
+    all_a = tl.zeros((QUERIES,), tl.float32)
+    all_as = tl.zeros((QUERIES,), tl.float32)
+    all_ad = tl.zeros((QUERIES,), tl.float32)
+    all_ads = tl.zeros((QUERIES,), tl.float32)
+    for b in range(xa, xb):
+        wide_dx2 = squares(col[:, None], (b * XW + kc).to(tl.float32)[None, :], least_x[:, None], STRIDE)
+        m_x = b * XW + kc < width
+        of_a = tl.zeros((QUERIES, XW), tl.float32)
+        of_as = tl.zeros((QUERIES, XW), tl.float32)
+        of_ad = tl.zeros((QUERIES, XW), tl.float32)
+        of_ads = tl.zeros((QUERIES, XW), tl.float32)
+        for y in range(ya, yb, CHUNK):
+            p_chunk = p_x + offset(y, INDEX) * s_xh + offset(b, INDEX) * (XW * s_xw)
+            m_k = m_x & (kr < height - y)
+            products = tl.zeros((QUERIES, KEYS), tl.float32)
+            if BLOCKS == 1:
+                if CHANNELS == BLOCK_C or TAIL:
+                    v = tl.load(p_chunk + at_c, mask=m_k[None, :], other=0.0)
+                else:
+                    v = tl.load(p_chunk + at_c, mask=m_k[None, :] & (c < CHANNELS)[:, None], other=0.0)
+                products = dot(g, v, products, PRECISION)
+                if TAIL:
+                    v = tl.load(p_chunk + at_t, mask=m_k[None, :] & m_t[:, None], other=0.0)
+                    products = dot(g_t, v, products, PRECISION)
+            else:
+                for n in range(0, BLOCKS):
+                    first = offset(n * BLOCK_C, INDEX)
+                    if CHANNELS % BLOCK_C == 0:
+                        v = tl.load(p_chunk + first * s_xc + at_c, mask=m_k[None, :], other=0.0)
+                        g = tl.load(p_g + first * s_gc + g_c, mask=m_q[:, None], other=0.0)
+                    else:
+                        m_c = n * BLOCK_C + c < CHANNELS
+                        v = tl.load(p_chunk + first * s_xc + at_c, mask=m_k[None, :] & m_c[:, None], other=0.0)
+                        g = tl.load(p_g + first * s_gc + g_c, mask=m_q[:, None] & m_c[None, :], other=0.0)
+                    products = dot(g, v, products, PRECISION)
+            w = tl.load(p_w + (b * rows + y) * XW + k)
+            dy2 = squares(row[:, None], (y + kr).to(tl.float32)[None, :], least_y[:, None], STRIDE)
+            if IN_LOGS:
+                a = exponents(w[None, :], scale[:, None], wide_dx2, dy2) - top[:, None]
+                a = tl.exp2(a - norm[:, None])
+            else:
+                a = tl.exp2(-scale[:, None] * dy2 - norm[:, None]) * w[None, :]
+            a = follow(a, products)
+            far = a * dy2
+            of_a += fold(a, CHUNK)
+            of_ad += fold(far, CHUNK)
+            of_as += fold(a * products, CHUNK)
+            of_ads += fold(far * products, CHUNK)
+        dx2 = squares(col[:, None], (b * XW + x).to(tl.float32)[None, :], least_x[:, None], STRIDE)
+        if not IN_LOGS:
+            factor = tl.exp2(-scale[:, None] * dx2)
+            of_a *= factor
+            of_as *= factor
+            of_ad *= factor
+            of_ads *= factor
+        all_a += tl.sum(of_a, 1)
+        all_as += tl.sum(of_as, 1)
+        all_ad += tl.sum(of_ad + of_a * dx2, 1)
+        all_ads += tl.sum(of_ads + of_as * dx2, 1)
+    return all_a, all_as, all_ad, all_ads
 
-    b_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = b_c < channels
-    b_channel = group * channels + b_c
-    b_ky, b_kx, m_key = tile_cells(key, keys_w, height, width, KEY_H, KEY_W)
-    b_l = load_logits(p_logits + batch * s_lb + group * s_lg, b_ky, b_kx, m_key, s_lh, s_lw)
-    b_sum = tl.zeros((KEY_H * KEY_W, BLOCK_C), tl.float32)
-    box_y, box_x, rows, cols = reaching_box(p_reach, tiles, tiles_w, key // keys_w, key % keys_w, SEARCH)
-    for n in range(0, rows * cols):
-        tile = (box_y + n // cols) * tiles_w + box_x + n % cols
-        if reaches(p_reach, tile, tile >= 0, key // keys_w, key % keys_w):
-            b_row, b_col, m_query = tile_cells(tile, tiles_w, out_height, out_width, QUERY_H, QUERY_W)
-            b_y, b_x = nearest_pixel(b_row, b_col, height, width, stride)
-            b_cell = plane * out_height * out_width + offsets(b_row, b_col, out_width, 1)
-            b_sigma = tl.load(p_sigma + offsets(b_row, b_col, s_sh, s_sw), mask=m_query, other=1.0).to(tl.float32)
-            b_top = tl.load(p_norm + b_cell * 2, mask=m_query, other=0.0)
-            b_log = tl.load(p_norm + b_cell * 2 + 1, mask=m_query, other=float('inf'))
-            b_g = tl.load(
-                p_grad + batch * s_gb + offsets(b_row, b_col, s_gh, s_gw)[:, None] + b_channel[None, :] * s_gc,
-                mask=m_query[:, None] & m_c[None, :], other=0.0)
-            b_d = squared_distances(b_row, b_col, b_y, b_x, b_ky, b_kx, stride)
-            b_a = weights(b_l[None, :] - b_d * exponent_scale(b_sigma)[:, None], b_top, b_log - SHIFT)
-            b_sum = dot(tl.trans(b_a.to(b_g.dtype)), b_g, b_sum)
-    p_out = p_dx + batch * s_xb + offsets(b_ky, b_kx, s_xh, s_xw)[:, None] + b_channel[None, :] * s_xc
-    b_out = b_sum * (1.0 / (1 << SHIFT))
-    tl.store(p_out, b_out.to(p_dx.dtype.element_ty), mask=m_key[:, None] & m_c[None, :])
+
+@triton.jit
+def grad_queries(
+        p_g, p_x, p_kept, p_sums, p_sigma, p_dsigma,
+        s_gb, s_gc, s_gh, s_gw, s_xb, s_xc, s_xh, s_xw, s_sb, s_sg, s_sh, s_sw,
+        height, width, out_height, out_width, groups, shared, kept_size,
+        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+        CHUNK: tl.constexpr, XW: tl.constexpr, X_BLOCKS: tl.constexpr, WHOLE: tl.constexpr, STRIDE: tl.constexpr,
+        PRECISION: tl.constexpr, INDEX: tl.constexpr):
+    """One program makes `dsigma_i` of a query tile, and keeps `d_i` and the norm of weights that are not rounded."""
+    _, plane, batch, group, y0, x0 = locate(tl.program_id(0), 1, out_height, out_width, groups, TILE_H, TILE_W, XW)
+    i = tl.arange(0, TILE_H * TILE_W)
+    q_row = y0 + i // TILE_W
+    q_col = x0 + i % TILE_W
+    m_q = (q_row < out_height) & (q_col < out_width)
+    rows = padded(height)
+    q_rows = padded(out_height)
+    keys = X_BLOCKS * XW * rows
+    queries = tl.cdiv(out_width, XW) * XW * q_rows
+    p_x += batch * s_xb + group * CHANNELS * s_xc
+    p_g += batch * s_gb + group * CHANNELS * s_gc
+    p_w = p_kept + plane * kept_size
+    p_scale = p_w + 2 * keys
+    q_cell = cell(q_row, q_col, q_rows, XW)
+    m_cell = q_col < tl.cdiv(out_width, XW) * XW
+    scale = tl.load(p_scale + q_cell, mask=m_cell, other=0.0)
+    norm = tl.load(p_scale + queries + q_cell, mask=m_q, other=0.0)
+    piece_row, first, last, radius = query_reach(p_scale + 3 * queries, y0, x0, out_width, q_rows, TILE_H, TILE_W, XW)
+    if WHOLE:
+        ya = 0
+        yb = height
+        xa = 0
+        xb = X_BLOCKS
+    else:
+        ya, yb, xa, xb = key_window(piece_row, first, last, radius, height, width, CHUNK, XW, STRIDE)
+    row = centre(q_row, STRIDE)
+    col = centre(q_col, STRIDE)
+    least_y = least_square(q_row, height, STRIDE)
+    least_x = least_square(q_col, width, STRIDE)
+    g_at = q_row.to(INDEX) * s_gh + q_col.to(INDEX) * s_gw
+    if tl.max(radius, 0) >= WIDE:
+        top = tl.load(p_scale + 2 * queries + q_cell, mask=m_q, other=0.0)
+        a, a_s, a_d, a_ds = sums_of_queries(
+            p_g, p_x, p_w + keys, s_gc, s_xc, s_xh, s_xw, g_at, m_q, scale, norm, top, row, col, least_y, least_x,
+            ya, yb, xa, xb, height, width, rows, CHANNELS, BLOCK_C, TAIL, CHUNK, XW, STRIDE, True, PRECISION, INDEX)
+    else:
+        a, a_s, a_d, a_ds = sums_of_queries(
+            p_g, p_x, p_w, s_gc, s_xc, s_xh, s_xw, g_at, m_q, scale, norm, scale, row, col, least_y, least_x,
+            ya, yb, xa, xb, height, width, rows, CHANNELS, BLOCK_C, TAIL, CHUNK, XW, STRIDE, False, PRECISION, INDEX)
+    a = tl.where(m_q, a, 1.0)
+    inverse = 1.0 / a
+    d = a_s * inverse
+    p_sums += plane * 2 * queries
+    # Padded queries weigh nothing.
+    tl.store(p_sums + q_cell, tl.where(m_q, norm + tl.log2(a), float('inf')), mask=m_cell)
+    tl.store(p_sums + queries + q_cell, tl.where(m_q, d, 0.0), mask=m_cell)
+    sigma = tl.load(p_sigma + batch * s_sb + group // shared * s_sg + q_row * s_sh + q_col * s_sw, mask=m_q,
+                    other=1.0).to(tl.float32)
+    # One division at a time: the cube of a small support underflows.
+    dsigma = (a_ds - d * a_d) * inverse / sigma / sigma / sigma
+    p_dsigma += (plane * out_height + q_row) * out_width + q_col
+    tl.store(p_dsigma, dsigma.to(p_dsigma.dtype.element_ty), mask=m_q)
+
+
+@triton.jit
+def query_rows(p_radius, block, y0, x0, out_height, rows, size,
+               TILE_H: tl.constexpr, TILE_W: tl.constexpr, CHUNK: tl.constexpr, XW: tl.constexpr,
+               STRIDE: tl.constexpr, ROWS: tl.constexpr):
+    """First row (a multiple of CHUNK) and last + 1 of the queries of a block of columns that read a key tile."""
+    h = tl.arange(0, ROWS)
+    radius = tl.load(p_radius + block * rows + h, mask=h < out_height, other=-EVERYTHING)
+    y = centre(h, STRIDE)
+    right = centre(block * XW + XW - 1, STRIDE)
+    gap = tl.maximum(tl.maximum(centre(block * XW, STRIDE) - (x0 + TILE_W - 1), x0 - right), 0.0)
+    reaches = (y + radius >= y0) & (y - radius <= y0 + TILE_H - 1) & (gap <= radius)
+    return (tl.min(tl.where(reaches, h, size), 0) // CHUNK * CHUNK, tl.max(tl.where(reaches, h, -1), 0) + 1)
+
+
+@triton.jit
+def sums_of_keys(
+        p_g, p_scale, p_sums, p_top, s_gc, s_gh, s_gw, x, x_t, w, log_w, k_row, k_col, y0, x0, block,
+        height, width, out_height, out_width, q_rows, queries,
+        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+        CHUNK: tl.constexpr, XW: tl.constexpr, Q_BLOCKS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
+        STRIDE: tl.constexpr, IN_LOGS: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
+    """`dx_j` of the channels of a block and of a tail, and `dl_j`, over the queries that read a key tile.
+
+    Weights are formed without the key's own, which multiplies the sums; or, IN_LOGS, from logarithms. For fp16, whose
+    range is small, they are formed whole and `2^SHIFT` times as large.
+    """
+    KEYS: tl.constexpr = TILE_H * TILE_W
+    QUERIES: tl.constexpr = CHUNK * XW
+    dtype = p_g.dtype.element_ty
+    q = tl.arange(0, QUERIES)
+    qr = q // XW
+    qc = q % XW
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = qr.to(INDEX) * s_gh + qc.to(INDEX) * s_gw
+    at_c = at[:, None] + (c.to(INDEX) * s_gc)[None, :]
+    dx = tl.zeros((KEYS, BLOCK_C), tl.float32)
+    if TAIL:
+        t = BLOCK_C + tl.arange(0, TAIL)
+        at_t = at[:, None] + (t.to(INDEX) * s_gc)[None, :]
+        dx_t = tl.zeros((KEYS, TAIL), tl.float32)
+    else:
+        dx_t = dx
+    dlogits = tl.zeros((KEYS, QUERIES), tl.float32)
+    for b in range(0, Q_BLOCKS):
+        if WHOLE:
+            ya = 0
+            yb = out_height
+        else:
+            ya, yb = query_rows(p_scale + 3 * queries, b, y0, x0, out_height, q_rows, ROWS,
+                                TILE_H, TILE_W, CHUNK, XW, STRIDE, ROWS)
+        m_x = b * XW + qc < out_width
+        dx2 = squares(centre(b * XW + qc, STRIDE)[None, :], k_col[:, None].to(tl.float32),
+                      least_square(b * XW + qc, width, STRIDE)[None, :], STRIDE)
+        for y in range(ya, yb, CHUNK):
+            p_chunk = p_g + offset(y, INDEX) * s_gh + offset(b, INDEX) * (XW * s_gw)
+            m_q = m_x & (qr < out_height - y)
+            if CHANNELS % BLOCK_C == 0 or TAIL:
+                g = tl.load(p_chunk + at_c, mask=m_q[:, None], other=0.0)
+            else:
+                g = tl.load(p_chunk + at_c, mask=m_q[:, None] & (c < CHANNELS)[None, :], other=0.0)
+            n = (b * q_rows + y) * XW + q
+            scale = tl.load(p_scale + n)
+            norm = tl.load(p_sums + n)
+            dy2 = squares(centre(y + qr, STRIDE)[None, :], k_row[:, None].to(tl.float32),
+                          least_square(y + qr, height, STRIDE)[None, :], STRIDE)
+            if IN_LOGS:
+                a = exponents(log_w[:, None], scale[None, :], dx2, dy2) - tl.load(p_top + n)[None, :]
+                a = tl.exp2(a - (norm[None, :] - SHIFT))
+            else:
+                a = tl.exp2(-scale[None, :] * dx2 - (scale[None, :] * dy2 + norm[None, :]))
+                if SHIFT:
+                    a *= (w * (1 << SHIFT))[:, None]
+            products = dot(x, tl.trans(g), tl.zeros((KEYS, QUERIES), tl.float32), PRECISION)
+            if TAIL:
+                g_t = tl.load(p_chunk + at_t, mask=m_q[:, None] & (t < CHANNELS)[None, :], other=0.0)
+                products = dot(x_t, tl.trans(g_t), products, PRECISION)
+            a = follow(a, products)
+            if block == 0:
+                products -= tl.load(p_sums + queries + n)[None, :]
+            dlogits += a * products
+            a = a.to(dtype)
+            dx = dot(a, g, dx, PRECISION)
+            if TAIL:
+                dx_t = dot(a, g_t, dx_t, PRECISION)
+    if SHIFT:
+        rest = tl.full((KEYS,), 1.0 / (1 << SHIFT), tl.float32)
+    elif IN_LOGS:
+        rest = tl.full((KEYS,), 1.0, tl.float32)
+    else:
+        rest = w
+    if TAIL:
+        dx_t *= rest[:, None]
+    return dx * rest[:, None], dx_t, tl.sum(dlogits, 1) * rest
+
+
+@triton.jit
+def grad_keys(
+        p_g, p_x, p_dx, p_kept, p_sums, p_dlogits,
+        s_gb, s_gc, s_gh, s_gw, s_xb, s_xc, s_xh, s_xw, s_db, s_dc, s_dh, s_dw,
+        height, width, out_height, out_width, groups, kept_size, planes,
+        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+        CHUNK: tl.constexpr, XW: tl.constexpr, X_BLOCKS: tl.constexpr, Q_BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+        WHOLE: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
+    """One program makes `dx_j` of a channel block of a key tile, and that block's part of `dl_j`."""
+    BLOCKS: tl.constexpr = 1 if TAIL else (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    block, plane, batch, group, y0, x0 = locate(
+        tl.program_id(0), BLOCKS, height, width, groups, TILE_H, TILE_W, XW)
+    i = tl.arange(0, TILE_H * TILE_W)
+    k_row = y0 + i // TILE_W
+    k_col = x0 + i % TILE_W
+    m_k = (k_row < height) & (k_col < width)
+    rows = padded(height)
+    q_rows = padded(out_height)
+    keys = X_BLOCKS * XW * rows
+    queries = Q_BLOCKS * XW * q_rows
+    p_x += batch * s_xb + group * CHANNELS * s_xc
+    p_g += batch * s_gb + group * CHANNELS * s_gc
+    p_dx += batch * s_db + group * CHANNELS * s_dc
+    p_kept += plane * kept_size
+    p_scale = p_kept + 2 * keys
+    p_sums += plane * 2 * queries
+    k_cell = cell(k_row, k_col, rows, XW)
+    w = tl.load(p_kept + k_cell, mask=m_k, other=0.0)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = m_k[:, None] & (c < CHANNELS)[None, :]
+    x_at = k_row.to(INDEX) * s_xh + k_col.to(INDEX) * s_xw
+    x = tl.load(p_x + x_at[:, None] + (c.to(INDEX) * s_xc)[None, :], mask=m_c, other=0.0)
+    x_t = x
+    if TAIL:
+        t = BLOCK_C + tl.arange(0, TAIL)
+        m_t = m_k[:, None] & (t < CHANNELS)[None, :]
+        x_t = tl.load(p_x + x_at[:, None] + (t.to(INDEX) * s_xc)[None, :], mask=m_t, other=0.0)
+    # The flag lies behind the radii of rows of blocks.
+    if tl.load(p_scale + 3 * queries + Q_BLOCKS * q_rows) > 0:
+        log_w = tl.load(p_kept + keys + k_cell, mask=m_k, other=-float('inf'))
+        dx, dx_t, dlogits = sums_of_keys(
+            p_g, p_scale, p_sums, p_scale + 2 * queries, s_gc, s_gh, s_gw, x, x_t, w, log_w, k_row, k_col, y0, x0,
+            block, height, width, out_height, out_width, q_rows, queries, CHANNELS, BLOCK_C, TAIL, TILE_H, TILE_W,
+            CHUNK, XW, Q_BLOCKS, ROWS, WHOLE, STRIDE, True, SHIFT, PRECISION, INDEX)
+    else:
+        dx, dx_t, dlogits = sums_of_keys(
+            p_g, p_scale, p_sums, p_scale, s_gc, s_gh, s_gw, x, x_t, w, w, k_row, k_col, y0, x0,
+            block, height, width, out_height, out_width, q_rows, queries, CHANNELS, BLOCK_C, TAIL, TILE_H, TILE_W,
+            CHUNK, XW, Q_BLOCKS, ROWS, WHOLE, STRIDE, False, SHIFT, PRECISION, INDEX)
+    d_at = k_row.to(INDEX) * s_dh + k_col.to(INDEX) * s_dw
+    tl.store(p_dx + d_at[:, None] + (c.to(INDEX) * s_dc)[None, :], dx.to(p_dx.dtype.element_ty), mask=m_c)
+    if TAIL:
+        tl.store(p_dx + d_at[:, None] + (t.to(INDEX) * s_dc)[None, :], dx_t.to(p_dx.dtype.element_ty), mask=m_t)
+    p_dlogits += (block * planes + plane) * height * width + k_row * width + k_col
+    tl.store(p_dlogits, dlogits.to(p_dlogits.dtype.element_ty), mask=m_k)

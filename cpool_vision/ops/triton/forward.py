@@ -1,86 +1,159 @@
-"""The forward kernel: a tile of queries passes over the key tiles in reach with a running softmax."""
+"""The pooling kernel: a tile of queries passes over the key chunks in reach."""
 import triton
 import triton.language as tl
 
 from .common import (
-    LOG2E,
+    WIDE,
+    cell,
+    centre,
     dot,
-    exponent_scale,
-    load_logits,
-    nearest_pixel,
-    offsets,
+    exponents,
+    follow,
+    key_window,
+    least_square,
+    locate,
+    offset,
+    padded,
     query_reach,
-    squared_distances,
-    tile_cells,
+    squares,
 )
 
 
 @triton.jit
-def pool_forward(
-        p_x, p_logits, p_sigma, p_peak, p_y, p_norm, p_reach,
-        s_xb, s_xc, s_xh, s_xw, s_yb, s_yc, s_yh, s_yw, s_lb, s_lg, s_lh, s_lw, s_sb, s_sg, s_sh, s_sw,
-        height, width, out_height, out_width, groups, channels, stride, log_tolerance,
-        QUERY_H: tl.constexpr, QUERY_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program pools a channel block of a query tile; the first block also keeps the tile's norms and reach."""
-    tiles_w = tl.cdiv(out_width, QUERY_W)
-    tiles = tl.cdiv(out_height, QUERY_H) * tiles_w
-    blocks = tl.cdiv(channels, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    tile = tl.program_id(0) // blocks % tiles
-    plane = (tl.program_id(0) // blocks // tiles).to(tl.int64)
-    batch = plane // groups
-    group = plane % groups
+def largest_exponent(p_log_w, scale, row, col, least_y, least_x, ya, yb, xa, xb, rows,
+                     CHUNK: tl.constexpr, XW: tl.constexpr, STRIDE: tl.constexpr):
+    """Of every query over the keys it reads, in units of log2; 0 where every one is -inf."""
+    k = tl.arange(0, CHUNK * XW)
+    top = tl.full((row.shape[0],), -float('inf'), tl.float32)
+    for b in range(xa, xb):
+        dx2 = squares(col[:, None], (b * XW + k % XW).to(tl.float32)[None, :], least_x[:, None], STRIDE)
+        for y in range(ya, yb, CHUNK):
+            dy2 = squares(row[:, None], (y + k // XW).to(tl.float32)[None, :], least_y[:, None], STRIDE)
+            log_w = tl.load(p_log_w + (b * rows + y) * XW + k)
+            top = tl.maximum(top, tl.max(exponents(log_w[None, :], scale[:, None], dx2, dy2), 1))
+    return tl.where(top > -float('inf'), top, 0.0)
 
-    b_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = b_c < channels
-    b_channel = group * channels + b_c
-    p_logits += batch * s_lb + group * s_lg
-    p_sigma += batch * s_sb + group * s_sg
-    peak = tl.load(p_peak + plane)
 
-    b_row, b_col, m_query = tile_cells(tile, tiles_w, out_height, out_width, QUERY_H, QUERY_W)
-    b_y, b_x = nearest_pixel(b_row, b_col, height, width, stride)
-    b_sigma = tl.load(p_sigma + offsets(b_row, b_col, s_sh, s_sw), mask=m_query, other=1.0).to(tl.float32)
-    b_own = peak - tl.load(p_logits + offsets(b_y, b_x, s_lh, s_lw), mask=m_query, other=0.0).to(tl.float32)
-    y0, y1, x0, x1 = query_reach(
-        b_row, b_col, m_query, b_y, b_x, b_sigma, b_own, height, width, stride, log_tolerance, KEY_H, KEY_W)
-    b_scale = exponent_scale(b_sigma)
+@triton.jit
+def pool_window(
+        p_x, p_w, s_xc, s_xh, s_xw, scale, top, shift, row, col, least_y, least_x, ya, yb, xa, xb, height, width, rows,
+        block,
+        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, XW: tl.constexpr,
+        STRIDE: tl.constexpr, IN_LOGS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
+    """Weighted sums of the features and of the weights, both with weights as rounded, over the keys of a window.
 
-    b_top = tl.full((QUERY_H * QUERY_W,), -float('inf'), tl.float32)
-    b_total = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
-    b_used = tl.zeros((QUERY_H * QUERY_W,), tl.float32)
-    b_sum = tl.zeros((QUERY_H * QUERY_W, BLOCK_C), tl.float32)
-    keys_w = tl.cdiv(width, KEY_W)
-    for n in range(0, (y1 - y0) * (x1 - x0)):
-        key = (y0 + n // (x1 - x0)) * keys_w + x0 + n % (x1 - x0)
-        b_ky, b_kx, m_key = tile_cells(key, keys_w, height, width, KEY_H, KEY_W)
-        b_l = load_logits(p_logits, b_ky, b_kx, m_key, s_lh, s_lw)
-        b_d = squared_distances(b_row, b_col, b_y, b_x, b_ky, b_kx, stride)
-        b_s = b_l[None, :] - b_d * b_scale[:, None]
-        b_new = tl.maximum(b_top, tl.max(b_s, 1))
-        # Nothing but -inf so far: any finite number in its place gives weights of 0.
-        b_base = tl.where(b_new == -float('inf'), 0.0, b_new)
-        b_p = tl.exp2((b_s - b_base[:, None]) * LOG2E)
-        b_shrink = tl.exp2((b_top - b_base) * LOG2E)
-        b_v = tl.load(
-            p_x + batch * s_xb + offsets(b_ky, b_kx, s_xh, s_xw)[:, None] + b_channel[None, :] * s_xc,
-            mask=m_key[:, None] & m_c[None, :], other=0.0)
-        b_w = b_p.to(b_v.dtype)
-        b_total = b_total * b_shrink + tl.sum(b_p, 1)
-        # Weights are divided by their sum as rounded, so that constants are preserved in half precision too.
-        b_used = b_used * b_shrink + tl.sum(b_w.to(tl.float32), 1)
-        b_sum = dot(b_w, b_v, b_sum * b_shrink[:, None])
-        b_top = b_new
+    Weights are products of a factor for columns, formed once a block, one for rows, and the key's own, relative to the
+    map's largest logit; or, IN_LOGS, formed from logarithms relative to `top`. `p_w` is of one or the other.
+    """
+    QUERIES: tl.constexpr = row.shape[0]
+    KEYS: tl.constexpr = CHUNK * XW
+    dtype = p_x.dtype.element_ty
+    k = tl.arange(0, KEYS)
+    kr = k // XW
+    kc = k % XW
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = kr.to(INDEX) * s_xh + kc.to(INDEX) * s_xw
+    at_c = at[:, None] + (c.to(INDEX) * s_xc)[None, :]
+    acc = tl.zeros((QUERIES, BLOCK_C), tl.float32)
+    if TAIL:
+        t = BLOCK_C + tl.arange(0, TAIL)
+        at_t = at[:, None] + (t.to(INDEX) * s_xc)[None, :]
+        tail = tl.zeros((QUERIES, TAIL), tl.float32)
+    else:
+        tail = acc
+    # Summed by a product with ones, which leaves weights where they are.
+    ones = tl.full((KEYS, 16), 1.0, tl.float32).to(dtype)
+    sums = tl.zeros((QUERIES, 16), tl.float32)
+    # A product that only shows the compiler in which layout to form the weights: that of the operand of the next.
+    like = dot(tl.full((QUERIES, 16), 1.0, tl.float32).to(dtype), tl.full((16, KEYS), 1.0, tl.float32).to(dtype),
+               tl.zeros((QUERIES, KEYS), tl.float32), PRECISION)
+    for b in range(xa, xb):
+        dx2 = squares(col[:, None], (b * XW + kc).to(tl.float32)[None, :], least_x[:, None], STRIDE)
+        if not IN_LOGS:
+            factor = follow(tl.exp2(-scale[:, None] * dx2), like)
+        m_x = b * XW + kc < width
+        for y in range(ya, yb, CHUNK):
+            p_chunk = p_x + offset(y, INDEX) * s_xh + offset(b, INDEX) * (XW * s_xw)
+            m_k = m_x & (kr < height - y)
+            if CHANNELS % BLOCK_C == 0 or TAIL:
+                v = tl.load(p_chunk + at_c, mask=m_k[:, None], other=0.0)
+            else:
+                v = tl.load(p_chunk + at_c, mask=m_k[:, None] & (c < CHANNELS)[None, :], other=0.0)
+            w = tl.load(p_w + (b * rows + y) * XW + k)
+            dy2 = squares(row[:, None], (y + kr).to(tl.float32)[None, :], least_y[:, None], STRIDE)
+            if IN_LOGS:
+                a = exponents(w[None, :], scale[:, None], dx2, dy2) - top[:, None]
+                a = follow(tl.exp2(a + shift), like)
+            else:
+                a = factor * (tl.exp2(-scale[:, None] * dy2) * w[None, :])
+            a = a.to(dtype)
+            sums = dot(a, ones, sums, PRECISION)
+            acc = dot(a, v, acc, PRECISION)
+            if TAIL:
+                v = tl.load(p_chunk + at_t, mask=m_k[:, None] & (t < CHANNELS)[None, :], other=0.0)
+                tail = dot(a, v, tail, PRECISION)
+    return acc, tail, tl.max(sums, 1)
 
-    p_out = p_y + batch * s_yb + offsets(b_row, b_col, s_yh, s_yw)[:, None] + b_channel[None, :] * s_yc
-    b_out = b_sum / b_used[:, None]
-    tl.store(p_out, b_out.to(p_y.dtype.element_ty), mask=m_query[:, None] & m_c[None, :])
+
+@triton.jit
+def pool(
+        p_x, p_y, p_kept, s_xb, s_xc, s_xh, s_xw, s_yb, s_yc, s_yh, s_yw,
+        height, width, out_height, out_width, groups, kept_size, shift,
+        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+        CHUNK: tl.constexpr, XW: tl.constexpr, X_BLOCKS: tl.constexpr, WHOLE: tl.constexpr, STRIDE: tl.constexpr,
+        PRECISION: tl.constexpr, INDEX: tl.constexpr):
+    """One program pools a channel block of a query tile; the first block also keeps the norms."""
+    BLOCKS: tl.constexpr = 1 if TAIL else (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    block, plane, batch, group, y0, x0 = locate(
+        tl.program_id(0), BLOCKS, out_height, out_width, groups, TILE_H, TILE_W, XW)
+    i = tl.arange(0, TILE_H * TILE_W)
+    q_row = y0 + i // TILE_W
+    q_col = x0 + i % TILE_W
+    m_q = (q_row < out_height) & (q_col < out_width)
+    rows = padded(height)
+    q_rows = padded(out_height)
+    keys = X_BLOCKS * XW * rows
+    queries = tl.cdiv(out_width, XW) * XW * q_rows
+    p_x += batch * s_xb + group * CHANNELS * s_xc
+    p_w = p_kept + plane * kept_size
+    p_scale = p_w + 2 * keys
+    q_cell = cell(q_row, q_col, q_rows, XW)
+    m_cell = q_col < tl.cdiv(out_width, XW) * XW
+    scale = tl.load(p_scale + q_cell, mask=m_cell, other=0.0)
+    piece_row, first, last, radius = query_reach(p_scale + 3 * queries, y0, x0, out_width, q_rows, TILE_H, TILE_W, XW)
+    if WHOLE:
+        ya = 0
+        yb = height
+        xa = 0
+        xb = X_BLOCKS
+    else:
+        ya, yb, xa, xb = key_window(piece_row, first, last, radius, height, width, CHUNK, XW, STRIDE)
+    row = centre(q_row, STRIDE)
+    col = centre(q_col, STRIDE)
+    least_y = least_square(q_row, height, STRIDE)
+    least_x = least_square(q_col, width, STRIDE)
+    if tl.max(radius, 0) >= WIDE:
+        top = largest_exponent(p_w + keys, scale, row, col, least_y, least_x, ya, yb, xa, xb, rows, CHUNK, XW, STRIDE)
+        acc, tail, used = pool_window(
+            p_x, p_w + keys, s_xc, s_xh, s_xw, scale, top, shift, row, col, least_y, least_x, ya, yb, xa, xb,
+            height, width, rows, block, CHANNELS, BLOCK_C, TAIL, CHUNK, XW, STRIDE, True, PRECISION, INDEX)
+        norm = tl.log2(used) - shift
+        if block == 0:
+            tl.store(p_scale + 2 * queries + q_cell, top, mask=m_q)
+    else:
+        acc, tail, used = pool_window(
+            p_x, p_w, s_xc, s_xh, s_xw, scale, scale, shift, row, col, least_y, least_x, ya, yb, xa, xb,
+            height, width, rows, block, CHANNELS, BLOCK_C, TAIL, CHUNK, XW, STRIDE, False, PRECISION, INDEX)
+        norm = tl.log2(used)
+    inverse = 1.0 / used
+    p_y += batch * s_yb + group * CHANNELS * s_yc
+    at = q_row.to(INDEX) * s_yh + q_col.to(INDEX) * s_yw
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    tl.store(p_y + at[:, None] + (c.to(INDEX) * s_yc)[None, :], (acc * inverse[:, None]).to(p_y.dtype.element_ty),
+             mask=m_q[:, None] & (c < CHANNELS)[None, :])
+    if TAIL:
+        t = BLOCK_C + tl.arange(0, TAIL)
+        tl.store(p_y + at[:, None] + (t.to(INDEX) * s_yc)[None, :], (tail * inverse[:, None]).to(p_y.dtype.element_ty),
+                 mask=m_q[:, None] & (t < CHANNELS)[None, :])
     if block == 0:
-        b_cell = plane * out_height * out_width + offsets(b_row, b_col, out_width, 1)
-        tl.store(p_norm + b_cell * 2, b_top, mask=m_query)
-        tl.store(p_norm + b_cell * 2 + 1, tl.log2(b_total), mask=m_query)
-        p_tile = p_reach + (plane * tiles + tile) * 4
-        tl.store(p_tile, y0)
-        tl.store(p_tile + 1, y1)
-        tl.store(p_tile + 2, x0)
-        tl.store(p_tile + 3, x1)
+        tl.store(p_scale + queries + q_cell, norm, mask=m_q)
