@@ -10,6 +10,7 @@ ROWS = 16
 
 
 def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not below `n`."""
     return -(-n // multiple) * multiple
 
 
