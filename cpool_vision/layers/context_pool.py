@@ -39,8 +39,9 @@ class ContextPool2d(Mixer2d):
     with a gate, `(k * k + 1) * dim` more with `depthwise=k`); its predictor costs `H * W * (dim * h + 18 * h * G)`
     multiply-adds, the pool itself up to `dim * (H * W) * (Ho * Wo)`, less where supports are small.
 
-    Weight logits and supports are handed to the operator in the parameters' dtype or better (fp32 under autocast; the
-    supports never below fp32), the output has the dtype of the input.
+    Weight logits and supports are handed to the operator in the parameters' dtype or better (the supports never below
+    fp32); the output has the dtype of the input. Under autocast the features are pooled in the autocast dtype, with
+    logits and supports in fp32; the output has the autocast dtype, or with a gate that of its base.
 
     Args:
         dim: Channels C of the input `(B, C, H, W)`.

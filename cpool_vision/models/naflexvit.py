@@ -65,7 +65,7 @@ class ContextPoolNaFlexBlock(ContextPoolBlock):
             y = self.cpool_attn(y, grids)
         x = self.add_branches(x, y, mask, is_causal)
         if self.cpool is not None:
-            x = self.cpool(x, grids)
+            x = self.cpool(x, grids).type_as(x)
         return x
 
 

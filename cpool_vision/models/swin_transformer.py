@@ -49,7 +49,7 @@ class ContextPoolSwinBlock(SwinTransformerBlock):
         x = x + self.drop_path1(self._attn(y))
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         if self.cpool is not None:
-            x = self.cpool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = self.cpool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).type_as(x)
         return x
 
 

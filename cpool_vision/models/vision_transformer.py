@@ -52,7 +52,7 @@ class ContextPoolBlock(Block):
             y = self.cpool_attn(y, height, width)
         x = self.add_branches(x, y, attn_mask, is_causal)
         if self.cpool is not None:
-            x = self.cpool(x, height, width)
+            x = self.cpool(x, height, width).type_as(x)  # the stream stays in fp32 under autocast
         return x
 
 

@@ -23,8 +23,9 @@ def context_pool2d(
     Each output is a convex combination of the input's pixels. `sigma -> 0` gives the identity (stride 1),
     `sigma -> inf` the weighted global mean; a constant added to the logits changes nothing.
 
-    Distances come from integer pixel indices and sums are kept in fp32 (fp64 for fp64 input), under autocast too. The
-    triton, native and tiled backends may leave out a share of each query's weight, at most
+    Under autocast features are pooled in the autocast dtype, weight logits and supports in fp32, and gradients come in
+    the dtypes of the inputs. Distances come from integer pixel indices and sums are kept in fp32 (fp64 for fp64 input),
+    under autocast too. The triton, native and tiled backends may leave out a share of each query's weight, at most
     `cpool_vision.ops.TOLERANCE[x.dtype]`: 2^-20, or 2^-46 in fp64.
 
     Args:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .autocast import register_autocast
 from .backends import choose_backend
 from .layout import empty_maps, is_channels_last
 from .native import native_backward, native_forward
@@ -101,6 +102,9 @@ for _name, _function, _key in (
         ('triton_backward', _triton_backward, 'CompositeExplicitAutograd'),
 ):
     _lib.impl(f'context_pool2d_{_name}', _on_plain_tensors(_function), _key)
+
+
+register_autocast(_lib, 'context_pool2d', torch.ops.cpool_vision.context_pool2d.default)
 
 
 def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor]:
