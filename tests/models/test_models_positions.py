@@ -10,6 +10,7 @@ from cpool_vision.layers import ContextPool2d, mixers
 
 MODELS = [
     ('convnext_micro_cpool_32', 'convnext', 16),
+    ('tf_efficientnet_lite0_cpool', 'efficientnet', 65),
     ('resnet_micro_cpool_32', 'resnet', 16),
     ('resnet18_cpool', 'resnet', 64),
     ('resnet50_cpool', 'resnet', 32),
@@ -30,6 +31,8 @@ PLACES = {
     ('resnet18_cpool', 'branch'): ['layer3.1.cpool', 'layer4.1.cpool'],
     ('resnet18_cpool', 'stem'): ['maxpool.cpool'],
     ('resnet18_cpool', 'stride'): ['layer3.0.aa.cpool', 'layer4.0.aa.cpool'],
+    ('tf_efficientnet_lite0_cpool', 'pre_block'): [f'blocks.{i}.cpool' for i in (2, 4, 6)],
+    ('tf_efficientnet_lite0_cpool', 'stride'): [f'blocks.{i}.0.aa.cpool' for i in (2, 3, 5)],
     ('resnet18_cpool', 'shortcut'): [f'layer{i}.0.downsample.cpool' for i in (3, 4)],
     ('poolformer_micro_cpool_32', 'token_mixer'): [
         f'stages.{i}.blocks.{j}.token_mixer.cpool' for i, n in enumerate((2, 2, 4, 2)) for j in range(n)],

@@ -16,6 +16,7 @@ BASES = {
     'convnext_nano_cpool': 'convnext_nano',
     'convnext_small_cpool': 'convnext_small',
     'convnext_tiny_cpool': 'convnext_tiny',
+    'efficientnet_b0_cpool': 'efficientnet_b0',
     **{f'naflexvit_base_cpool_patch16_{kind}': f'naflexvit_base_patch16_{kind}'
        for kind in ('gap', 'par_gap', 'parfac_gap')},
     'poolformer_s12_cpool': 'poolformer_s12',
@@ -30,6 +31,7 @@ BASES = {
     'swin_base_cpool_patch4_window7_224': 'swin_base_patch4_window7_224',
     'swin_small_cpool_patch4_window7_224': 'swin_small_patch4_window7_224',
     'swin_tiny_cpool_patch4_window7_224': 'swin_tiny_patch4_window7_224',
+    **{f'tf_efficientnet_lite{n}_cpool': f'tf_efficientnet_lite{n}' for n in (0, 1, 2)},
     'vit_base_cpool_patch16_224': 'vit_base_patch16_224',
     'vit_small_cpool_patch16_224': 'vit_small_patch16_224',
     'vit_tiny_cpool_patch16_224': 'vit_tiny_patch16_224',
@@ -46,7 +48,8 @@ DEPTHS = {
     f'vit_{size}_cpool_d{depth}_patch16_224': (f'vit_{size}_patch16_224', depth)
     for size in ('small', 'base') for depth in (6, 8, 9, 10)}
 PREFIXES = {
-    'convnext': 'convnext', 'naflexvit': 'naflexvit', 'poolformer': 'metaformer', 'poolformerv2': 'metaformer',
+    'convnext': 'convnext', 'efficientnet': 'efficientnet', 'tf': 'efficientnet', 'naflexvit': 'naflexvit',
+    'poolformer': 'metaformer', 'poolformerv2': 'metaformer',
     'resnet18': 'resnet', 'resnet34': 'resnet', 'resnet50': 'resnet', 'resnet101': 'resnet',
     'swin': 'swin_transformer', 'vit': 'vision_transformer'}
 FAMILY = dict(MICRO, **{name: PREFIXES[name.split('_')[0]] for name in BASES})

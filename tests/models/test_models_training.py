@@ -69,6 +69,9 @@ def sibling(name, model):
     parts = name.split('.')
     if name == 'maxpool.cpool':
         return 'conv1.weight'
+    if parts[0] == 'blocks' and isinstance(model.blocks[int(parts[1])], nn.Sequential):
+        stage = model.blocks[int(parts[1])]
+        return f'blocks.{parts[1]}.{len(stage) - 2 if parts[2] == "cpool" else parts[2]}.conv_pw.weight'
     if parts[0] == 'blocks':
         return f'blocks.{parts[1]}.attn.qkv.weight'
     if parts[0] == 'layers' or 'token_mixer' in parts:
@@ -81,9 +84,11 @@ def sibling(name, model):
     return f'stages.{parts[1]}.blocks.{last}.conv_dw.weight'
 
 
-@pytest.mark.parametrize('name', [*sorted(MICRO), 'resnet18_cpool', 'resnet50_cpool', 'convnext_atto_cpool'])
+@pytest.mark.parametrize('name', [
+    *sorted(MICRO), 'resnet18_cpool', 'resnet50_cpool', 'convnext_atto_cpool', 'tf_efficientnet_lite0_cpool'])
 def test_layer_decay_puts_a_pool_with_its_block(name):
-    positions = ALL_POSITIONS.get(name, list(POSITIONS[name[:8] if name.startswith('convnext') else 'resnet']))
+    family = {'convnext': 'convnext', 'tf': 'efficientnet'}.get(name.split('_')[0], 'resnet')
+    positions = ALL_POSITIONS.get(name, list(POSITIONS[family]))
     model = timm.create_model(name, cpool_positions=positions, cpool_init='identity', device='meta')
     scales = {}
     for group in param_groups_layer_decay(model, layer_decay=.5):
@@ -94,7 +99,8 @@ def test_layer_decay_puts_a_pool_with_its_block(name):
     for key in pool_keys(model):
         pool_name = max((n for n, _ in mixers(model) if key.startswith(n + '.')), key=len)
         assert named[key] == named[sibling(pool_name, model)], key
-        assert named[key] < 1. or any(last in key for last in ('blocks.5', 'layer4', 'layers.3', 'stages.3')), key
+        lasts = ('blocks.5', 'blocks.6', 'layer4', 'layers.3', 'stages.3')
+        assert named[key] < 1. or any(last in key for last in lasts), key
 
 
 @pytest.mark.parametrize('name', sorted(MICRO))
