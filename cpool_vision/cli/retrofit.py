@@ -30,11 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
         help='indices of the stages that pool (default: those at least 8 times coarser than the image)')
     add('--places', nargs='+', default=None, metavar='MODULE',
         help='names of modules whose output (or, with :input behind it, input) is pooled, in place of the two above')
-    add('--ratio', type=float, default=0.1, metavar='R',
-        help='largest support relative to the side of the map (default: 0.1)')
+    add('--ratio', type=float, default=None, metavar='R',
+        help='largest support relative to the side of the map (default: 0.25 in networks of one grid, else 0.1)')
     add('--floor', type=float, default=0.1, metavar='S', help='smallest support in pixels (default: 0.1)')
-    add('--groups', type=int, default=1, metavar='G',
-        help='groups of channels with supports of their own (default: 1)')
+    add('--groups', type=int, default=None, metavar='G',
+        help='groups of channels with supports of their own (default: 16 in networks of one grid, or what divides the '
+             'channels, else 1)')
     add('--init', default='identity', choices=('identity', 'paper'),
         help='identity predicts as the base does; paper pools at once (default: identity)')
     add('--support-init', type=float, default=0.5, metavar='R',
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add('--num-classes', type=int, default=None, metavar='N', help='number of classes (model default if left out)')
     add('--in-chans', type=int, default=None, metavar='N', help='channels of the images (model default if left out)')
     add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
+    add('--seed', type=int, default=42, metavar='S', help='of the fresh pools, and of a base without weights')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
         help='further arguments of the base')
     return parser
@@ -49,11 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _retrofit(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
+    import torch
+
     from cpool_vision.engine.model import create_eval_model
     from cpool_vision.engine.settings.validate_flags import build_parser as build_validate_parser
     from cpool_vision.errors import ConfigError, OutputError
     from cpool_vision.retrofit import add_context_pool, context_pools, save_model
 
+    torch.manual_seed(args.seed)
     settings = build_validate_parser().parse_args([])
     for key in ('pretrained', 'checkpoint', 'use_ema', 'num_classes', 'in_chans', 'img_size', 'model_kwargs'):
         setattr(settings, key, getattr(args, key))

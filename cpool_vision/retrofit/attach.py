@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from .subclass import extend, extensions_of, register, retract
+
 NAME = 'cpool'
+_SIDES = {'output': 'pooled_output', 'input': 'pooled_input'}
 
 
 def _on_entry(function: Any, value: Any, index: int) -> Any:
@@ -20,48 +23,25 @@ def _on_entry(function: Any, value: Any, index: int) -> Any:
     return function(value)
 
 
-def _restore(base: type, side: str) -> nn.Module:
-    cls: Any = _pooled_class(base, side)
-    return cls.__new__(cls)
-
-
-class _Pooled:
-    """What the subclasses share: how they are copied and pickled, as they have no name that could be imported."""
-
-    cpool_base: type
-    cpool_side: str
-    cpool_index = 0
-    __dict__: dict[str, Any]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
-        return _restore, (self.cpool_base, self.cpool_side), state
-
-
-class _PooledOutput(_Pooled):
+class _PooledOutput:
     """Pools what the module returns."""
+
+    cpool_index = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         return _on_entry(self.cpool, output, self.cpool_index)  # type: ignore[attr-defined]
 
 
-class _PooledInput(_Pooled):
+class _PooledInput:
     """Pools what the module reads."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return super().forward(self.cpool(x), *args, **kwargs)  # type: ignore[misc, attr-defined]
 
 
-_SIDES: dict[str, type] = {'output': _PooledOutput, 'input': _PooledInput}
-_CLASSES: dict[tuple[type, str], type] = {}
-
-
-def _pooled_class(base: type, side: str) -> type:
-    if (base, side) not in _CLASSES:
-        body = {'cpool_base': base, 'cpool_side': side, '__doc__': base.__doc__, '__module__': __name__}
-        _CLASSES[base, side] = type(f'ContextPool{base.__name__}', (_SIDES[side], base), body)
-    return _CLASSES[base, side]
+register(_SIDES['output'], 'ContextPool', _PooledOutput)
+register(_SIDES['input'], 'ContextPool', _PooledInput)
 
 
 def attach(module: Any, pool: nn.Module, side: str, native: bool, index: int = 0) -> None:
@@ -76,14 +56,14 @@ def attach(module: Any, pool: nn.Module, side: str, native: bool, index: int = 0
     """
     module.add_module(NAME, pool)
     if not native:
-        module.__class__ = _pooled_class(type(module), side)
+        extend(module, _SIDES[side])
         if index:
             module.cpool_index = index
 
 
 def detach(module: nn.Module) -> None:
     """Takes the pool out of `module` again; nothing where it holds none."""
-    if isinstance(module, _Pooled):
-        module.__class__ = module.cpool_base
+    if set(_SIDES.values()) & set(extensions_of(module)):
+        retract(module, *_SIDES.values())
         module.__dict__.pop('cpool_index', None)
     module._modules.pop(NAME, None)

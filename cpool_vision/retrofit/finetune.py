@@ -6,9 +6,11 @@ from typing import Any
 from torch import nn
 
 from ..layers import mixers
+from .subclass import extend, extensions_of, register, retract
 
 # Running statistics may move in training although no parameter does.
 _STATISTICS = ('running_mean', 'running_var')
+_FIXED = 'fixed_statistics'
 
 
 def pool_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -78,29 +80,11 @@ def param_groups(
 class _FixedStatistics:
     """Keeps a normalisation in eval mode whatever mode the model is in."""
 
-    cpool_base: type
-
     def train(self, mode: bool = True) -> Any:
         return super().train(False)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
-        return _restore, (self.cpool_base,), state
 
-
-_CLASSES: dict[type, type] = {}
-
-
-def _fixed_class(base: type) -> type:
-    if base not in _CLASSES:
-        body = {'cpool_base': base, '__doc__': base.__doc__, '__module__': base.__module__}
-        _CLASSES[base] = type(f'Fixed{base.__name__}', (_FixedStatistics, base), body)
-    return _CLASSES[base]
-
-
-def _restore(base: type) -> nn.Module:
-    cls: Any = _fixed_class(base)
-    return cls.__new__(cls)
+register(_FIXED, 'Fixed', _FixedStatistics)
 
 
 def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
@@ -141,8 +125,7 @@ def freeze_base(model: Any, train_head: bool = False) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     for module in list(_with_statistics(model)):
-        if not isinstance(module, _FixedStatistics):
-            module.__class__ = _fixed_class(type(module))
+        extend(module, _FIXED)
         module.train(False)
     return model
 
@@ -152,7 +135,7 @@ def unfreeze_base(model: Any) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, _FixedStatistics):
-            module.__class__ = module.cpool_base
+        if _FIXED in extensions_of(module):
+            retract(module, _FIXED)
             module.train(model.training)
     return model

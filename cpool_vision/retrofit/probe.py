@@ -1,6 +1,6 @@
 """Runs of a model on one probe image, by which it is found out how a pool fits in."""
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,11 +143,10 @@ def reaches_output(model: nn.Module, x: Tensor, places: list[Place], native: lis
             counter.shift = shift
         with _fixed(model):
             image = x.clone().requires_grad_()
-            output = model(image)
-            while isinstance(output, (tuple, list)):
-                output = output[0]
-            pattern = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
-            of_image, *grads = torch.autograd.grad((output * pattern).sum(), [image, *shifts], allow_unused=True)
+            generator = torch.Generator().manual_seed(2)
+            outputs = [output for output in tensors(model(image)) if output.requires_grad]
+            total = sum((output * torch.randn(output.shape, generator=generator).to(output)).sum() for output in outputs)
+            of_image, *grads = torch.autograd.grad(total, [image, *shifts], allow_unused=True)
     except Exception as error:
         _logger.debug('the places of %s cannot be told apart by gradients (%s)', type(model).__name__, error)
         return [True] * len(places)
@@ -203,18 +202,21 @@ def in_raster_order(model: nn.Module, x: Tensor, places: list[Place]) -> list[bo
     return answer
 
 
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in an output: of one, or of tuples, lists and mappings of them to any depth."""
+    if isinstance(value, Tensor):
+        return [value]
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for entry in entries for tensor in tensors(entry)]
+
+
 @torch.no_grad()
 def equal(a: Any, b: Any) -> bool:
     """Whether two outputs are equal to the bit; on the meta device, in shape."""
-    if isinstance(a, Tensor):
-        return a.shape == b.shape and (a.is_meta or bool(torch.equal(a, b)))
-    if isinstance(a, (tuple, list)):
-        return all(equal(p, q) for p, q in zip(a, b, strict=True))
-    return True
+    pairs = list(zip(tensors(a), tensors(b), strict=True))
+    return all(p.shape == q.shape and (p.is_meta or bool(torch.equal(p, q))) for p, q in pairs)
 
 
 def finite(a: Any) -> bool:
     """Whether an output holds neither NaN nor infinity."""
-    if isinstance(a, Tensor):
-        return a.is_meta or bool(a.isfinite().all())
-    return all(finite(p) for p in a) if isinstance(a, (tuple, list)) else True
+    return all(tensor.is_meta or bool(tensor.isfinite().all()) for tensor in tensors(a))

@@ -9,7 +9,14 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from cpool_vision.retrofit import add_context_pool, context_pools, freeze_base, param_groups, unfreeze_base
+from cpool_vision.retrofit import (
+    add_context_pool,
+    context_pools,
+    freeze_base,
+    param_groups,
+    remove_context_pool,
+    unfreeze_base,
+)
 
 
 @pytest.fixture
@@ -98,6 +105,25 @@ def test_a_frozen_base_in_training_mode_predicts_as_in_eval_mode(model):
     assert torch.equal(model.train()(x), model.eval()(x))
     unfreeze_base(model)
     assert not torch.equal(model.train()(x), model.eval()(x))
+
+
+def test_a_pooled_normalisation_can_be_frozen():
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=5)
+    x = torch.randn(2, 3, 64, 64)
+    before, keys = model.eval()(x), set(model.state_dict())
+    add_context_pool(model, places='layer2.0.bn2', img_size=64)
+    freeze_base(model)
+    assert isinstance(model.layer2[0].bn2, nn.BatchNorm2d)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        assert not copied.train().layer2[0].bn2.training
+        assert torch.equal(copied.eval()(x), before) and len(context_pools(copied)) == 1
+    remove_context_pool(model)
+    assert not model.train().layer2[0].bn2.training  # still frozen
+    unfreeze_base(model)
+    assert model.train().layer2[0].bn2.training and set(model.state_dict()) == keys
+    assert type(model.layer2[0].bn2) is type(model.layer2[0].bn1)
+    assert torch.equal(model.eval()(x), before)
 
 
 def test_errors(model):

@@ -46,7 +46,7 @@ def test_a_folder_rebuilds_the_model(tmp_path, name):
     fresh = timm.create_model(source).eval()
     assert not torch.equal(fresh(x), model(x)) and list(context_pools(fresh)) == list(context_pools(model))
     for pool in context_pools(fresh).values():
-        assert pool.predict.bias[1:].sigmoid().item() == pytest.approx(.3)
+        assert pool.predict.bias[pool.groups:].sigmoid().tolist() == pytest.approx([.3] * pool.groups)
     fewer = timm.create_model(source, pretrained=True, num_classes=3, in_chans=1).eval()
     assert fewer(x[:, :1]).shape == (2, 3)
     assert torch.equal(next(iter(context_pools(fewer).values())).gamma, next(iter(context_pools(model).values())).gamma)
@@ -68,7 +68,7 @@ def test_a_model_at_another_size(tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
     x = torch.randn(1, 3, 96, 96)
     assert torch.equal(again(x), model(x))
-    assert context_pools(again)['blocks.0.cpool'].grid_size == (6, 6)
+    assert context_pools(again)['blocks.0.attn.cpool'].grid_size == (6, 6)
 
 
 def test_nothing_is_overwritten(tmp_path, monkeypatch):
@@ -144,11 +144,16 @@ def test_the_command(tmp_path, capsys):
     weights = load_file(folder / 'model.safetensors')
     assert set(base.state_dict()) < set(weights)
     assert {(pool.ratio, pool.support_init) for pool in context_pools(model).values()} == {(.3, .1)}
-    assert weights['blocks.2.attn.cpool.predict.bias'].sigmoid()[1].item() == pytest.approx(.1)
+    assert weights['blocks.2.attn.cpool.predict.bias'].sigmoid()[-1].item() == pytest.approx(.1)
 
     assert retrofit.main(command) == 2
     assert 'holds a model already (config.json): name another folder or pass --force' in capsys.readouterr().err
     assert retrofit.main([*command, '--force']) == 0
+    again = load_file(folder / 'model.safetensors')  # fresh pools are drawn alike
+    assert all(torch.equal(value, again[key]) for key, value in weights.items())
+    assert retrofit.main([*command, '--force', '--seed', '1']) == 0
+    other = load_file(folder / 'model.safetensors')['blocks.2.attn.cpool.predict.weight']
+    assert not torch.equal(other, again['blocks.2.attn.cpool.predict.weight'])
 
     # the folder is a model like any other
     assert validate.main(['--model', f'local-dir:{folder}', '--pretrained', '--dataset', 'cpool/shapes', '--workers',
