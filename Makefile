@@ -15,7 +15,7 @@ help:
 	@echo 'make test       ruff, mypy and pytest, on up to four cores (PARALLEL= for one)'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make test-slow  the long tests'
-	@echo 'make table      bring the table of variants in README.md up to date'
+	@echo 'make table      bring the table of variants in docs/models.md up to date'
 	@echo 'Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), PARALLEL, PYTEST_ARGS'
 
 $(BIN)/python:

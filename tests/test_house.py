@@ -273,6 +273,9 @@ from cpool_vision.ops import context_pool2d
 y = context_pool2d(torch.ones(1, 2, 5, 5), torch.randn(1, 1, 5, 5), torch.full((1, 1, 5, 5), 2.0))
 torch.testing.assert_close(y, torch.ones_like(y))
 assert 'timm' not in sys.modules
+names = {}
+exec('from cpool_vision import *', names)
+assert 'ContextPool2d' in names and 'add_context_pool' not in names
 try:
     import timm
 except ModuleNotFoundError:

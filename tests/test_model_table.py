@@ -5,7 +5,7 @@ import pytest
 import cpool_vision
 from benchmarks import model_table
 from benchmarks.markers import replace_between
-from benchmarks.model_table import MARKER, README, Row, format_table, measure
+from benchmarks.model_table import MARKER, PAGE, Row, format_table, measure
 
 BEGIN, END = f'<!-- {MARKER} -->', f'<!-- /{MARKER} -->'
 
@@ -38,7 +38,7 @@ def test_table_goes_between_the_markers(tmp_path: pathlib.Path) -> None:
 
 def test_check_sees_a_stale_table(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpool_vision, 'list_models', lambda: ['resnet_micro_cpool_32'])
-    file = tmp_path / 'README.md'
+    file = tmp_path / 'page.md'
     file.write_text(f'{BEGIN}\n{END}\n')
     arguments = ['--file', str(file)]
     assert model_table.main([*arguments, '--check']) == 1
@@ -46,13 +46,13 @@ def test_check_sees_a_stale_table(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     assert model_table.main([*arguments, '--check']) == 0
 
 
-def test_readme_names_every_variant() -> None:
-    text = README.read_text(encoding='utf-8')
+def test_the_page_names_every_variant() -> None:
+    text = PAGE.read_text(encoding='utf-8')
     table = text[text.index(BEGIN):text.index(END)]
     rows = [line.split('`')[1] for line in table.splitlines() if line.startswith('| `')]
     assert rows == cpool_vision.list_models()
 
 
 @pytest.mark.slow
-def test_readme_holds_the_measured_table() -> None:
+def test_the_page_holds_the_measured_table() -> None:
     assert model_table.main(['--check']) == 0

@@ -26,8 +26,8 @@ from ._family import Family, PoolConfig
 
 __all__ = ['ContextPoolEfficientNet']
 
-# At 224 pixels the first stage holds 56 x 56 maps, where a pool can cost more than the rest of its stage. The groups are
-# those that divide all widths of the family.
+# At 224 pixels the first stage holds 56 x 56 maps, where a pool can cost more than the rest of its stage. 8 groups
+# divide all widths of the family.
 FAMILY = Family('efficientnet', positions=('pre_block', 'stride'), stages=(1, 2, 3), groups=8)
 
 

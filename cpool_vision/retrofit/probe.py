@@ -145,7 +145,8 @@ def reaches_output(model: nn.Module, x: Tensor, places: list[Place], native: lis
             image = x.clone().requires_grad_()
             generator = torch.Generator().manual_seed(2)
             outputs = [output for output in tensors(model(image)) if output.requires_grad]
-            total = sum((output * torch.randn(output.shape, generator=generator).to(output)).sum() for output in outputs)
+            total = torch.stack([
+                (output * torch.randn(output.shape, generator=generator).to(output)).sum() for output in outputs]).sum()
             of_image, *grads = torch.autograd.grad(total, [image, *shifts], allow_unused=True)
     except Exception as error:
         _logger.debug('the places of %s cannot be told apart by gradients (%s)', type(model).__name__, error)

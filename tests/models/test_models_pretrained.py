@@ -73,7 +73,7 @@ def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
         torch.testing.assert_close(everywhere(x), expected, rtol=1e-5, atol=1e-5)
         paper = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_init='paper').eval()
         assert all(pool.gamma is None for _, pool in mixers(paper))
-        # attention of random weights takes all of its tokens alike, so that what is pooled before it matters little, and
+        # attention of random weights takes all of its tokens alike, so that what is pooled before it matters little;
         # the last maps of an EfficientNet have 2 x 2 pixels here
         least = {'swin': 3e-5, 'tf': 2e-5, 'vit': 1e-4}.get(base.split('_')[0], 1e-3)
         assert (paper(x) - expected).abs().max() > least

@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -149,3 +151,19 @@ def test_factory_dtype_and_device_reach_every_parameter(name):
 def test_bad_keywords_are_named(name, kwargs, error, message):
     with pytest.raises(error, match=message):
         meta_model(name, **kwargs)
+
+
+def run_module(*args):
+    return subprocess.run([sys.executable, '-m', 'cpool_vision', *args], capture_output=True, text=True)  # noqa: S603
+
+
+def test_scripts_run_with_the_variants_registered(tmp_path):
+    (tmp_path / 'beside.py').write_text('NAME = "resnet18_cpool"\n')
+    script = tmp_path / 'script.py'
+    script.write_text('import sys, timm, beside\nif __name__ == "__main__":\n'
+                      '    print(timm.is_model(beside.NAME), sys.argv[1:])\n    sys.exit(3)\n')
+    done = run_module(str(script), '--flag', 'a b')
+    assert done.stdout.strip() == "True ['--flag', 'a b']" and done.returncode == 3, done.stderr
+    for args, message in (['absent.py'], "error: 'absent.py' is no file: name a Python script"), ([], ''):
+        done = run_module(*args)
+        assert done.returncode == 2 and message in done.stderr

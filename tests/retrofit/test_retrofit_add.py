@@ -181,7 +181,11 @@ def test_fresh_pools_reach_as_far_as_asked(family, support_init):
     add(model, family, ratio=.4, support_init=support_init)
     assert torch.equal(model(x), expected)
     supports = {}
-    handles = [pool.predict.register_forward_hook(lambda module, args, y, name=name, n=pool.groups: supports.update({name: y[:, n:]}))
+
+    def hook_of(name, groups):
+        return lambda module, args, y: supports.update({name: y[:, groups:]})
+
+    handles = [pool.predict.register_forward_hook(hook_of(name, pool.groups))
                for name, pool in context_pools(model).items()]
     model(x)
     for handle in handles:
