@@ -48,11 +48,50 @@ def write_atomic(path: str, write: Callable[[Any], None]) -> None:
     except UserError:  # what `write` reads from is at fault
         raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, 'strerror', None) or error
+        if temporary and os.path.exists(temporary):
+            os.remove(temporary)  # what it holds is free again
+            temporary = ''
+        reason = _shortage(folder, write) or getattr(error, 'strerror', None) or error
         raise OutputError(f'{path!r} cannot be written ({reason}): free space or choose another folder') from error
     finally:
         if temporary and os.path.exists(temporary):
             os.remove(temporary)
+
+
+class _Counter:
+    """A file that only measures how long it would become."""
+
+    def __init__(self) -> None:
+        self.place = self.size = 0
+
+    def write(self, data: Any) -> int:
+        count = memoryview(data).nbytes
+        self.place += count
+        self.size = max(self.size, self.place)
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = offset + (0, self.place, self.size)[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def flush(self) -> None:
+        pass
+
+
+def _shortage(folder: str, write: Callable[[Any], None]) -> str:
+    """How many bytes a folder is short of for a file, in words; '' if that is not why it could not be written."""
+    counter = _Counter()
+    try:
+        free = shutil.disk_usage(folder).free
+        write(counter)
+    except (OSError, RuntimeError, TypeError, ValueError):
+        return ''
+    if counter.size <= free:
+        return ''
+    return f'{folder!r} is full: {counter.size - free:,} bytes more are needed than the {free:,} that are free'
 
 
 def write_text(path: str, text: str, errors: str = 'strict') -> None:
@@ -64,6 +103,11 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _rewound(file: Any) -> Any:
+    file.seek(0)
+    return file
 
 
 def link_atomic(source: str, target: str) -> None:
@@ -80,7 +124,7 @@ def link_atomic(source: str, target: str) -> None:
             os.link(source, temporary)
         except OSError:
             with open(source, 'rb') as file:
-                write_atomic(target, lambda out: shutil.copyfileobj(file, out))
+                write_atomic(target, lambda out: shutil.copyfileobj(_rewound(file), out))
             return
         os.replace(temporary, target)
         sync_directory(os.path.dirname(os.path.abspath(target)))

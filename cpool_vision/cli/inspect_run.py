@@ -13,19 +13,16 @@ def read_settings(folder: str) -> dict[str, Any]:
     Raises:
         ConfigError: args.yaml cannot be read.
     """
-    import yaml
-
     from cpool_vision.errors import ConfigError
+    from cpool_vision.reading import read_yaml, reason
 
     path = os.path.join(folder, 'args.yaml')
     if not os.path.exists(path):
         return {}
     try:
-        with open(path, encoding='utf-8') as file:
-            settings = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise ConfigError(f'{path!r} cannot be read ({reason}): restore it, or remove it') from error
+        settings = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{path!r} cannot be read ({reason(error)}): restore it, or remove it') from error
     if not isinstance(settings, dict):
         raise ConfigError(f'{path!r} holds no settings but {type(settings).__name__}: restore it, or remove it')
     return settings
@@ -82,4 +79,5 @@ def add_run(report: 'Report', folder: str, dpi: int) -> None:
 
 
 def _written(value: Any) -> str:
-    return '' if value is None else ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+    text = '' if value is None else ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 500 else f'{text[:500]}…'

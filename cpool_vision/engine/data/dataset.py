@@ -11,6 +11,7 @@ from cpool_vision.data.folders import FolderReader, SafeImageFolder
 from cpool_vision.data.images import guard_images
 from cpool_vision.errors import DatasetError, DatasetNotFoundError, UserError
 
+from . import synsets
 from .multi_label import is_multi_label, open_label_file, reader_arguments, settle_labels
 from .unreadable import StrictImageDataset
 
@@ -39,6 +40,12 @@ def _check_folder(root: str | None, split: str) -> None:
     if found and split_folder(root, split) == root:
         raise DatasetError(f'split {split!r} is not in {root!r}, which holds {", ".join(found)}: name one of them, '
                            'or leave the split empty to take the folder itself')
+
+
+def numbers_folders(args: argparse.Namespace) -> bool:
+    """Whether the classes of a set get their numbers from the names of its folders alone."""
+    named = args.dataset in _FOLDER_NAMES or args.dataset.lower() in _TORCH_FOLDERS
+    return named and not args.class_map and not is_multi_label(args)
 
 
 def split_folder(root: str, split: str) -> str:
@@ -70,6 +77,8 @@ def build_dataset(
         # a label file may list the images of a split that has no folder
         _check_folder(root, '' if multi_label and args.label_file else split)
     # a mapping comes from --class-subset
+    if args.class_map == synsets.NAME and not os.path.exists(args.class_map):
+        args.class_map = synsets.synset_numbers()
     if args.class_map and not isinstance(args.class_map, dict) and not os.path.isfile(args.class_map):
         raise DatasetNotFoundError(f'--class-map {args.class_map!r} does not exist: check the path')
     where = f'{name!r} in {root!r}' if name and root else repr(name or root)

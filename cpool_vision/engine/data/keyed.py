@@ -171,7 +171,7 @@ class KeyedDataset(torch.utils.data.Dataset):
         samples: list[Any] = []
         report = Report(key.epoch, key.batch)
         for index, repeat, seed in zip(key.indices, key.repeats, seeds, strict=True):
-            for candidate in self._candidates(index, repeat, key.epoch):
+            for candidate in candidates(self.seed, key.epoch, index, repeat, len(self)):
                 try:
                     samples.append(self._make(candidate, seed, key.choice))
                     break
@@ -181,10 +181,12 @@ class KeyedDataset(torch.utils.data.Dataset):
                 return KeyedSamples([], report)
         return KeyedSamples(samples, report)
 
-    def _candidates(self, index: int, repeat: int, epoch: int) -> Iterator[int]:
-        yield index
-        key = keyed_seeds(REPLACEMENT, self.seed, epoch, [index], [repeat])
-        yield from CounterDraws(key[0], 0, np.zeros(1)).integers(_REPLACEMENTS, len(self))[0].tolist()
+
+def candidates(seed: int, epoch: int, index: int, repeat: int, size: int) -> Iterator[int]:
+    """An image of a set of `size`, and those that are tried in its place if it cannot be read."""
+    yield index
+    key = keyed_seeds(REPLACEMENT, seed, epoch, [index], [repeat])
+    yield from CounterDraws(key[0], 0, np.zeros(1)).integers(_REPLACEMENTS, size)[0].tolist()
 
 
 class KeyedCollate:

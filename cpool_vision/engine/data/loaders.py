@@ -23,8 +23,8 @@ from .unreadable import UNREADABLE, CountingImageDataset, StrictImageDataset, Un
 from .worker import WorkerSignals
 
 __all__ = [
-    'UNREADABLE', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'close_workers', 'image_mode',
-    'list_unreadable', 'mixing', 'set_position', 'share_unreadable', 'unreadable_report',
+    'UNREADABLE', 'base_dataset', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'close_workers',
+    'image_mode', 'list_unreadable', 'mixing', 'set_position', 'share_unreadable', 'unreadable_report',
 ]
 
 
@@ -200,6 +200,17 @@ def build_eval_loader(
 
 def _stream(loader: Any) -> Any:
     return loader.loader if isinstance(loader, (PrefetchLoader, NaFlexPrefetchLoader)) else loader
+
+
+def base_dataset(loader: Any) -> Any:
+    """The set that a loader of training or validation reads, without what was wrapped around it."""
+    dataset = loader.dataset
+    while True:
+        inner = next((getattr(dataset, name) for name in ('base_dataset', 'base', 'dataset')
+                      if isinstance(getattr(dataset, name, None), torch.utils.data.Dataset)), None)
+        if inner is None:
+            return dataset
+        dataset = inner
 
 
 def set_position(loader: Any, epoch: int, batch: int = 0) -> None:

@@ -14,20 +14,38 @@ from timm.data import NaFlexMixup, create_naflex_loader
 from cpool_vision.errors import ConfigError, DatasetError
 
 from ..device import Precision
-from .keyed import KeyedErasing
+from .keyed import KeyedErasing, candidates
 from .loader_flags import augmentation, mixing
 from .loaders import build_dataset, image_mode
 from .stream import StreamedTrainStream
-from .unreadable import CountingImageDataset, StrictImageDataset
+from .unreadable import (
+    CountingImageDataset,
+    StrictImageDataset,
+    Unreadable,
+    UnreadableImageError,
+    UnreadableLog,
+    sample_name,
+)
 from .worker import WorkerSignals
 
 
 class NaflexStream(StreamedTrainStream):
     """Training batches from (epoch, batch) on; those before it in the epoch are loaded again.
 
-    They depend on the number of workers, which must stay the same when a run is resumed. Images that cannot be read
-    are left out with a warning.
+    They depend on the number of workers, which must stay the same when a run is resumed.
+
+    Args:
+        loader: `DataLoader` of timm's batches over a `ReplacingImages`.
+        seed, rank: seed of the run, number of the process.
+        unreadable: where to note images that were replaced.
     """
+
+    def __init__(self, loader: torch.utils.data.DataLoader, seed: int, rank: int, unreadable: UnreadableLog) -> None:
+        super().__init__(loader, seed, rank)
+        self.unreadable: UnreadableLog = unreadable
+
+    def _note(self, item: Any) -> None:
+        self.unreadable.add(item[2])
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """Where the next iteration begins.
@@ -39,6 +57,48 @@ class NaflexStream(StreamedTrainStream):
             raise ConfigError(f'there is no batch {batch} in epoch {epoch} of {len(self)} batches: resume with the '
                               'settings of the former run')
         self.epoch, self.batch = epoch, batch
+
+
+class ReplacingImages(torch.utils.data.Dataset):
+    """Lets another image, which follows from the seed, take the place of one that cannot be read.
+
+    Args:
+        dataset: a `StrictImageDataset` without transform.
+        seed: seed of the run.
+
+    Attributes:
+        found: images that were replaced since `drain`, in this process.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.found: list[Unreadable] = []
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        for candidate in candidates(self.seed, 0, index, 0, len(self)):
+            try:
+                return self.dataset[candidate]
+            except UnreadableImageError as error:
+                self.found.append(Unreadable(candidate, sample_name(self.dataset, candidate), str(error)))
+        raise UnreadableImageError(f'nothing readable was found in place of {sample_name(self.dataset, index)}')
+
+    def drain(self) -> list[Unreadable]:
+        """What was found since the last call."""
+        found, self.found = self.found, []
+        return found
+
+
+class ReportingCollate:
+    """timm's collation, with the images that a batch did without as a third item."""
+
+    def __init__(self, collate: Any, images: ReplacingImages) -> None:
+        self.collate, self.images = collate, images
+
+    def __call__(self, samples: Any) -> tuple[Any, Any, list[Unreadable]]:
+        return (*self.collate(samples), self.images.drain())
 
 
 class KeyedPatchErasing:
@@ -123,6 +183,7 @@ def build_naflex_train_loader(args: argparse.Namespace, model: nn.Module, data_c
     """
     patch_size = check_naflex(args, model)
     dataset = _open(args, data_config, args.train_split, True, args.train_num_samples)
+    images = ReplacingImages(dataset, args.seed)
     mix = mixing(args)
     for name in ('mode', 'cutmix_minmax'):
         mix.pop(name, None)
@@ -130,7 +191,7 @@ def build_naflex_train_loader(args: argparse.Namespace, model: nn.Module, data_c
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # timm prints the number of batches
             built: Any = create_naflex_loader(
-                dataset,
+                images,
                 patch_size=None if args.naflex_patch_sizes else patch_size,
                 patch_size_choices=args.naflex_patch_sizes,
                 patch_size_choice_probs=args.naflex_patch_size_probs,
@@ -149,7 +210,9 @@ def build_naflex_train_loader(args: argparse.Namespace, model: nn.Module, data_c
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'the NaFlex loader cannot be built ({error}): check the --naflex- and augmentation flags') \
             from error
-    stream = NaflexStream(built.loader, args.seed, args.rank)
+    batches: Any = built.loader.dataset
+    batches.collate_fns = {length: ReportingCollate(each, images) for length, each in batches.collate_fns.items()}
+    stream = NaflexStream(built.loader, args.seed, args.rank, UnreadableLog(dataset, args.max_bad_samples))
     built.loader = stream
     if built.random_erasing is not None:
         built.random_erasing = KeyedPatchErasing(built.random_erasing, stream, args.seed, args.rank, device)

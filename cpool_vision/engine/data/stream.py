@@ -139,7 +139,7 @@ class StreamedTrainStream(_Stream):
         self.seed, self.rank = seed, rank
         self.epoch = self.batch = 0
         self.current = (0, 0)
-        self.unreadable: UnreadableLog | None = None
+        self.unreadable: Any = None  # an UnreadableLog where there is one
         self._next_epoch = 0
 
     @property
@@ -165,6 +165,9 @@ class StreamedTrainStream(_Stream):
                               f'{epoch}: use --workers 1 or more, from the start of the run')
         self.epoch, self.batch = epoch, batch
 
+    def _note(self, item: Any) -> None:
+        """Takes what travels with a batch from its worker."""
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         epoch, first = self.epoch, self.batch
         self._next_epoch = epoch + 1
@@ -186,6 +189,7 @@ class StreamedTrainStream(_Stream):
             if item is None:
                 break
             if number >= first:
+                self._note(item)
                 self.current = epoch, number
                 yield tuple(item[:2])
             number += 1

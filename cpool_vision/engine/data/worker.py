@@ -2,11 +2,18 @@
 import atexit
 import multiprocessing
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 from typing import Any
+
+from cpool_vision.errors import DatasetError
+
+_KILLED = re.compile(r'DataLoader worker \(pid.*(exited unexpectedly|is killed by signal: Killed)')
+_LITTLE = re.compile(r'DataLoader worker .* is killed by signal: Bus error')
 
 
 @cache
@@ -44,3 +51,23 @@ class WorkerSignals:
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         if self.leaving.value:
             os._exit(0)
+
+
+@contextmanager
+def explained_deaths() -> Iterator[None]:
+    """Turns torch's error about a loader worker that died into one that names the likely cause.
+
+    Raises:
+        DatasetError: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = ' '.join(str(error).split())
+        if _KILLED.search(text):
+            raise DatasetError('a data loading worker was killed, most likely because memory ran out: lower --workers '
+                               'or --batch-size, or give the job more memory') from error
+        if _LITTLE.search(text):
+            raise DatasetError('a data loading worker ran out of shared memory (/dev/shm): lower --workers or '
+                               '--batch-size, or enlarge it (docker run --shm-size)') from error
+        raise

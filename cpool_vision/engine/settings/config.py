@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import yaml
 from timm.utils import ParseKwargs
 
+from cpool_vision import reading
 from cpool_vision.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
@@ -22,12 +22,11 @@ def read_yaml(path: str) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        with open(path, encoding='utf-8') as file:
-            content = yaml.safe_load(file)
+        content = reading.read_yaml(path)
     except OSError as error:
         raise ConfigError(f'--config {path!r} cannot be read ({error.strerror}): check the path') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = ' '.join(str(error).split())
+    except ValueError as error:
+        where = reading.reason(error, 400)
         raise ConfigError(f'--config {path!r} is not valid YAML ({where}): mend the file') from error
     if content is None:
         return {}

@@ -12,12 +12,13 @@ from timm.models import safe_model_name
 
 from cpool_vision.errors import OutputError
 from cpool_vision.files import write_text
+from cpool_vision.reading import read_bytes, reason
 
 from ..checkpoints.checkpoint import to_plain
 from ..checkpoints.resume import EXTENSION
 from .table import EpochTable, keep_copy
 
-_WRITTEN = (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'augmentation.json', 'tracking.json', '*.csv')
+_WRITTEN = (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'augmentation.json', 'tracking.json', 'run.lock', '*.csv')
 _MARKS = ('args.yaml', 'summary.csv', f'last{EXTENSION}')
 
 
@@ -77,6 +78,13 @@ def _not_created(path: str, error: OSError) -> OutputError:
     return OutputError(f'output folder {path!r} cannot be created ({error.strerror}): choose another --output')
 
 
+def _holds(path: str, content: bytes) -> bool:
+    try:
+        return read_bytes(path, len(content)) == content
+    except ValueError:  # longer
+        return False
+
+
 def settings_text(args: argparse.Namespace) -> str:
     """The settings as YAML that `--config` accepts."""
     return yaml.safe_dump(to_plain(vars(args)), default_flow_style=False)
@@ -116,9 +124,11 @@ class RunFolder:
         """
         target = os.path.join(self.path, name)
         if os.path.exists(target):
-            with open(target, encoding='utf-8') as file:
-                if file.read() != text:
+            try:
+                if text is None or not _holds(target, text.encode()):
                     keep_copy(target)
+            except OSError as error:
+                raise OutputError(f'{target!r} cannot be read ({reason(error)}): move it away') from error
         if text is not None:
             write_text(target, text)
         elif os.path.exists(target):

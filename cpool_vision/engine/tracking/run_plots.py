@@ -1,5 +1,4 @@
 """Curves of training runs: loss, accuracy, learning rate, and the supports of each context pool over time."""
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +9,9 @@ from numpy.typing import NDArray
 
 from cpool_vision.errors import ConfigError
 from cpool_vision.inspect.canvas import new_figure, require_matplotlib
+from cpool_vision.reading import one_line
 
-from .table import read_rows
+from .table import is_spoilt, read_rows
 from .track import SUPPORTS, UPDATES
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ _STYLE: Any = {
     'ytick.labelsize': 6, 'xtick.major.width': 0.5, 'ytick.major.width': 0.5, 'xtick.major.size': 2,
     'ytick.major.size': 2, 'legend.fontsize': 6, 'legend.frameon': False, 'lines.linewidth': 1.,
     'axes.spines.top': False, 'axes.spines.right': False}
+# panel of scores by what a run is measured by: its title, and the columns drawn solid and dashed
+_SCORES = {
+    'accuracy (%)': (('eval_top1', 'top-1'), ('eval_top5', 'top-5')),
+    'labels (%)': (('eval_map', 'mean average precision'), ('eval_macro_f1', 'macro F1')),
+}
 _COLUMNS = 4  # panels of supports side by side
 _MARKED = 30  # up to so many points are marked
 Curve = tuple[NDArray[Any], NDArray[Any]]
@@ -48,9 +53,11 @@ class RunCurves:
 def _read(path: str) -> list[dict[str, float | str]]:
     try:
         rows = read_rows(path)
+        if os.path.exists(path) and is_spoilt(path, rows):
+            raise ValueError('it has lines that are no rows')
         return [{key: value if key == 'layer' else float(value) if value else float('nan')
                  for key, value in row.items()} for row in rows]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f'{path!r} is not a table of a run ({" ".join(str(error).split())[:200]}): restore it, or '
                           'leave the run out') from error
 
@@ -59,7 +66,7 @@ def _curves(times: NDArray[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Cu
     curves = {}
     for name in dict.fromkeys(key for row in rows for key in row):
         values = np.array([row.get(name, float('nan')) for row in rows], float)
-        known = ~np.isnan(values)
+        known = np.isfinite(values)
         if known.any():
             curves[name] = times[known], values[known]
     return curves
@@ -107,12 +114,17 @@ def read_run(folder: str) -> RunCurves:
             run.supports[layer] = (
                 np.array([float(row['epoch']) + 1 for row in mine]),
                 np.array([[row[name] for name in ('mean', 'q05', 'q50', 'q95')] for row in mine], float))
-    except (KeyError, ValueError) as error:
+    except (KeyError, OverflowError, ValueError) as error:
         raise ConfigError(f'the tables in {folder!r} are not those of a run ({error}): restore them, or leave the run '
                           'out') from error
     if not run.epochs and not run.updates:
         raise ConfigError(f'the run in {folder!r} has recorded nothing yet: wait for its first log line')
     return run
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it: a dollar is a dollar, and one line is one line."""
+    return one_line(name).replace('$', r'\$')
 
 
 def _plot(axes: Any, curve: Curve | None, marked: bool = True, **style: Any) -> None:
@@ -123,18 +135,23 @@ def _plot(axes: Any, curve: Curve | None, marked: bool = True, **style: Any) -> 
 
 def _draw_curves(panels: Sequence[Any], runs: Sequence[RunCurves], colours: Sequence[str]) -> None:
     loss, accuracy, rate = panels
+    known = {name for run in runs for name in run.epochs}
+    kinds = {title: pair for title, pair in _SCORES.items() if known & {pair[0][0], pair[1][0]}} or dict(
+        [next(iter(_SCORES.items()))])
     for run, colour in zip(runs, colours, strict=True):
         _plot(loss, run.updates.get('loss'), False, color=colour, alpha=0.35, linewidth=0.6)
         _plot(loss, run.epochs.get('train_loss'), color=colour, linestyle='--', linewidth=0.8)
         _plot(loss, run.epochs.get('eval_loss'), color=colour)
-        _plot(accuracy, run.epochs.get('eval_top1'), color=colour)
-        _plot(accuracy, run.epochs.get('eval_top5'), color=colour, linestyle='--', linewidth=0.8)
+        for (solid, _), (dashed, _) in kinds.values():
+            _plot(accuracy, run.epochs.get(solid), color=colour)
+            _plot(accuracy, run.epochs.get(dashed), color=colour, linestyle='--', linewidth=0.8)
         _plot(rate, run.updates.get('lr', run.epochs.get('lr')), False, color=colour)
     for axes, title, names in ((loss, 'loss', ('validation', 'training', 'at log lines')),
-                               (accuracy, 'accuracy (%)', ('top-1', 'top-5'))):
+                               (accuracy, ', '.join(kinds), [name for pair in kinds.values() for _, name in pair])):
         axes.set_title(title)
-        for name, line, width in zip(names, ('-', '--', '-'), (1., 0.8, 0.4), strict=False):
-            axes.plot([], [], color='0.3', linestyle=line, linewidth=width, label=name)
+        for place, name in enumerate(names):
+            axes.plot([], [], color='0.3', linestyle=('-', '--')[place % 2], linewidth=(1., 0.8, 0.4)[place % 3],
+                      label=name)
         axes.legend()
     rate.set_title('learning rate')
 
@@ -152,7 +169,7 @@ def _draw_supports(axes: Any, layer: str, runs: Sequence[RunCurves], colours: Se
         # nearly constant supports get a scale of a tenth of their value, not of rounding errors
         pad = max(0.05 * (high - low), 0.05 * abs(high) - (high - low) / 2)
         axes.set_ylim(low - pad, high + pad)
-    axes.set_title(layer)
+    axes.set_title(_plain(layer))
 
 
 def runs_figure(runs: Sequence[RunCurves]) -> 'Figure':
@@ -195,7 +212,8 @@ def runs_figure(runs: Sequence[RunCurves]) -> 'Figure':
             axes.ticklabel_format(axis='y', useOffset=False, style='plain')
         if len(runs) > 1:
             handles = [Line2D([], [], color=colour) for colour in colours]
-            figure.legend(handles, [run.name for run in runs], loc='outside upper center', ncols=min(len(runs), 4))
+            names = [_plain(run.name) for run in runs]
+            figure.legend(handles, names, loc='outside upper center', ncols=min(len(runs), 4))
         else:
-            figure.suptitle(runs[0].name, fontsize=8)
+            figure.suptitle(_plain(runs[0].name), fontsize=8)
     return figure

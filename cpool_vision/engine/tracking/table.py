@@ -1,13 +1,15 @@
 """Tables of a run as CSV files that a resumed run goes on with: no row twice, none missing."""
 import csv
 import io
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cpool_vision.errors import OutputError
 from cpool_vision.files import write_text
+from cpool_vision.reading import TABLE_BYTES, read_bytes
 
 from ..checkpoints.checkpoint import to_plain
 
@@ -23,12 +25,40 @@ def keep_copy(path: str) -> str:
     return backup
 
 
+def _lines(path: str) -> list[str]:
+    text = read_bytes(path, TABLE_BYTES).decode(errors='replace').replace('\0', '\ufffd')
+    return [line.rstrip('\r') for line in text.split('\n') if line.strip()]
+
+
 def read_rows(path: str) -> list[dict[str, str]]:
-    """Rows that begin with an epoch; none if there is no file."""
+    """Rows that begin with an epoch, from 0; others, such as one that a crash cut off, are left out.
+
+    Bytes that are no UTF-8 come out as replacement characters.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is larger than any table of a run.
+    """
     if not os.path.exists(path):
         return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return [row for row in csv.DictReader(file) if row.get('epoch')]
+    lines = _lines(path)
+    names = next(csv.reader(lines[:1]), [])
+    rows = []
+    for line in lines[1:]:  # one by one, so that a stray quotation mark does not swallow the rest
+        try:
+            row = dict(zip(names, next(csv.reader([line])), strict=True))
+            whole = 0 <= float(row['epoch']) < 1e15
+        except (KeyError, StopIteration, ValueError, csv.Error):
+            continue
+        if whole:
+            rows.append(row)
+    return rows
+
+
+def is_spoilt(path: str, rows: Sequence[Any]) -> bool:
+    """Whether a table has no head, or lines that are no rows, but for a last one that a crash cut off."""
+    lines, cut = _lines(path), not read_bytes(path, TABLE_BYTES).endswith(b'\n')
+    return len(rows) < len(lines) - 1 - cut or bool(lines) and 'epoch' not in lines[0].split(',')
 
 
 def _write(path: str, rows: list[dict[str, Any]]) -> None:
@@ -58,7 +88,7 @@ class EpochTable:
         """Removes the rows from an epoch on; the former file is kept as NAME.N.csv if there were any."""
         rows = read_rows(self.path)
         kept: list[dict[str, Any]] = [row for row in rows if _epoch(row) < first_epoch]
-        if len(kept) < len(rows):
+        if len(kept) < len(rows) or os.path.exists(self.path) and is_spoilt(self.path, rows):
             keep_copy(self.path)
             _write(self.path, kept) if kept else os.remove(self.path)
 
@@ -89,19 +119,20 @@ class UpdateTable:
         rows = [row for row in read_rows(path) if self._is_whole(row)]
         kept: list[dict[str, Any]] = [row for row in rows if self._stands(row, epoch, update)]
         if os.path.exists(path):
-            if any(_epoch(row) > epoch for row in rows):
+            if any(_epoch(row) > epoch for row in rows) or is_spoilt(path, rows):
                 keep_copy(path)
             _write(path, kept) if kept else os.remove(path)
 
     def _is_whole(self, row: Mapping[str, Any]) -> bool:
         try:
-            return [float(row[name]) for name in self.COLUMNS] != [] and None not in row
-        except (KeyError, TypeError, ValueError):
+            numbers = {name: float(row[name]) for name in self.COLUMNS}
+        except (KeyError, ValueError):
             return False
+        return math.isfinite(numbers['update'])
 
     @staticmethod
     def _stands(row: Mapping[str, Any], epoch: int, update: int) -> bool:
-        return _epoch(row) < epoch or _epoch(row) == epoch and int(row['update']) <= update
+        return _epoch(row) < epoch or _epoch(row) == epoch and int(float(row['update'])) <= update
 
     def add(self, update: int, epoch: int, values: Mapping[str, float]) -> None:
         """Appends a row.

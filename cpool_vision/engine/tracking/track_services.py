@@ -3,6 +3,7 @@ import argparse
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,20 @@ class ServiceRuns:
             write_text(self.path, json.dumps(self.names))
 
 
+def _quiet_writers() -> None:
+    """Keeps TensorBoard's writing threads from printing their traceback, as the next call raises the same error."""
+    former = threading.excepthook
+    if getattr(former, 'is_quiet', False):
+        return
+
+    def hook(args: Any) -> None:
+        if type(args.thread).__name__ != '_AsyncWriterThread':
+            former(args)
+
+    hook.is_quiet = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
+
+
 class TensorBoardTracker:
     """Event files in tensorboard/updates, by update, and tensorboard/epochs, by epoch.
 
@@ -70,6 +85,7 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
+            _quiet_writers()
             place = os.path.join(folder, 'tensorboard')
             return cls(SummaryWriter(os.path.join(place, 'updates'), purge_step=update + 1),
                        SummaryWriter(os.path.join(place, 'epochs'), purge_step=epoch))

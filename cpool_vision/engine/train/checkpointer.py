@@ -11,6 +11,7 @@ from cpool_vision.errors import CheckpointError, OutputError
 from ..checkpoints.position import Position, describe_position
 from ..checkpoints.resume import list_candidates
 from ..checkpoints.saver import CheckpointSaver, TrainState
+from ..data import fingerprint
 from ..distributed.signals import StopRequested
 from ..distributed.vote import Verdict, agree_on_failure
 from .loop import Run
@@ -77,10 +78,12 @@ class Checkpointer:
     def _save(self, position: Position, write: Callable[[CheckpointSaver], Any]) -> None:
         run = self.run
         streamed = getattr(run.loader, 'batch_sampler', None) is None
-        self.state.extra = {
+        self.state.extra = extra = {
             'position': describe_position(position, run.args, len(run.loader), streamed),
             'processes': gather_process_state(run),
         }
+        if run.data is not None:
+            extra[fingerprint.KEY] = run.data
         self.state.gather(keep=self.saver is not None)
         error: OutputError | None = None
         if self.saver is not None:

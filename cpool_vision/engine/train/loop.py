@@ -50,6 +50,7 @@ class Run:
         meter: loss of the epoch so far.
         vote: what the processes agree on before an update.
         rehearsed: whether `_rehearse` is done.
+        data: `fingerprint` of the training set on the first process, for the checkpoints.
     """
 
     args: argparse.Namespace
@@ -69,6 +70,7 @@ class Run:
     meter: LossMeter = field(init=False)
     vote: Vote = field(init=False)
     rehearsed: bool = False
+    data: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.meter = LossMeter(self.device)

@@ -20,13 +20,17 @@ from ..checkpoints.saver import CheckpointSaver, TrainState
 from ..data import loaders as data
 from ..data import naflex
 from ..data.augmentation import KEY, RECORD, check_same_pipeline, describe_pipeline, record_text
+from ..data.fingerprint import check_same_data, compare_splits, fingerprint
 from ..data.multi_label import adopt_labels, check_task, is_multi_label
 from ..data.unreadable import LIST_NAME, refuse_unreadable
+from ..data.worker import explained_deaths
 from ..device import Precision, resolve_precision, seed_everything, settle_threads, setup_device
+from ..distributed.agent import AgentWatch
 from ..distributed.sharding import check_fsdp, shard_task
 from ..model import create_train_model, place_model, resolve_input
 from ..tracking.progress import silence_logging
 from ..tracking.run_folder import RunFolder, check_free, claim, run_path, settings_text
+from ..tracking.run_lock import RunLock
 from ..tracking.support_log import keep_first_input, measure_supports
 from ..tracking.track import Trackers, check_services, open_trackers
 from ..validate.evaluate import Evaluation, check_views, evaluate
@@ -85,13 +89,14 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if args.rank != 0:
         silence_logging()
     try:
-        return _train(args, settings, device)
+        with AgentWatch(), explained_deaths(), RunLock() as lock:
+            return _train(args, settings, device, lock)
     finally:
         if args.distributed and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dict[str, Any]:
+def _train(args: argparse.Namespace, settings: str, device: torch.device, lock: RunLock) -> dict[str, Any]:
     primary = args.rank == 0
     check_fsdp(args)
     precision = resolve_precision(args, device)
@@ -99,6 +104,8 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
         args.data_dir = args.data
     if primary:
         check_services(args)
+    if primary and args.experiment:
+        lock.acquire(run_path(args))  # before its checkpoints are looked at
     found = open_resume(args, run_path(args), device)
     resume, content = found.path, found.content
     check_agreement(resume, device, args.distributed)
@@ -122,6 +129,9 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
         eval_loader = data.build_eval_loader(
             args, data_config, device, precision, args.val_split, args.validation_batch_size or args.batch_size,
             args.val_num_samples, distributed=args.distributed)
+    train_set = data.base_dataset(loader)
+    if eval_loader is not None:
+        compare_splits(args, train_set, data.base_dataset(eval_loader))
     mean_batch = float(getattr(loader.batch_sampler, 'average_batch_size', args.batch_size))
     task: Any = objective.build_task(args, model, objective.build_loss(args), device, precision, primary)
     if args.fsdp:
@@ -129,6 +139,8 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
     args.lr = objective.resolve_lr(args, mean_batch)
     optimizer = objective.build_optimizer(args, task.get_trainable_module())
     run = Run(args, device, precision, task, optimizer, precision.loss_scaler(), None, loader, mixup_fn, mean_batch)
+    if primary:
+        run.data = fingerprint(train_set)
     metric_name = args.eval_metric if eval_loader is not None else 'loss'
     run.scheduler, num_epochs = objective.build_scheduler(
         args, optimizer, run.updates_per_epoch, decreasing=metric_name == 'loss')
@@ -139,6 +151,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
         next_epoch = state.load_checkpoint(content, resume, weights_only=args.no_resume_opt)
         start = read_position(content, resume) or Position(next_epoch)
         check_same_pipeline(content, resume, getattr(args, KEY), refuse=args.resume == 'auto' or bool(start.batch))
+        check_same_data(content, resume, run.data, bool(start.batch))
         if start.batch:
             check_same_batches(content, resume, args, len(loader), getattr(loader, 'batch_sampler', None) is None)
         _logger.info('Resumed from %s: batch %d of epoch %d comes next.', resume, start.batch, start.epoch)
@@ -162,6 +175,7 @@ def _train(args: argparse.Namespace, settings: str, device: torch.device) -> dic
 
     if primary and not args.experiment:
         folder = claim(folder)
+        lock.acquire(folder)
     opened, saver, trackers = None, None, Trackers({})
     if primary:
         opened = RunFolder(folder, settings, start.epoch if continuing else None)

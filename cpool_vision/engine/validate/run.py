@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,10 @@ from timm.utils import reparameterize_model
 import cpool_vision  # noqa: F401 - registers the variants
 from cpool_vision.errors import ConfigError, DatasetError
 
-from ..data.loaders import build_eval_loader
+from ..data import synsets
+from ..data.dataset import numbers_folders
+from ..data.fingerprint import check_classes, classes_in, classes_of
+from ..data.loaders import base_dataset, build_eval_loader
 from ..data.multi_label import CLASS_NAMES, adopt_labels, check_task, is_multi_label
 from ..data.naflex import build_naflex_eval_loader
 from ..data.unreadable import refuse_unreadable, sample_name
@@ -110,6 +113,21 @@ def _warm_up(model: Any, size: tuple[int, ...], args: argparse.Namespace, device
         model(image)
 
 
+def known_classes(content: dict[str, Any], model: Any, num_classes: int) -> dict[str, int]:
+    """Numbers of the classes by name that a model was trained with, from its checkpoint or its configuration."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    if classes_in(content) or not isinstance(names, (list, tuple)) or len(names) != num_classes:
+        return classes_in(content)
+    return {str(name): index for index, name in enumerate(names)}
+
+
+def is_part_of_imagenet(args: argparse.Namespace, dataset: Any) -> bool:
+    """Whether a model of the 1000 classes is to be measured on folders of some of them, which would be renumbered."""
+    names = classes_of(dataset)
+    return args.num_classes == 1000 > len(names) > 0 and numbers_folders(args) and set(names) <= set(
+        synsets.synset_numbers())
+
+
 @dataclass
 class Subject:
     """A model ready to be measured.
@@ -124,6 +142,7 @@ class Subject:
         valid_labels: outputs that compete, None for all.
         subset: folders and classes of `--class-subset`.
         cost: see `cost.measure_cost`; None if not asked for.
+        classes: their numbers by name as the model was trained with them; empty if not known.
     """
 
     args: argparse.Namespace
@@ -136,6 +155,7 @@ class Subject:
     valid_labels: list[int] | None = None
     subset: ClassSubset | None = None
     cost: dict[str, float] | None = None
+    classes: dict[str, int] = field(default_factory=dict)
 
 
 def _prepare(args: argparse.Namespace, device: torch.device) -> Subject:
@@ -149,12 +169,13 @@ def _prepare(args: argparse.Namespace, device: torch.device) -> Subject:
     data_config = resolve_input(model, args, use_test_size=not args.use_train_size)
     _warn_of_mismatch(args, content, data_config)
     adopt_labels(args, content, args.checkpoint, refuse=False)
+    classes = known_classes(content, model, args.num_classes)
     del content  # as large as model and optimizer
     pooled = False
     if args.test_pool:
         model, pooled = apply_test_time_pool(model, data_config)
     subject = Subject(args, device, precision, model, parameters, data_config,
-                      1.0 if pooled else data_config['crop_pct'])
+                      1.0 if pooled else data_config['crop_pct'], classes=classes)
     if args.class_subset:
         subject.subset = read_class_subset(args.class_subset, args.num_classes)
         args.class_map = subject.subset.class_map
@@ -205,10 +226,19 @@ def _open_loader(subject: Subject, args: argparse.Namespace) -> Any:
                 crop_border_pixels=args.crop_border_pixels,
                 tf_preprocessing=args.tf_preprocessing)
     except DatasetError as error:
-        if subject.subset is not None and 'Found 0 images' in str(error):
+        if subject.subset is not None and 'there is no image' in str(error):
             raise DatasetError(f'no folder under {args.data_dir!r} is a class of --class-subset {args.class_subset}: '
                                'its folders must have the names of the classes') from error
         raise
+    dataset = base_dataset(loader)
+    if not subject.classes and not args.valid_labels and is_part_of_imagenet(args, dataset):
+        _logger.warning('The %d folders are synsets of ImageNet, which has 1000: measured as with --class-subset %s.',
+                        len(classes_of(dataset)), synsets.NAME)
+        subject.subset = read_class_subset(synsets.NAME, args.num_classes)
+        args.class_map = subject.subset.class_map
+        return _open_loader(subject, args)
+    if not is_multi_label(args):
+        check_classes(subject.classes, dataset, args, f'the data in {args.data_dir!r}', 'those of the model')
     if args.distributed and isinstance(loader.dataset, torch.utils.data.IterableDataset):
         raise ConfigError('a streamed set cannot be shared between processes without counting images twice: run one '
                           'process')

@@ -1,6 +1,7 @@
 """Patch sequences of timm's NaFlex loader: effects of the flags, positions, training and validation."""
 import argparse
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from timm.models import create_model
 
+from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.data import naflex
 from cpool_vision.engine.device import Precision
 from cpool_vision.engine.tracking.support_log import keep_first_input, measure_supports
-from cpool_vision.errors import ConfigError
+from cpool_vision.errors import ConfigError, DatasetError
 
 INPUT = {'input_size': (3, 32, 32), 'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear',
          'crop_pct': 1.0}
@@ -208,3 +210,23 @@ def test_a_run_trains_resumes_and_validates(name: str, run_train: Callable[..., 
     assert pathlib.Path(whole['folder'], 'supports.csv').exists() == ('cpool' in name)
     other = run_train(*flags, '--experiment', 'unscaled', '--naflex-loss-scale', 'none')
     assert other['epochs'][-1]['train_loss'] != whole['epochs'][-1]['train_loss']
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_unreadable_images_are_replaced_listed_and_capped(
+        build: Callable[..., Any], image_root: str, tmp_path: pathlib.Path, workers: str) -> None:
+    root = tmp_path / 'broken'
+    shutil.copytree(image_root, root)
+    (root / 'train' / 'cat' / '3.png').write_bytes(b'garbage')
+    (root / 'train' / 'dog' / '0.png').write_bytes(b'')
+    flags = ['--data-dir', str(root), '-j', workers]
+    loader = build(*flags, '--max-bad-samples', '2')[0]
+    data.list_unreadable(loader, str(tmp_path))
+    batches = take(loader)
+    assert sum(len(target) for _, target in batches) == 24
+    assert [(image.index, image.path) for image in data.unreadable_report(loader)] == [
+        (3, 'cat/3.png'), (8, 'dog/0.png')]
+    assert (tmp_path / 'unreadable.txt').read_text() == '3\tcat/3.png\n8\tdog/0.png\n'
+    assert same(take(build(*flags, '--max-bad-samples', '2')[0]), batches)
+    with pytest.raises(DatasetError, match=r'2 training images cannot be read, more than --max-bad-samples 1 allows'):
+        take(build(*flags, '--max-bad-samples', '1')[0])
