@@ -147,7 +147,7 @@ class ContextPool2d(Mixer2d):
         maps = self.predict(hidden)
         weight_logits = maps[:, :self.groups].type_as(self.predict.weight)
         raw = maps[:, self.groups:, ::self.stride, ::self.stride]
-        sigma = torch.ops.cpool_vision.support_size(raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
+        sigma = torch.ops.cpool_vision.support_size(raw, x, self.ratio, self.floor)
         return weight_logits, sigma
 
     def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:

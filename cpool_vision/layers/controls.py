@@ -51,8 +51,7 @@ class AblatedPool2d(ContextPool2d):
         if self.mixer == 'uniform':
             return torch.zeros_like(weight_logits), sigma
         raw = self.support.expand_as(sigma)
-        return weight_logits, torch.ops.cpool_vision.support_size(
-            raw, x.shape[-2], x.shape[-1], self.ratio, self.floor)
+        return weight_logits, torch.ops.cpool_vision.support_size(raw, x, self.ratio, self.floor)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, mixer={self.mixer!r}'

@@ -1,4 +1,4 @@
-"""The operator as users call it: arguments are checked here, and nothing is computed."""
+"""The operator as users call it."""
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ def context_pool2d(
         sigma: Tensor,
         *,
         stride: int = 1,
+        offset: Tensor | None = None,
         backend: str | None = None,
 ) -> Tensor:
     """Pools every output cell's neighbourhood with learned pooling weights and a learned Gaussian support.
 
-    `y[b, c, i] = sum_j a_ij x[b, c, j]` with `a_ij = softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2))` over all pixels j
-    of the map, `p_j` the pixel centre and `p_i` the centre of output cell i. ContextPool, Huang et al., ICML 2022,
-    https://arxiv.org/abs/2207.01844.
+    `y[b, c, i] = sum_j a_ij x[b, c, j]` with `a_ij = softmax_j(l_j - |p_i + o_i - p_j|^2 / (2 sigma_i^2))` over all
+    pixels j of the map, `p_j` the pixel centre, `p_i` the centre of output cell i and `o_i` its `offset`, zero if None.
+    ContextPool, Huang et al., ICML 2022, https://arxiv.org/abs/2207.01844.
 
     Each output is a convex combination of the input's pixels. `sigma -> 0` gives the identity (stride 1),
     `sigma -> inf` the weighted global mean; a constant added to the logits changes nothing.
@@ -32,9 +33,12 @@ def context_pool2d(
         x: features `(B, C, H, W)`, floating point, of any strides; channels-last input gives channels-last output.
         weight_logits: logarithms of the pooling weights, `(B, G, H, W)`; each of G groups pools `C / G` channels.
             A pixel of logit -inf, whose features are finite, weighs exactly nothing, as if it were not there.
-        sigma: support sizes, `(B, G, ceil(H / stride), ceil(W / stride))`: standard deviations in input pixels, > 0.
+        sigma: support sizes, `(B, Gs, ceil(H / stride), ceil(W / stride))`: standard deviations in input pixels, > 0.
+            Gs divides G, and group g has the supports `g // (G // Gs)`.
             `weight_logits` and `sigma` may be of another floating dtype than `x`, and better stay in fp32.
         stride: output cells are `stride` pixels apart.
+        offset: where each group looks relative to the cell's centre, rows before columns, in input pixels:
+            `(B or 1, G, 2, Ho or 1, Wo or 1)`. It may point outside the map.
         backend: `'triton'`, `'native'`, `'tiled'`, `'reference'`, or None for the best that can run (see
             `available_backends`).
 
@@ -47,40 +51,21 @@ def context_pool2d(
             devices, supports that are not positive, or an unknown backend.
         NotImplementedError: the requested backend cannot take these arguments.
     """
-    _check(x, weight_logits, sigma, stride)
-    return torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, stride, backend)
-
-
-def _check(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> None:
-    for name, tensor in (('x', x), ('weight_logits', weight_logits), ('sigma', sigma)):
-        if not isinstance(tensor, Tensor):
+    for name, tensor in (('x', x), ('weight_logits', weight_logits), ('sigma', sigma), ('offset', offset)):
+        if not isinstance(tensor, Tensor) and (name != 'offset' or tensor is not None):
             raise TypeError(f'{name} must be a tensor, got {type(tensor).__name__}')
-        if not tensor.is_floating_point():
-            raise TypeError(f'{name} must be floating point, got {tensor.dtype}; convert it, e.g. {name}.float()')
-        if tensor.ndim != 4:
-            raise ValueError(f'{name} must have 4 dimensions (B, C or G, H, W), got shape {tuple(tensor.shape)}')
-        if tensor.device != x.device:
-            raise ValueError(f'{name} is on {tensor.device} but x on {x.device}; move them to one device')
     if not isinstance(stride, int) or isinstance(stride, bool):
         raise TypeError(f'stride must be an int, got {stride!r}')
-    if stride < 1:
-        raise ValueError(f'stride must be >= 1, got {stride=}')
-    b, c, h, w = x.shape
-    groups = weight_logits.shape[1]
-    if groups < 1 or c % groups:
-        raise ValueError(f'the {groups} groups of weight_logits must divide the {c} channels of x')
-    if not h or not w:
-        raise ValueError(f'x must have pixels, got shape {tuple(x.shape)}')
-    for name, tensor, expected in (
-            ('weight_logits', weight_logits, (b, groups, h, w)),
-            ('sigma', sigma, (b, groups, -(-h // stride), -(-w // stride))),
-    ):
-        if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f'{name} must have shape {expected} for x of shape {tuple(x.shape)} with {groups} groups and '
-                f'{stride=}, got {tuple(tensor.shape)}')
-    # Reading values would break graphs under tracing and stall a GPU; models make supports positive by construction.
+    # Shapes are checked by the operator itself. Reading values would break graphs under tracing and stall a GPU; models
+    # make supports positive by construction.
     if not torch.compiler.is_compiling() and type(sigma) is Tensor and sigma.device.type == 'cpu' and sigma.numel():
-        smallest = float(sigma.detach().amin())
-        if not smallest > 0:
-            raise ValueError(f'sigma must be > 0, got min={smallest}; map it through softplus or sigmoid plus a floor')
+        _check_positive(sigma)
+    return torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, stride, backend, offset)
+
+
+def _check_positive(sigma: Tensor) -> None:
+    if torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None:
+        return
+    smallest = float(sigma.detach().amin())
+    if not smallest > 0:
+        raise ValueError(f'sigma must be > 0, got min={smallest}; map it through softplus or sigmoid plus a floor')

@@ -3,15 +3,17 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from . import native
+from .checks import check_arguments, why_not_differentiable
 from .plan import TOLERANCE
 
-Predicate = Callable[[Tensor, Tensor, Tensor, int], str | None]
+Predicate = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], str | None]
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @functools.cache
@@ -29,11 +31,17 @@ def _interprets() -> bool:
     return not hasattr(standard.sum, 'cache_key')
 
 
-def _can_run_triton(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> str | None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'x.dtype={x.dtype} is not one of torch.float32, torch.float16, torch.bfloat16'
-    if torch._C._functorch.maybe_current_level() is not None:
-        return 'it cannot be transformed by torch.func'
+def _why_not_dtype(x: Tensor, dtypes: Iterable[torch.dtype]) -> str | None:
+    return None if x.dtype in dtypes else f'x.dtype={x.dtype} is not one of {", ".join(map(str, dtypes))}'
+
+
+def _can_run_triton(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None) -> str | None:
+    reason = _why_not_dtype(x, HALF_AND_SINGLE) or why_not_differentiable(x, weight_logits, sigma, offset)
+    if reason is not None:
+        return reason
+    if offset is not None:
+        return 'it takes no offset'
     if not _has_triton():
         return 'triton is not installed'
     if not x.is_cuda:
@@ -44,27 +52,30 @@ def _can_run_triton(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int
     return None
 
 
-def _can_run_native(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> str | None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'x.dtype={x.dtype} is not one of torch.float32, torch.float16, torch.bfloat16'
-    if torch._C._functorch.maybe_current_level() is not None:
-        return 'it cannot be transformed by torch.func'
+def _can_run_native(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None) -> str | None:
+    reason = _why_not_dtype(x, HALF_AND_SINGLE) or why_not_differentiable(x, weight_logits, sigma, offset)
+    if reason is not None:
+        return reason
+    if offset is not None:
+        return 'it takes no offset'
     if x.device.type != 'cpu':
         return f'x is on {x.device} and not on the CPU'
     return native.why_not()
 
 
-def _can_run_tiled(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> str | None:
-    if x.dtype not in TOLERANCE:
-        return f'x.dtype={x.dtype} is not one of {", ".join(str(d) for d in TOLERANCE)}'
-    if torch._C._functorch.maybe_current_level() is not None:
-        return 'it cannot be transformed by torch.func'
+def _can_run_tiled(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None) -> str | None:
+    reason = _why_not_dtype(x, TOLERANCE) or why_not_differentiable(x, weight_logits, sigma, offset)
+    if reason is not None:
+        return reason
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return 'it reads supports on the host, which a CUDA graph capture forbids'
     return None
 
 
-def _can_run_reference(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> str | None:
+def _can_run_reference(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None) -> str | None:
     return None
 
 
@@ -79,17 +90,25 @@ BACKENDS = tuple(_PREDICATES)
 
 
 def available_backends(
-        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1) -> dict[str, str | None]:
-    """Says for every backend whether it can take these arguments.
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, offset: Tensor | None = None,
+) -> dict[str, str | None]:
+    """Says for every backend whether it can take these arguments, which are those of `context_pool2d`.
 
     Returns:
         By backend, in order of preference: None if it can, else the reason why not.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: wrong rank or shape, groups that do not divide, `stride < 1`, or tensors on several devices.
     """
-    return {name: predicate(x, weight_logits, sigma, stride) for name, predicate in _PREDICATES.items()}
+    check_arguments(x, weight_logits, sigma, stride, offset)
+    return {name: predicate(x, weight_logits, sigma, stride, offset) for name, predicate in _PREDICATES.items()}
 
 
-def choose_backend(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, backend: str | None) -> str:
-    """The first backend that can run, or the requested one.
+def choose_backend(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None, backend: str | None,
+) -> str:
+    """The first backend that can run arguments that `check_arguments` has passed, or the requested one.
 
     Raises:
         ValueError: `backend` is unknown.
@@ -102,11 +121,11 @@ def choose_backend(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int,
             return 'reference'  # made of operators that ONNX knows
         for name, predicate in _PREDICATES.items():
             # The interpreter of Triton's kernels is for tests, far slower than any other backend.
-            if not (name == 'triton' and not x.is_cuda) and predicate(x, weight_logits, sigma, stride) is None:
+            if not (name == 'triton' and not x.is_cuda) and predicate(x, weight_logits, sigma, stride, offset) is None:
                 return name
     if backend not in _PREDICATES:
         raise ValueError(f'unknown {backend=}; choose one of {", ".join(BACKENDS)}, or None for the best that can run')
-    reason = _PREDICATES[backend](x, weight_logits, sigma, stride)
+    reason = _PREDICATES[backend](x, weight_logits, sigma, stride, offset)
     if reason is not None:
         raise NotImplementedError(f"backend='{backend}' cannot run: {reason}; pass backend=None to use another")
     return backend

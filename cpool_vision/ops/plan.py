@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import squared_offsets
+from .reference import offset_tables, squared_offsets
 
 # Largest share of a query's total weight that may be left out, by the dtype of the features.
 TOLERANCE = {
@@ -55,25 +55,28 @@ class Band(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Squared offsets `(out, in)` of both axes, less each query's smallest, so that its nearest pixel weighs 1."""
+    """Squared offsets of both axes, `(maps, Ho, Wo, H)` and `(maps, Ho, Wo, W)`, zero at each query's nearest pixel."""
     rows: Tensor
     cols: Tensor
 
     @classmethod
-    def make(cls, out_size: Sequence[int], in_size: Sequence[int], stride: int, like: Tensor) -> 'Geometry':
-        sizes = zip(out_size, in_size, strict=True)
-        tables = [squared_offsets(out, size, stride, like.dtype, like.device) for out, size in sizes]
-        return cls(*(t - t.amin(1, keepdim=True) for t in tables))
-
-
-def exponent_scale(sigma: Tensor, dtype: torch.dtype) -> Tensor:
-    """`-1 / (2 sigma^2)`, finite for the smallest supports."""
-    return sigma.to(dtype).square().mul_(-2).reciprocal_().clamp_(min=torch.finfo(dtype).min)
+    def make(cls, scale: Tensor, in_size: Sequence[int], stride: int, offset: Tensor | None) -> 'Geometry':
+        """For maps whose `scale` is `(B, G, Ho, Wo)`; tables that queries share are expanded, not repeated."""
+        b, g, ho, wo = scale.shape
+        h, w = in_size
+        if offset is None:
+            rows, cols = (
+                squared_offsets(*sizes, stride, scale.dtype, scale.device) for sizes in ((ho, h), (wo, w)))
+            rows = rows[:, None]
+        else:
+            tables = offset_tables(offset.to(scale.dtype), (ho, wo), in_size, stride)
+            rows, cols = (t.expand(b, -1, -1, -1, -1).flatten(0, 1) for t in tables)
+        return cls(rows.expand(b * g, ho, wo, h), cols.expand(b * g, ho, wo, w))
 
 
 def axis_factor(offsets: Tensor, scale: Tensor) -> Tensor:
-    """One axis of the Gaussian: `exp(offsets * scale)`, with `scale` of `exponent_scale`."""
-    return (offsets * scale).clamp_(min=MIN_EXPONENT).exp_()
+    """One axis of the Gaussian: `exp(offsets * scale)`, with `scale` of `exponent_scale`; zero below MIN_EXPONENT."""
+    return torch.threshold_(offsets * scale, MIN_EXPONENT, -math.inf).exp_()
 
 
 def reads_whole_map(sigma: Tensor, height: int, width: int) -> bool:
@@ -106,8 +109,8 @@ def skippable_margins(weights: Tensor, scale: Tensor, geometry: Geometry, tolera
     for r0 in range(0, ho, rows):
         r1 = min(r0 + rows, ho)
         part = scale[:, r0:r1, :, None]
-        gy = axis_factor(geometry.rows[r0:r1, None, :], part).view(b, -1, h)
-        gx = axis_factor(geometry.cols, part).view(b, -1, w)
+        gy = axis_factor(geometry.rows[:, r0:r1], part).flatten(1, 2)
+        gx = axis_factor(geometry.cols[:, r0:r1], part).flatten(1, 2)
         mass_y = torch.bmm(gx, weights.transpose(1, 2)).mul_(gy)
         mass_x = torch.bmm(gy, weights).mul_(gx)
         limit = mass_y.sum(-1, keepdim=True).mul_(tolerance / 4)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .autocast import register_autocast
 from .backends import choose_backend
+from .checks import check_arguments, check_gradient, refuse_tangents
 from .layout import empty_maps, is_channels_last
 from .native import native_backward, native_forward
 from .reference import context_pool2d_reference
@@ -22,14 +23,19 @@ from .triton.layout import Kept
 
 _lib = torch.library.Library('cpool_vision', 'DEF')
 
-_lib.define('context_pool2d(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1, str? backend=None) -> Tensor')
-_lib.define('context_pool2d_reference(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1) -> Tensor')
-_lib.define('support_size(Tensor raw, int height, int width, float ratio, float floor) -> Tensor')
 _lib.define(
-    'context_pool2d_tiled(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> (Tensor, Tensor)')
+    'context_pool2d(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1, str? backend=None, '
+    'Tensor? offset=None) -> Tensor')
+_lib.define(
+    'context_pool2d_reference(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1, '
+    'Tensor? offset=None) -> Tensor')
+_lib.define('support_size(Tensor raw, Tensor like, float ratio, float floor) -> Tensor')
+_lib.define(
+    'context_pool2d_tiled(Tensor x, Tensor weight_logits, Tensor sigma, int stride, Tensor? offset=None) '
+    '-> (Tensor, Tensor)')
 _lib.define(
     'context_pool2d_tiled_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, Tensor margins, '
-    'int stride) -> (Tensor, Tensor, Tensor)')
+    'int stride, Tensor? offset=None) -> (Tensor, Tensor, Tensor, Tensor)')
 _lib.define('context_pool2d_native(Tensor x, Tensor weight_logits, Tensor sigma, int stride) -> Tensor')
 _lib.define(
     'context_pool2d_native_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, int stride) '
@@ -42,46 +48,81 @@ _lib.define(
 
 
 def _context_pool2d(
-        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, backend: str | None = None) -> Tensor:
-    chosen = choose_backend(x, weight_logits, sigma, stride, backend)
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, backend: str | None = None,
+        offset: Tensor | None = None) -> Tensor:
+    check_arguments(x, weight_logits, sigma, stride, offset)
+    chosen = choose_backend(x, weight_logits, sigma, stride, offset, backend)
     if chosen == 'reference':
-        return torch.ops.cpool_vision.context_pool2d_reference(x, weight_logits, sigma, stride)
+        return torch.ops.cpool_vision.context_pool2d_reference(x, weight_logits, sigma, stride, offset)
     if chosen == 'native':
         return torch.ops.cpool_vision.context_pool2d_native.default(x, weight_logits, sigma, stride)
     if chosen == 'triton':
         return torch.ops.cpool_vision.context_pool2d_triton.default(x, weight_logits, sigma, stride)[0]
-    return torch.ops.cpool_vision.context_pool2d_tiled.default(x, weight_logits, sigma, stride)[0]
+    return torch.ops.cpool_vision.context_pool2d_tiled.default(x, weight_logits, sigma, stride, offset)[0]
 
 
-def _support_size(raw: Tensor, height: int, width: int, ratio: float, floor: float) -> Tensor:
-    """`floor + ratio sqrt(height width) sigmoid(raw)` in input pixels, at least in fp32."""
+def _vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1,
+        backend: str | None = None, offset: Tensor | None = None) -> tuple[Tensor, int]:
+    """`torch.func.vmap`: the mapped axis joins the batch."""
+    def front(t: Tensor, dim: int | None) -> Tensor:
+        return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+    mapped = [front(t, dim) for t, dim in zip((x, weight_logits, sigma), in_dims[:3], strict=True)]
+    if offset is not None:
+        offset = front(offset, in_dims[5]).expand(-1, mapped[0].shape[1], -1, -1, -1, -1).flatten(0, 1)
+    y = torch.ops.cpool_vision.context_pool2d(*(t.flatten(0, 1) for t in mapped), stride, backend, offset)
+    return y.unflatten(0, mapped[0].shape[:2]), 0
+
+
+def _support_size(raw: Tensor, like: Tensor, ratio: float, floor: float) -> Tensor:
+    """`floor + ratio sqrt(H W) sigmoid(raw)` in pixels of the map `like` `(..., H, W)`, at least in fp32.
+
+    The map itself is an argument, and not its sides, because traces would hold those fast.
+    """
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    return floor + ratio * math.sqrt(height * width) * raw.sigmoid()
+    return floor + ratio * math.sqrt(like.shape[-2] * like.shape[-1]) * raw.sigmoid()
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
+def _tiled_backward(*args: Any) -> tuple[Tensor, ...]:
+    *grads, doffset = tiled_backward(*args)
+    # An operator returns tensors only.
+    return *grads, args[0].new_empty(0) if doffset is None else doffset
+
+
+def _triton_forward(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, ...]:
+    check_arguments(x, weight_logits, sigma, stride)
     from .triton.launch import triton_forward
-    return triton_forward(*args)
+    return triton_forward(x, weight_logits, sigma, stride)
 
 
-def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
+def _triton_backward(grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    check_arguments(x, weight_logits, sigma, args[-1])
+    check_gradient(grad, x, sigma)
     from .triton.launch import triton_backward
-    return triton_backward(*args)
+    return triton_backward(grad, x, weight_logits, sigma, *args)
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast would run the products inside an operator in half precision."""
     @functools.wraps(function)
     def wrapper(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.amp.is_autocast_available(x.device.type):
+            return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
     return wrapper
 
 
-def _on_plain_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A subclass whose methods wrap what they return would make the outputs views, which no one may change in place."""
+def _entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Plain tensors without tangents for an implementation.
+
+    A subclass whose methods wrap what they return would make the outputs views, which no one may change in place; and
+    a tangent would be dropped without a word.
+    """
     @functools.wraps(function)
     def wrapper(*args: Any) -> Any:
+        refuse_tangents(args)
         return function(*(
             arg.as_subclass(Tensor) if isinstance(arg, Tensor) and type(arg) is not Tensor else arg for arg in args))
     return wrapper
@@ -93,52 +134,62 @@ for _name, _function in (
         ('support_size', _support_size),
 ):
     _lib.impl(_name, _function, 'CompositeImplicitAutograd')
+torch.library.register_vmap('cpool_vision::context_pool2d', _vmap, lib=_lib)
 for _name, _function, _key in (
         ('tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd'),
-        ('tiled_backward', _without_autocast(tiled_backward), 'CompositeExplicitAutograd'),
+        ('tiled_backward', _without_autocast(_tiled_backward), 'CompositeExplicitAutograd'),
         ('native', native_forward, 'CPU'),
         ('native_backward', native_backward, 'CPU'),
         ('triton', _triton_forward, 'CompositeExplicitAutograd'),
         ('triton_backward', _triton_backward, 'CompositeExplicitAutograd'),
 ):
-    _lib.impl(f'context_pool2d_{_name}', _on_plain_tensors(_function), _key)
+    _lib.impl(f'context_pool2d_{_name}', _entry(_function), _key)
 
 
 register_autocast(_lib, 'context_pool2d', torch.ops.cpool_vision.context_pool2d.default)
 
 
-def _tiled_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    g, ho, wo = sigma.shape[1:]
-    maps = x.shape[0] * g
+def _tiled_fake(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_arguments(x, weight_logits, sigma, stride, offset)
+    g, ho, wo = weight_logits.shape[1], *sigma.shape[2:]
     return (
         empty_maps(x, (x.shape[0], x.shape[1], ho, wo), is_channels_last(x, g)),
-        x.new_empty(4, maps, ho, wo, dtype=torch.int16),
+        x.new_empty(4, x.shape[0] * g, ho, wo, dtype=torch.int16),
     )
 
 
 def _native_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> Tensor:
+    check_arguments(x, weight_logits, sigma, stride)
     return empty_maps(x, (*x.shape[:2], *sigma.shape[2:]), is_channels_last(x, 1))
 
 
 def _triton_fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    check_arguments(x, weight_logits, sigma, stride)
     b, c, h, w = x.shape
     out = sigma.shape[2:]
     kept = x.new_empty(b * weight_logits.shape[1], Kept.of(h, w, *out).size, dtype=torch.float32)
     return empty_maps(x, (b, c, *out), is_channels_last(x, 1)), kept
 
 
-def _backward_fake(
-        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_like(x, weight_logits, sigma, is_channels_last(x, sigma.shape[1]))
+def _tiled_backward_fake(
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, margins: Tensor, stride: int,
+        offset: Tensor | None = None) -> tuple[Tensor, ...]:
+    grads = _gradients_like(grad, x, weight_logits, sigma, stride, is_channels_last(x, weight_logits.shape[1]))
+    return *grads, grad.new_empty(0) if offset is None else offset.new_empty(offset.shape)
 
 
-def _native_backward_fake(
-        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_like(x, weight_logits, sigma, is_channels_last(x, 1))
+def _kernel_backward_fake(
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _gradients_like(grad, x, weight_logits, sigma, args[-1], is_channels_last(x, 1))
 
 
 def _gradients_like(
-        x: Tensor, weight_logits: Tensor, sigma: Tensor, channels_last: bool) -> tuple[Tensor, Tensor, Tensor]:
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, channels_last: bool,
+) -> tuple[Tensor, ...]:
+    check_arguments(x, weight_logits, sigma, stride)
+    check_gradient(grad, x, sigma)
     return (
         empty_maps(x, x.shape, channels_last),
         weight_logits.new_empty(weight_logits.shape),
@@ -146,22 +197,25 @@ def _gradients_like(
     )
 
 
-def _setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor | tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    x, weight_logits, sigma, ctx.stride, *offset = inputs
     aside = () if isinstance(output, Tensor) else output[1:]
-    ctx.save_for_backward(*inputs[:3], *aside)
+    ctx.save_for_backward(*offset, x, weight_logits, sigma, *aside)
     ctx.mark_non_differentiable(*aside)
-    ctx.stride = inputs[3]
+    ctx.optional = len(offset)
 
 
-def _register_autograd(
-        backend: str, fake: Callable[..., Any], backward_fake: Callable[..., Any] = _backward_fake) -> None:
+def _register_autograd(backend: str, fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> None:
     name = f'cpool_vision::context_pool2d_{backend}'
     run_backward = getattr(torch.ops.cpool_vision, f'context_pool2d_{backend}_backward').default
 
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grads = run_backward(grad, *ctx.saved_tensors, ctx.stride)
-        return (*(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None)
+        kept = ctx.saved_tensors  # which checkpointing lets be read but once
+        offset, saved = kept[:ctx.optional], kept[ctx.optional:]
+        grads = list(run_backward(grad, *saved, ctx.stride, *offset))
+        grads.insert(3, None)
+        # An offset that the caller left out is no input.
+        return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
 
     def no_double_backward(ctx: Any, *_: Any) -> None:
         raise NotImplementedError(
@@ -174,9 +228,9 @@ def _register_autograd(
     torch.library.register_autograd(f'{name}_backward', no_double_backward, lib=_lib)
 
 
-_register_autograd('tiled', _tiled_fake)
-_register_autograd('native', _native_fake, _native_backward_fake)
-_register_autograd('triton', _triton_fake, _native_backward_fake)
+_register_autograd('tiled', _tiled_fake, _tiled_backward_fake)
+_register_autograd('native', _native_fake, _kernel_backward_fake)
+_register_autograd('triton', _triton_fake, _kernel_backward_fake)
 
 
 def _pair_flops(x_shape: Sequence[int], sigma_shape: Sequence[int]) -> int:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from . import workspace
+from .checks import check_arguments, check_aside, check_gradient
 from .layout import accumulate_matmul, empty_maps, is_channels_last
 from .plan import Band
+from .reference import share_out
 from .weights import plan_weights, recall_weights
 
 
@@ -42,20 +44,23 @@ class _Maps:
         return self.temporary('features', part.shape[0], h, part.shape[3]).copy_(part)
 
 
-def tiled_forward(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Pools without forming all pairs.
+def tiled_forward(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pools without forming all pairs, see `context_pool2d`.
 
     Returns:
         The maps `(B, C, Ho, Wo)` in the layout of `x`, and for the backward pass the margins `(4, B G, Ho, Wo)` that
         each query may skip.
     """
-    groups, ho, wo = sigma.shape[1:]
+    check_arguments(x, weight_logits, sigma, stride, offset)
+    groups, (ho, wo) = weight_logits.shape[1], sigma.shape[2:]
     maps = _Maps(x, groups)
     pooled = empty_maps(x, (*x.shape[:2], ho, wo), maps.channels_last, maps.dtype)
     y = maps.split(pooled)
     if not x.numel():
-        return pooled.to(x.dtype), x.new_zeros(4, len(maps.x), ho, wo, dtype=torch.int16)
-    pair_weights, margins = plan_weights(x, weight_logits, sigma, stride)
+        return pooled.to(x.dtype), x.new_zeros(4, maps.shape[0], ho, wo, dtype=torch.int16)
+    pair_weights, margins = plan_weights(x, weight_logits, sigma, stride, offset)
     for band in pair_weights.bands(margins, maps.x.shape[1]):
         features, read = maps.rows_of(band).flatten(2), band.x1 - band.x0
         cols = band.c1 - band.c0
@@ -80,24 +85,33 @@ def tiled_backward(
         sigma: Tensor,
         margins: Tensor,
         stride: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x`, `weight_logits` and `sigma`, each in the dtype and layout of its input.
+        offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `x`, `weight_logits`, `sigma` and `offset`, each in the dtype and layout of its input.
 
     With weights A, squared distances D and `u_ij = A_ij (dy_i . x_j - sum_k A_ik dy_i . x_k)`: `dx = A^T dy`,
-    `dl_j = sum_i u_ij` and `dsigma_i = sigma_i^-3 sum_j u_ij D_ij`.
+    `dl_j = sum_i u_ij`, `dsigma_i = sigma_i^-3 sum_j u_ij D_ij` and `doffset_i = sigma_i^-2 sum_j u_ij p_j`.
     """
-    if not x.numel():
-        return torch.zeros_like(x), torch.zeros_like(weight_logits), torch.zeros_like(sigma)
-    h, w = x.shape[2:]
-    groups, ho, wo = sigma.shape[1:]
+    check_arguments(x, weight_logits, sigma, stride, offset)
+    check_gradient(grad, x, sigma)
+    groups, (ho, wo) = weight_logits.shape[1], sigma.shape[2:]
     maps = _Maps(x, groups)
+    check_aside('margins', margins, (4, maps.shape[0], ho, wo), torch.int16, x)
+    if not x.numel():
+        return (torch.zeros_like(x), torch.zeros_like(weight_logits), torch.zeros_like(sigma),
+                None if offset is None else torch.zeros_like(offset))
+    h, w = x.shape[2:]
     grads = maps.split(grad)
     dinput = empty_maps(x, x.shape, maps.channels_last, maps.dtype).zero_()
     dx = maps.split(dinput)
-    dlogits = dx.new_zeros(len(maps.x), h, w)
-    dsigma = dx.new_empty(len(maps.x), ho, wo)
-    pair_weights = recall_weights(x, weight_logits, sigma, stride, margins)
+    dlogits = dx.new_zeros(maps.shape[0], h, w)
+    dsigma = dx.new_empty(maps.shape[0], ho, wo)
+    doffset = None if offset is None else dx.new_empty(maps.shape[0], 2, ho, wo)
+    pair_weights = recall_weights(x, weight_logits, sigma, stride, offset, margins)
     rows, cols = pair_weights.geometry
+    # Of pixels from each cell's own, for what is left of a sum of u to stay small.
+    steps = [torch.arange(n, device=x.device) - stride * torch.arange(m, device=x.device)[:, None]
+             for m, n in ((ho, h), (wo, w))]
     for band in pair_weights.bands(margins, maps.x.shape[1]):
         bs, cs, xs = slice(band.b0, band.b1), slice(band.c0, band.c1), slice(band.x0, band.x1)
         features, read = maps.rows_of(band).flatten(2), band.x1 - band.x0
@@ -115,14 +129,24 @@ def tiled_backward(
             u.addcmul_(pairs, u.sum(-1, keepdim=True), value=-1)
             u = u.view(weights.shape)
             dlogits[bs, ys, xs] += u.sum(1)
-            by_row = (u.sum(3).unflatten(1, (-1, band.c1 - band.c0)) * rows[rs, None, ys]).sum(-1)
-            by_col = (u.sum(2).unflatten(1, (-1, band.c1 - band.c0)) * cols[cs, xs]).sum(-1)
-            dsigma[bs, rs, cs] = by_row.add_(by_col)
+            part, grid = (bs, rs, cs), (-1, band.c1 - band.c0)
+            by_row, by_col = u.sum(3).unflatten(1, grid), u.sum(2).unflatten(1, grid)
+            dsigma[part] = (by_row * rows[part][..., ys]).sum(-1) + (by_col * cols[part][..., xs]).sum(-1)
+            if doffset is not None:
+                doffset[bs, 0, rs, cs] = (by_row * steps[0][rs, None, ys]).sum(-1)
+                doffset[bs, 1, rs, cs] = (by_col * steps[1][cs, xs]).sum(-1)
         if read != w:
             dx[bs, :, :, xs] += dfeatures
-    dsigma = dsigma.view(sigma.shape)
+    supports = share_out(sigma, groups)
+    dsigma = dsigma.view(supports.shape)
+    if offset is not None and doffset is not None:
+        doffset = doffset.view(x.shape[0], groups, 2, ho, wo)
+        for _ in range(2):
+            doffset = doffset / supports[:, :, None]
+        doffset = doffset.sum_to_size(offset.shape).to(offset.dtype)
     # One division at a time: the cube of a small support underflows.
     for _ in range(3):
-        dsigma = dsigma / sigma
+        dsigma = dsigma / supports
+    dsigma = dsigma.unflatten(1, (sigma.shape[1], -1)).sum(2)
     dlogits = dlogits.view(weight_logits.shape).to(weight_logits.dtype)
-    return dinput.to(x.dtype), dlogits, dsigma.to(sigma.dtype)
+    return dinput.to(x.dtype), dlogits, dsigma.to(sigma.dtype), doffset

@@ -13,12 +13,12 @@ from .plan import (
     Geometry,
     Strip,
     axis_factor,
-    exponent_scale,
     iter_bands,
     reads_whole_map,
     skippable_margins,
     whole_map_bands,
 )
+from .reference import exponent_scale, share_out
 
 # Beyond this spread of the logits, weights and their inverses leave the range of fp32.
 MAX_LOGIT_RANGE = 60.0
@@ -52,11 +52,12 @@ class SoftmaxWeights:
 
     def of(self, band: Band, strip: Strip) -> Tensor:
         h, w = self.logits.shape[1:]
-        rows, cols = self.geometry.rows[strip.r0:strip.r1], self.geometry.cols
-        offsets = (rows[:, None, :, None] + cols[None, :, None, :]).view(-1, h * w)
-        scale = self.scale[band.b0:band.b1, strip.r0:strip.r1].flatten(1)[..., None]
-        shape = (scale.shape[0], *offsets.shape)
-        pairs = torch.mul(offsets, scale, out=workspace.take('products', scale, *shape))
+        part = (slice(band.b0, band.b1), slice(strip.r0, strip.r1))
+        scale = self.scale[part][..., None]
+        rows, cols = ((offsets[part] * scale).flatten(1, 2) for offsets in self.geometry)
+        shape = (*rows.shape[:2], h * w)
+        pairs = workspace.take('products', scale, *shape)
+        torch.add(rows[..., None], cols[:, :, None], out=pairs.view(*shape[:2], h, w))
         pairs += self.logits[band.b0:band.b1].view(-1, 1, h * w)
         return torch.softmax(pairs, -1, out=workspace.take('weights', scale, *shape)).unflatten(2, (h, w))
 
@@ -77,10 +78,11 @@ class FactoredWeights:
         return iter_bands(margins, self.weights.shape[1], self.weights.shape[2], channels)
 
     def of(self, band: Band, strip: Strip) -> Tensor:
-        scale = self.scale[band.b0:band.b1, strip.r0:strip.r1, band.c0:band.c1, None]
+        part = (slice(band.b0, band.b1), slice(strip.r0, strip.r1), slice(band.c0, band.c1))
+        scale = self.scale[part][..., None]
         weights = self.weights[band.b0:band.b1, strip.y0:strip.y1, band.x0:band.x1]
-        gy = axis_factor(self.geometry.rows[strip.r0:strip.r1, None, strip.y0:strip.y1], scale).flatten(1, 2)
-        gx = axis_factor(self.geometry.cols[band.c0:band.c1, band.x0:band.x1], scale).flatten(1, 2)
+        gy = axis_factor(self.geometry.rows[part][..., strip.y0:strip.y1], scale).flatten(1, 2)
+        gx = axis_factor(self.geometry.cols[part][..., band.x0:band.x1], scale).flatten(1, 2)
         total = torch.bmm(gx, weights.transpose(1, 2)).mul_(gy).sum(-1, keepdim=True)
         gy = gy / total
         out = workspace.take('weights', scale, *gy.shape, gx.shape[2])
@@ -95,26 +97,33 @@ def _needs_softmax(weight_logits: Tensor, sigma: Tensor) -> bool:
     return not float((high.float() - low.float()).amax()) <= MAX_LOGIT_RANGE
 
 
-def make_weights(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, by_softmax: bool) -> PairWeights:
+def make_weights(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None, by_softmax: bool,
+) -> PairWeights:
     """Weights in the working dtype: fp64 for fp64 features, else fp32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     logits = weight_logits.to(dtype).flatten(0, 1)
-    scale = exponent_scale(sigma, dtype).flatten(0, 1)
-    geometry = Geometry.make(sigma.shape[2:], x.shape[2:], stride, scale)
-    return (SoftmaxWeights if by_softmax else FactoredWeights)(logits, scale, geometry)
+    scale = share_out(exponent_scale(sigma, dtype), weight_logits.shape[1])
+    geometry = Geometry.make(scale, x.shape[2:], stride, offset)
+    return (SoftmaxWeights if by_softmax else FactoredWeights)(logits, scale.flatten(0, 1), geometry)
 
 
-def plan_weights(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[PairWeights, Tensor]:
+def plan_weights(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None,
+) -> tuple[PairWeights, Tensor]:
     """Weights made the cheapest way that is exact, and the margins to remember: of `BY_SOFTMAX` if by softmax."""
-    margins = torch.zeros(4, sigma.shape[0] * sigma.shape[1], *sigma.shape[2:], dtype=torch.int16, device=x.device)
+    maps = weight_logits.shape[0] * weight_logits.shape[1]
+    margins = torch.zeros(4, maps, *sigma.shape[2:], dtype=torch.int16, device=x.device)
     if _needs_softmax(weight_logits, sigma):
-        return make_weights(x, weight_logits, sigma, stride, True), margins.fill_(BY_SOFTMAX)
-    weights = make_weights(x, weight_logits, sigma, stride, False)
+        return make_weights(x, weight_logits, sigma, stride, offset, True), margins.fill_(BY_SOFTMAX)
+    weights = make_weights(x, weight_logits, sigma, stride, offset, False)
     if isinstance(weights, FactoredWeights) and not reads_whole_map(sigma, *x.shape[2:]):
         margins = weights.margins(TOLERANCE[x.dtype])
     return weights, margins
 
 
-def recall_weights(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, margins: Tensor) -> PairWeights:
+def recall_weights(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None, margins: Tensor,
+) -> PairWeights:
     """The weights that `plan_weights` chose when it returned `margins`."""
-    return make_weights(x, weight_logits, sigma, stride, int(margins.flatten()[0]) == BY_SOFTMAX)
+    return make_weights(x, weight_logits, sigma, stride, offset, int(margins.flatten()[0]) == BY_SOFTMAX)

@@ -80,7 +80,7 @@ class Probes:
 
     def create_dataset(self, *flags: str) -> Any:
         calls = self.spy(dataset, 'create_dataset', lambda *_, **__: [0])
-        args = self.parse('--data-dir', self.root, *flags)
+        args = self.parse('--dataset', 'hfds/some/set', '--data-dir', self.root, *flags)
         dataset.build_dataset(args, args.train_split, True, 'RGB', None)
         return calls
 

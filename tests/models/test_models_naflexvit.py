@@ -94,7 +94,7 @@ def test_supports_follow_the_grid_of_their_image(monkeypatch):
         expected = model(batch_of(single))
         original = torch.ops.cpool_vision.support_size
         monkeypatch.setattr(
-            torch.ops.cpool_vision, 'support_size', lambda raw, h, w, *args: original(raw, 8, 8, *args))
+            torch.ops.cpool_vision, 'support_size', lambda raw, like, *args: original(raw, like.new_empty(8, 8), *args))
         assert ((model(batch_of(single)) - expected).abs().amax(1) > 1e-4).all()
 
 

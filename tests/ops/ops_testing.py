@@ -51,7 +51,10 @@ def dense(stride: int = 1):
 
 
 def support_slopes(case: Case, stride: int) -> Tensor:
-    """`E[d^2] / sigma^3` of every output cell in fp64: how fast its weights' logarithms move with its support."""
+    """`E[d^2] / sigma^3` of every output cell in fp64: how fast its weights' logarithms move with its support.
+
+    Summed over the groups that share it.
+    """
     x, logits, sigma = (t.detach().double() for t in case[:3])
     (b, groups, h, w), (ho, wo) = logits.shape, sigma.shape[2:]
     rows, cols = torch.meshgrid(torch.arange(h).to(x), torch.arange(w).to(x), indexing='ij')
@@ -59,11 +62,17 @@ def support_slopes(case: Case, stride: int) -> Tensor:
     square, y, x = dense(stride)(moments, logits, sigma).view(b, groups, 3, ho, wo).unbind(2)
     qy, qx = ((stride * torch.arange(n) + (stride - 1) / 2).to(x) for n in (ho, wo))
     qy = qy[:, None]
-    return (square - 2 * (qy * y + qx * x) + qy ** 2 + qx ** 2).clamp(min=0) / sigma ** 3
+    moment = (square - 2 * (qy * y + qx * x) + qy ** 2 + qx ** 2).clamp(min=0)
+    return moment.unflatten(1, (sigma.shape[1], -1)).sum(2) / sigma.clamp(min=1e-9) ** 3
 
 
 def assert_as_good_as_eager(case: Case, backend: str, stride: int = 1) -> None:
-    """Against the fp64 definition, mean and max errors stay below twice dense eager's plus the dtype's rounding.
+    """`assert_close_to_definition` of a backend."""
+    assert_close_to_definition(pool(backend, stride), dense(stride), case, stride)
+
+
+def assert_close_to_definition(function, eager, case: Case, stride: int = 1) -> None:
+    """Against `eager` in fp64, mean and max errors stay below twice those of `eager` plus the dtype's rounding.
 
     The gradients of logits and supports are differences of `dy . x`, so rounding is relative to those products. That of
     a support multiplies them by the slope of its weights, steep where a small support meets a strong neighbour.
@@ -74,17 +83,17 @@ def assert_as_good_as_eager(case: Case, backend: str, stride: int = 1) -> None:
         'dlogits': case[0].new_tensor(products, dtype=torch.float64),
         'dsigma': products * support_slopes(case, stride).clamp(min=1),
     }
-    got = run(pool(backend, stride), case)
-    eager = run(dense(stride), case)
-    oracle = run(dense(stride), case, dtype=torch.float64)
+    got = run(function, case)
+    rounded = run(eager, case)
+    oracle = run(eager, case, dtype=torch.float64)
     for name, exact in oracle.items():
-        assert got[name].dtype == eager[name].dtype, name
+        assert got[name].dtype == rounded[name].dtype, name
         assert got[name].shape == exact.shape, name
         assert torch.isfinite(got[name]).all(), f'{name} is not finite'
         scale = exact.abs().max()
-        floor = torch.finfo(eager[name].dtype).eps * torch.maximum(scales.get(name, scale), scale)
+        floor = torch.finfo(rounded[name].dtype).eps * torch.maximum(scales.get(name, scale), scale)
         error = (got[name].double() - exact).abs()
-        eager_error = (eager[name].double() - exact).abs()
+        eager_error = (rounded[name].double() - exact).abs()
         assert float((error - 2 * floor).max()) <= 2 * float(eager_error.max()), (
             f'{name}: max error {float(error.max()):.2e}, eager {float(eager_error.max()):.2e}, '
             f'floor {float(floor.max()):.1e}')

@@ -22,7 +22,8 @@ class Shape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             'maps', 'groups', 'channels', 'height', 'width', 'out_height', 'out_width', 'stride',
-            'x_image', 'x_pixel', 'y_image', 'y_pixel', 'y_channel', 'bands', 'threads')),
+            'x_image', 'x_pixel', 'dx_image', 'dx_pixel', 'y_image', 'y_pixel', 'y_channel', 'bands', 'shared',
+            'threads')),
         ('tolerance', ctypes.c_float),
     ]
 

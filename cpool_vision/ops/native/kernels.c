@@ -8,12 +8,7 @@
 #include "quads.h"
 
 #define MAX_SPREAD 60.0f /* of the logits in a map: beyond, products of factors leave the range of fp32 */
-
-/* Of one map: the largest logit, whether every key must be read, and whether factors leave the range of fp32. */
-typedef struct {
-    float top;
-    int whole, wide;
-} Facts;
+#define TALL 24.0f       /* beyond, weights are normalised before they meet features of any size */
 
 static Facts read_logits(const float *l, int64_t n, float *pixel) {
     float high = -INFINITY, low = INFINITY;
@@ -23,7 +18,7 @@ static Facts read_logits(const float *l, int64_t n, float *pixel) {
         low = l[i] < low ? l[i] : low;
         finite &= (l[i] - l[i] == 0);
     }
-    const Facts facts = {high, !finite, !finite || !(high - low <= MAX_SPREAD)};
+    const Facts facts = {high, !finite, !finite || !(high - low <= MAX_SPREAD), high - low > TALL};
     if (facts.wide) return facts;
     float middle = 0.5f * (high + low);
     int64_t i = 0;
@@ -47,17 +42,99 @@ static int begin(Tile *t, const Shape *p, int backward, const float *logits, flo
     return ok;
 }
 
-/* Keys and weights of a tile of map m, not normalised; sets their sums and returns whether to go by lists. */
-static int weigh(Tile *t, const Shape *p, const Facts *facts, int64_t m, int ty, int tx, const float *sigma,
-                 const float *logits, const float *pixel, vf *total) {
-    const int64_t n = p->height * p->width, no = p->out_height * p->out_width;
-    make_tile(t, p, ty, tx, sigma + m * no, logits + m * n, facts[m].top, facts[m].whole);
+/* Weights of map m in a tile that make_tile has made, not normalised; sets their sums and returns whether to go by
+ * lists. */
+static int weigh(Tile *t, const Shape *p, const Facts *facts, int64_t m, const float *logits, const float *pixel,
+                 vf *total) {
+    const int64_t n = p->height * p->width;
+    if (p->shared > 1) {
+        memcpy(t->segments, t->all, t->all_count * sizeof(Segment));
+        t->segment_count = t->all_count;
+        t->key_count = t->all_keys;
+    }
     *total = make_weights(t, p, logits + m * n, pixel + m * n, facts[m].wide);
     return is_narrow(t, p, trim(t, p, total));
 }
 
-int cpool_forward(const Shape *p, const float *x, const float *logits, const float *sigma, float *pixel, float *y) {
+/* Output of map m in a tile. */
+static void pool_tile(Tile *t, const Shape *p, const Facts *facts, int64_t m, const float *logits, const float *pixel,
+                      const float *in, float *out) {
     const int64_t c = p->channels;
+    vf total;
+    const int narrow = weigh(t, p, facts, m, logits, pixel, &total);
+    vf inverse = 1.0f / total;
+    memset(narrow ? (vf *)t->rows : t->columns, 0, c * sizeof(vf));
+    if (facts[m].tall) {
+        for (int k = 0; k < t->key_count; ++k) t->weights[k] *= inverse;
+        inverse = splat(1);
+    }
+    for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
+        int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
+        if (narrow) {
+            list_keys(t, p, i, end, k);
+            pool_lists(t, p, in, p->x_pixel);
+        } else {
+            pool_all(t, p, in, p->x_pixel, i, end, k);
+        }
+        i = end;
+    }
+    if (narrow)
+        for (int q = 0; q < LANES; ++q)
+            for (int64_t k = 0; k < c; ++k) t->rows[q * c + k] *= inverse[q];
+    else
+        for (int64_t k = 0; k < c; ++k) t->columns[k] *= inverse;
+    store_output(t, p, out, narrow);
+}
+
+/* Gradients of map m from a tile; returns its part of dsigma by query, without the factor sigma^-3. */
+static vf differentiate_tile(Tile *t, const Shape *p, const Facts *facts, int64_t m, const float *logits,
+                             const float *pixel, const float *in, const float *dy, float *din, float *dl) {
+    vf total;
+    const int narrow = weigh(t, p, facts, m, logits, pixel, &total);
+    vf inverse = 1.0f / total;
+    for (int q = 0; q < LANES; ++q)
+        if (t->index[q] < 0) inverse[q] = 0;
+    load_gradient(t, p, dy, !narrow);
+    for (int k = 0; k < t->key_count; ++k) {
+        t->weights[k] *= inverse;
+        t->dots[k] = splat(0);
+    }
+    for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
+        int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
+        if (narrow) {
+            list_keys(t, p, i, end, k);
+            dot_lists(t, p, in, p->x_pixel);
+            spread_lists(t, p, din, p->dx_pixel, i, end, k);
+        } else {
+            dot_all(t, p, in, p->x_pixel, i, end, k);
+            spread_all(t, p, din, p->dx_pixel, i, end, k);
+        }
+        i = end;
+    }
+    vf mean = splat(0), dscale = splat(0);
+    for (int k = 0; k < t->key_count; ++k) mean += t->weights[k] * t->dots[k];
+    for (int i = 0, k = 0; i < t->segment_count; ++i) {
+        const Segment s = t->segments[i];
+        const vf off_y = offset2(t->centre_y, t->near_y, s.y);
+        float *to = dl + (int64_t)s.y * p->width;
+        for (int at = s.x0; at < s.x1; at += LANES) {
+            vf u[LANES];
+            const int some = s.x1 - at < LANES ? s.x1 - at : LANES;
+            for (int j = 0; j < LANES; ++j) u[j] = splat(0);
+            for (int j = 0; j < some; ++j, ++k) {
+                u[j] = t->weights[k] * (t->dots[k] - mean);
+                dscale += u[j] * (off_y + offset2(t->centre_x, t->near_x, at + j));
+            }
+            const vf sums = add_lanes(u);
+            for (int j = 0; j < some; ++j) to[at + j] += sums[j];
+        }
+    }
+    return dscale;
+}
+
+int cpool_forward(const Shape *p, const float *x, const float *logits, const float *sigma, float *pixel, float *y) {
+    const int64_t n = p->height * p->width, no = p->out_height * p->out_width, c = p->channels;
+    const int64_t shares = p->maps / p->shared;
     const int rows = (int)((p->out_height + TILE_H - 1) / TILE_H), cols = (int)((p->out_width + TILE_W - 1) / TILE_W);
     Facts *facts = malloc(sizeof(Facts) * p->maps);
     int failed = !facts;
@@ -68,32 +145,15 @@ int cpool_forward(const Shape *p, const float *x, const float *logits, const flo
         Tile tile, *t = &tile;
         const int ok = begin(t, p, 0, logits, pixel, facts, &failed);
 #pragma omp for schedule(dynamic)
-        for (int64_t job = 0; job < p->maps * rows; ++job) {
-            if (!ok) continue;
-            const int64_t m = job / rows, b = m / p->groups, g = m % p->groups;
-            const float *in = x + b * p->x_image + g * c;
-            float *out = y + b * p->y_image + g * c * p->y_channel;
-            for (int tx = 0; tx < cols; ++tx) {
-                vf total;
-                const int narrow = weigh(t, p, facts, m, (int)(job % rows), tx, sigma, logits, pixel, &total);
-                memset(narrow ? (vf *)t->rows : t->columns, 0, c * sizeof(vf));
-                for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
-                    int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
-                    if (narrow) {
-                        list_keys(t, p, i, end, k);
-                        pool_lists(t, p, in, p->x_pixel);
-                    } else {
-                        pool_all(t, p, in, p->x_pixel, i, end, k);
-                    }
-                    i = end;
+        for (int64_t job = 0; job < shares * rows; ++job) {
+            const int64_t share = job / rows, first = share * p->shared;
+            for (int tx = 0; ok && tx < cols; ++tx) {
+                make_tile(t, p, (int)(job % rows), tx, sigma + share * no, logits + first * n, facts + first);
+                for (int64_t m = first; m < first + p->shared; ++m) {
+                    const int64_t b = m / p->groups, g = m % p->groups;
+                    pool_tile(t, p, facts, m, logits, pixel, x + b * p->x_image + g * c,
+                              y + b * p->y_image + g * c * p->y_channel);
                 }
-                const vf inverse = 1.0f / total;
-                if (narrow)
-                    for (int q = 0; q < LANES; ++q)
-                        for (int64_t k = 0; k < c; ++k) t->rows[q * c + k] *= inverse[q];
-                else
-                    for (int64_t k = 0; k < c; ++k) t->columns[k] *= inverse;
-                store_output(t, p, out, narrow);
             }
         }
         if (ok) free(t->memory);
@@ -108,7 +168,7 @@ int cpool_forward(const Shape *p, const float *x, const float *logits, const flo
 int cpool_backward(const Shape *p, const float *grad, const float *x, const float *logits, const float *sigma,
                    float *pixel, float *dx, float *dlogits, float *dsigma) {
     const int64_t n = p->height * p->width, no = p->out_height * p->out_width, c = p->channels;
-    const int64_t stride = p->groups * c, images = p->maps / p->groups;
+    const int64_t images = p->maps / p->groups, shares = p->maps / p->shared;
     const int rows = (int)((p->out_height + TILE_H - 1) / TILE_H), cols = (int)((p->out_width + TILE_W - 1) / TILE_W);
     Facts *facts = malloc(sizeof(Facts) * p->maps);
     int failed = !facts;
@@ -119,57 +179,22 @@ int cpool_backward(const Shape *p, const float *grad, const float *x, const floa
         Tile tile, *t = &tile;
         const int ok = begin(t, p, 1, logits, pixel, facts, &failed);
 #pragma omp for schedule(dynamic)
-        for (int64_t job = 0; job < p->maps * p->bands; ++job) {
-            if (!ok) continue;
-            const int64_t m = job / p->bands, band = job % p->bands, b = m / p->groups, g = m % p->groups;
-            const float *in = x + b * p->x_image + g * c, *dy = grad + b * p->y_image + g * c * p->y_channel;
-            float *din = dx + (band * images + b) * n * stride + g * c;
-            float *dl = dlogits + (band * p->maps + m) * n;
-            for (int ty = (int)(rows * band / p->bands); ty < rows * (band + 1) / p->bands; ++ty)
-                for (int tx = 0; tx < cols; ++tx) {
-                    vf total;
-                    const int narrow = weigh(t, p, facts, m, ty, tx, sigma, logits, pixel, &total);
-                    vf inverse = 1.0f / total;
-                    for (int q = 0; q < LANES; ++q)
-                        if (t->index[q] < 0) inverse[q] = 0;
-                    load_gradient(t, p, dy, !narrow);
-                    for (int k = 0; k < t->key_count; ++k) {
-                        t->weights[k] *= inverse;
-                        t->dots[k] = splat(0);
-                    }
-                    for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
-                        int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
-                        if (narrow) {
-                            list_keys(t, p, i, end, k);
-                            dot_lists(t, p, in, p->x_pixel);
-                            spread_lists(t, p, din, stride, i, end, k);
-                        } else {
-                            dot_all(t, p, in, p->x_pixel, i, end, k);
-                            spread_all(t, p, din, stride, i, end, k);
-                        }
-                        i = end;
-                    }
-                    vf mean = splat(0), dscale = splat(0);
-                    for (int k = 0; k < t->key_count; ++k) mean += t->weights[k] * t->dots[k];
-                    for (int i = 0, k = 0; i < t->segment_count; ++i) {
-                        const Segment s = t->segments[i];
-                        const vf off_y = offset2(t->centre_y, t->near_y, s.y);
-                        float *to = dl + (int64_t)s.y * p->width;
-                        for (int at = s.x0; at < s.x1; at += LANES) {
-                            vf u[LANES];
-                            const int some = s.x1 - at < LANES ? s.x1 - at : LANES;
-                            for (int j = 0; j < LANES; ++j) u[j] = splat(0);
-                            for (int j = 0; j < some; ++j, ++k) {
-                                u[j] = t->weights[k] * (t->dots[k] - mean);
-                                dscale += u[j] * (off_y + offset2(t->centre_x, t->near_x, at + j));
-                            }
-                            const vf sums = add_lanes(u);
-                            for (int j = 0; j < some; ++j) to[at + j] += sums[j];
-                        }
-                    }
-                    for (int q = 0; q < LANES; ++q)
-                        if (t->index[q] >= 0) dsigma[m * no + t->index[q]] = dscale[q];
+        for (int64_t job = 0; job < shares * p->bands; ++job) {
+            const int64_t share = job / p->bands, band = job % p->bands, first = share * p->shared;
+            const int from = (int)(rows * band / p->bands), to = (int)(rows * (band + 1) / p->bands);
+            for (int at = from * cols; ok && at < to * cols; ++at) {
+                make_tile(t, p, at / cols, at % cols, sigma + share * no, logits + first * n, facts + first);
+                vf dscale = splat(0);
+                for (int64_t m = first; m < first + p->shared; ++m) {
+                    const int64_t b = m / p->groups, g = m % p->groups;
+                    dscale += differentiate_tile(
+                        t, p, facts, m, logits, pixel, x + b * p->x_image + g * c,
+                        grad + b * p->y_image + g * c * p->y_channel,
+                        dx + (band * images + b) * p->dx_image + g * c, dlogits + (band * p->maps + m) * n);
                 }
+                for (int q = 0; q < LANES; ++q)
+                    if (t->index[q] >= 0) dsigma[share * no + t->index[q]] = dscale[q];
+            }
         }
         if (ok) free(t->memory);
         RESTORE_SUBNORMALS;

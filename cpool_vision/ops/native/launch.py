@@ -5,12 +5,14 @@ import torch
 from torch import Tensor
 
 from .. import workspace
+from ..checks import check_arguments, check_gradient, check_out
 from ..layout import empty_maps, is_channels_last
 from ..plan import TOLERANCE
 from .build import BuildError, Shape, load
 
 # Of a temporary in another layout than the caller's: held in the cache, and not as large as the batch.
 CHUNK_ELEMENTS = 1 << 21
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _library() -> ctypes.CDLL:
@@ -33,24 +35,33 @@ def _transpose(t: Tensor, out: Tensor) -> Tensor:
 
 def _has_adjacent_channels(x: Tensor) -> bool:
     """Whether pixels are evenly spaced and hold their channels side by side, as in tokens and channels-last maps."""
+    return x.dtype == torch.float32 and x.stride(1) == 1 and x.shape[1] > 1 and _is_even(x)
+
+
+def _is_even(x: Tensor) -> bool:
+    """Whether pixels are evenly spaced."""
     h, w = x.shape[2:]
-    return (x.dtype == torch.float32 and x.stride(1) == 1 and x.shape[1] > 1
-            and (h == 1 or w == 1 or x.stride(2) == w * x.stride(3)))
+    return h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
 
 
 def _pixel_stride(x: Tensor) -> int:
     return x.stride(2) if x.shape[3] == 1 else x.stride(3)
 
 
-def _shape(x: Tensor, y: Tensor, sigma: Tensor, stride: int, x_strides: tuple[int, int]) -> Shape:
-    b, g, ho, wo = sigma.shape
-    c, h, w = x.shape[1:]
-    threads = torch.get_num_threads()
-    # With fewer maps than threads, a map is cut into bands, each with sums of its own.
-    bands = 1 if b * g >= threads else min(-(-2 * threads // (b * g)), -(-ho // 4))
+def _shape(
+        x: Tensor, y: Tensor, groups: int, sigma: Tensor, stride: int, x_strides: tuple[int, int],
+        dx_strides: tuple[int, int] = (0, 0), bands: int = 1) -> Shape:
+    b, c, h, w = x.shape
     return Shape(
-        b * g, g, c // g, h, w, ho, wo, stride, *x_strides, y.stride(0), _pixel_stride(y), y.stride(1), bands, threads,
+        b * groups, groups, c // groups, h, w, *sigma.shape[2:], stride, *x_strides, *dx_strides,
+        y.stride(0), _pixel_stride(y), y.stride(1), bands, groups // sigma.shape[1], torch.get_num_threads(),
         TOLERANCE[torch.float32])
+
+
+def _bands(sigma: Tensor) -> int:
+    """With fewer maps than threads, a map is cut into bands, each with sums of its own."""
+    maps, threads = sigma.shape[0] * sigma.shape[1], torch.get_num_threads()
+    return 1 if maps >= threads else min(-(-2 * threads // maps), -(-sigma.shape[2] // 4))
 
 
 def _with_pixels_first(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -70,8 +81,15 @@ def _with_pixels_first(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 def _even(y: Tensor) -> Tensor:
     """`y` in fp32, copied unless its pixels are evenly spaced."""
     y = y.to(torch.float32)
-    h, w = y.shape[2:]
-    return y if h == 1 or w == 1 or y.stride(2) == w * y.stride(3) else y.contiguous()
+    return y if _is_even(y) else y.contiguous()
+
+
+def _check(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> None:
+    check_arguments(x, weight_logits, sigma, stride)
+    if x.device.type != 'cpu' or x.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"backend='native' takes {', '.join(map(str, DTYPES))} on the CPU, got {x.dtype} on {x.device}; "
+            f'pass backend=None to use another')
 
 
 def _chunks(x: Tensor) -> list[slice]:
@@ -81,44 +99,69 @@ def _chunks(x: Tensor) -> list[slice]:
     return [slice(i, i + size) for i in range(0, b, size)]
 
 
-def native_forward(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> Tensor:
-    """Pools `x`, see `context_pool2d`; returns the maps in the dtype and layout of `x`."""
-    y = empty_maps(x, (*x.shape[:2], *sigma.shape[2:]), is_channels_last(x, 1), torch.float32)
+def native_forward(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, out: Tensor | None = None) -> Tensor:
+    """Pools `x`, see `context_pool2d`; returns the maps in the dtype and layout of `x`, or fills `out` of any layout.
+
+    fp32 maps whose pixels are evenly spaced, such as tokens behind a prefix, are written where they lie.
+    """
+    _check(x, weight_logits, sigma, stride)
+    shape = (*x.shape[:2], *sigma.shape[2:])
+    if out is not None:
+        check_out('out', out, shape, x)
+    direct = out is not None and out.dtype == torch.float32 and _is_even(out)
+    y = out if out is not None and direct else empty_maps(x, shape, is_channels_last(x, 1), torch.float32)
     if x.numel():
+        groups = weight_logits.shape[1]
         logits, supports = weight_logits.float().contiguous(), sigma.float().contiguous()
         scratch = torch.empty_like(logits)
         for part in _chunks(x):
             pixels, strides = _with_pixels_first(x[part])
-            _call('cpool_forward', _shape(x[part], y, sigma[part], stride, strides),
+            _call('cpool_forward', _shape(x[part], y, groups, sigma[part], stride, strides),
                   pixels, logits[part], supports[part], scratch[part], y[part])
+    if out is not None:
+        return out if direct else out.copy_(y)
     return y.to(x.dtype)
 
 
 def native_backward(
-        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `x`, `weight_logits` and `sigma`, each in the dtype and layout of its input."""
-    channels_last = is_channels_last(x, 1)
-    dx = empty_maps(x, x.shape, channels_last, torch.float32)
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `x`, `weight_logits` and `sigma`, each in the dtype and layout of its input.
+
+    That of `x` fills `dx` of any layout where given.
+    """
+    _check(x, weight_logits, sigma, stride)
+    check_gradient(grad, x, sigma)
+    if dx is not None:
+        check_out('dx', dx, tuple(x.shape), x)
+    groups, bands = weight_logits.shape[1], _bands(sigma) if x.numel() else 1
+    given = dx if dx is not None else empty_maps(x, x.shape, is_channels_last(x, 1), torch.float32)
+    whole = bands == 1 and _has_adjacent_channels(given)
+    if not x.numel():
+        given.zero_()
     logits, supports = weight_logits.float().contiguous(), sigma.float().contiguous()
-    dlogits, dsigma, scratch = torch.empty_like(logits), torch.empty_like(supports), torch.empty_like(logits)
+    dlogits, dsigma = torch.zeros_like(logits), torch.zeros_like(supports)
+    scratch = torch.empty_like(logits)
     for part in _chunks(x) if x.numel() else ():
         dy = _even(grad[part])
         pixels, strides = _with_pixels_first(x[part])
-        shape = _shape(x[part], dy, sigma[part], stride, strides)
         b, c, h, w = x[part].shape
-        whole = channels_last and shape.bands == 1
-        sums = dx[part].permute(0, 2, 3, 1) if whole else workspace.take('gradients', dx, shape.bands, b, h * w, c)
-        dweights = torch.zeros(shape.bands, *logits[part].shape)
-        _call('cpool_backward', shape, dy, pixels, logits[part], supports[part], scratch[part],
-              sums.zero_(), dweights, dsigma[part])
+        if whole:
+            sums, dx_strides = given[part], (given.stride(0), _pixel_stride(given))
+        else:
+            sums, dx_strides = workspace.take('gradients', given, bands, b, h * w, c), (h * w * c, c)
+        dweights = torch.zeros(bands, *logits[part].shape)
+        _call('cpool_backward', _shape(x[part], dy, groups, sigma[part], stride, strides, dx_strides, bands),
+              dy, pixels, logits[part], supports[part], scratch[part], sums.zero_(), dweights, dsigma[part])
         dlogits[part] = dweights.sum(0)
         if not whole:
-            total = sums[0] if shape.bands == 1 else sums.sum(0)
-            if channels_last:
-                dx[part].permute(0, 2, 3, 1).copy_(total.view(b, h, w, c))
+            total = sums[0] if bands == 1 else sums.sum(0)
+            if given.dtype == torch.float32 and given.is_contiguous():
+                _transpose(total, given[part])
             else:
-                _transpose(total, dx[part])
+                given[part].permute(0, 2, 3, 1).copy_(total.view(b, h, w, c))
     # One division at a time: the cube of a small support underflows.
     for _ in range(3):
         dsigma = dsigma / supports
-    return dx.to(x.dtype), dlogits.to(weight_logits.dtype), dsigma.to(sigma.dtype)
+    return (given if dx is not None else given.to(x.dtype)), dlogits.to(weight_logits.dtype), dsigma.to(sigma.dtype)

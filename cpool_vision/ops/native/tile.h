@@ -14,8 +14,10 @@ typedef struct {
     int64_t maps, groups, channels; /* channels of one group */
     int64_t height, width, out_height, out_width, stride;
     int64_t x_image, x_pixel;            /* strides of the features, whose channels are adjacent */
+    int64_t dx_image, dx_pixel;          /* strides of their gradient, the same */
     int64_t y_image, y_pixel, y_channel; /* strides of the output, or of its gradient */
     int64_t bands; /* of query rows per map, each with gradients of its own in the backward pass */
+    int64_t shared; /* neighbouring groups that have their supports in common */
     int64_t threads;
     float tolerance; /* share of a query's weight that may be left out */
 } Shape;
@@ -44,11 +46,20 @@ typedef struct {
     vf *columns;         /* (channels, LANES): the same, queries in lanes */
     vf scale, centre_y, centre_x, near_y, near_x;
     vf tolerance;        /* share of a query's weight that reach2 and trim may each leave out */
-    int index[LANES];    /* of the query, -1 for lanes without one */
+    int64_t index[LANES]; /* of the query, -1 for lanes without one */
     int segment_count, key_count;
+    Segment *all;         /* the segments before trim, where groups share them */
+    int all_count, all_keys, factors; /* of what kind the factors are: 0 none yet, 1 as they are, 2 logarithms */
     int y0, y1, x0, x1;
     void *memory;
 } Tile;
+
+/* Of one map: the largest logit, whether every key must be read, whether products of factors and pixels leave the
+ * range of fp32 unless taken as logarithms, and whether they may with large features unless normalised first. */
+typedef struct {
+    float top;
+    int whole, wide, tall;
+} Facts;
 
 /* Squared distance to the farthest key that must be read: the tail of the lattice sum beyond radius R is at most
  * exp(-R^2 s) pi ((1 + a / R) / s + 4 a R) with a = sqrt(1/2), since a disc holds between pi (R -+ a)^2 points. */
@@ -60,33 +71,40 @@ INLINE vf reach2(vf s, vf excess, vf near2, float diagonal, vf tolerance) {
         r = vmin(vsqrt(vmax(r2, splat(1))), r);
     }
     const vi usable = (s > 0) & (excess < 1e30f) & (r < diagonal);
-    return pick(usable, r * r, splat(INFINITY));
+    return pick(usable, r * r * 1.000001f, splat(INFINITY)); /* the nearest key is never lost to rounding */
 }
 
-static void make_tile(Tile *t, const Shape *p, int ty, int tx, const float *sigma, const float *logits, float top,
-                      int whole) {
+/* What the groups that share supports read: their facts and logits start at those of the first. */
+static void make_tile(Tile *t, const Shape *p, int ty, int tx, const float *sigma, const float *logits,
+                      const Facts *facts) {
     const int h = (int)p->height, w = (int)p->width;
-    const float diagonal = sqrtf((float)(h * h + w * w)) + 2;
-    vf cy, cx, ny, nx, sig, near_logit;
+    const int64_t n = p->height * p->width;
+    const float diagonal = sqrtf((float)h * h + (float)w * w) + 2;
+    vf cy, cx, ny, nx, sig, excess = splat(0);
+    int whole = 0;
+    for (int64_t g = 0; g < p->shared; ++g) whole |= facts[g].whole;
     t->y0 = h; t->y1 = 0; t->x0 = w; t->x1 = 0;
     for (int q = 0; q < LANES; ++q) {
         int qy = ty * TILE_H + q / TILE_W, qx = tx * TILE_W + q % TILE_W;
         const int inside = qy < p->out_height && qx < p->out_width;
-        t->index[q] = inside ? qy * (int)p->out_width + qx : -1;
+        t->index[q] = inside ? qy * p->out_width + qx : -1;
         if (!inside) qy = ty * TILE_H, qx = tx * TILE_W; /* lanes without a query repeat the first */
         const float y = qy * (float)p->stride + 0.5f * (p->stride - 1), x = qx * (float)p->stride + 0.5f * (p->stride - 1);
-        const int iy = (int)y < h ? (int)y : h - 1, ix = (int)x < w ? (int)x : w - 1;
+        const int iy = y < h ? (int)y : h - 1, ix = x < w ? (int)x : w - 1;
         cy[q] = y; cx[q] = x; ny[q] = iy; nx[q] = ix;
         sig[q] = sigma[qy * p->out_width + qx];
-        near_logit[q] = logits[iy * w + ix];
+        for (int64_t g = 0; g < p->shared; ++g) {
+            const float over = facts[g].top - logits[g * n + (int64_t)iy * w + ix];
+            excess[q] = over > excess[q] || over != over ? over : excess[q];
+        }
     }
     const vf s = 0.5f / (sig * sig);
     const vf scale = pick((s < 1e30f) | (s != s), s, splat(1e30f));
     const vf near_y = (cy - ny) * (cy - ny), near_x = (cx - nx) * (cx - nx);
     const vf small = vmin(sig, splat(1)); /* what is left out is multiplied by sigma^-3 in dsigma */
     const vf tolerance = 0.125f * p->tolerance * small * small * small;
-    const vf r2 = whole ? splat(INFINITY) : reach2(scale, top - near_logit, near_y + near_x, diagonal, tolerance);
-    t->tolerance = tolerance; t->scale = scale; t->centre_y = cy; t->centre_x = cx; t->near_y = near_y; t->near_x = near_x;
+    const vf r2 = whole ? splat(INFINITY) : reach2(scale, excess, near_y + near_x, diagonal, tolerance);
+    t->tolerance = tolerance; t->scale = scale; t->centre_y = cy; t->centre_x = cx; t->near_y = ny; t->near_x = nx;
     float most = 0;
     for (int q = 0; q < LANES; ++q) most = fmaxf(most, r2[q]);
     const float reach = sqrtf(most);
@@ -113,28 +131,35 @@ static void make_tile(Tile *t, const Shape *p, int ty, int tx, const float *sigm
         if (x0 < t->x0) t->x0 = x0;
         if (x1 > t->x1) t->x1 = x1;
     }
-    t->segment_count = count;
-    t->key_count = keys;
+    t->segment_count = t->all_count = count;
+    t->key_count = t->all_keys = keys;
+    t->factors = 0;
+    if (p->shared > 1) memcpy(t->all, t->segments, count * sizeof(Segment));
 }
 
+/* Squared distance less that of the nearest pixel, without loss where both are large. */
 INLINE vf offset2(vf centre, vf nearest, int at) {
-    const vf d = (float)at - centre;
-    return d * d - nearest;
+    return ((float)at - nearest) * (((float)at - centre) + (nearest - centre));
+}
+
+static void make_factors(Tile *t, int wide) {
+    if (t->factors == 1 + wide) return;
+    t->factors = 1 + wide;
+    for (int y = t->y0; y < t->y1; ++y) {
+        const vf e = -offset2(t->centre_y, t->near_y, y) * t->scale;
+        t->gy[y] = wide ? e : vexp(e);
+    }
+    for (int x = t->x0; x < t->x1; ++x) {
+        const vf e = -offset2(t->centre_x, t->near_x, x) * t->scale;
+        t->gx[x] = wide ? e : vexp(e);
+    }
 }
 
 /* Weights of every key, not normalised; returns their sums. */
 static vf make_weights(Tile *t, const Shape *p, const float *logits, const float *pixel, int wide) {
     const int w = (int)p->width;
-    const vf scale = t->scale;
     vf total = splat(0);
-    for (int y = t->y0; y < t->y1; ++y) {
-        vf e = -offset2(t->centre_y, t->near_y, y) * scale;
-        t->gy[y] = wide ? e : vexp(e);
-    }
-    for (int x = t->x0; x < t->x1; ++x) {
-        vf e = -offset2(t->centre_x, t->near_x, x) * scale;
-        t->gx[x] = wide ? e : vexp(e);
-    }
+    make_factors(t, wide);
     vf *out = t->weights;
     if (!wide) {
         for (int i = 0; i < t->segment_count; ++i) {
@@ -291,9 +316,12 @@ static void load_gradient(Tile *t, const Shape *p, const float *dy, int by_chann
     }
     for (int q = 0; q < LANES; ++q) {
         float *row = t->rows + q * c;
+        if (t->index[q] < 0) {
+            memset(row, 0, c * sizeof(float));
+            continue;
+        }
         const float *from = dy + t->index[q] * p->y_pixel;
-        if (t->index[q] < 0) memset(row, 0, c * sizeof(float));
-        else if (p->y_channel == 1) memcpy(row, from, c * sizeof(float));
+        if (p->y_channel == 1) memcpy(row, from, c * sizeof(float));
         else for (int64_t k = 0; k < c; ++k) row[k] = from[k * p->y_channel];
     }
     if (by_channel) to_columns(t, p);
@@ -301,9 +329,10 @@ static void load_gradient(Tile *t, const Shape *p, const float *dy, int by_chann
 
 static int open_tile(Tile *t, const Shape *p, int backward) {
     size_t keys = (size_t)(p->height * p->width), line = (size_t)(p->height + p->width);
+    const size_t segments = p->height * (sizeof(Segment) * 2 + sizeof(Span[QUADS]));
     const size_t list = (size_t)(NARROW_CHUNK + p->width + LANES), lists = QUADS * list;
     size_t vectors = keys * (backward ? 2 : 1) + line + 2 * p->channels;
-    size_t bytes = vectors * sizeof(vf) + lists * sizeof(Entry) + p->height * (sizeof(Segment) + sizeof(Span[QUADS])) + 128;
+    size_t bytes = vectors * sizeof(vf) + lists * sizeof(Entry) + segments + 128;
     t->memory = malloc(bytes);
     if (!t->memory) return 0;
     vf *at = (vf *)(((uintptr_t)t->memory + 63) & ~(uintptr_t)63);
@@ -317,6 +346,7 @@ static int open_tile(Tile *t, const Shape *p, int backward) {
     t->entries = (Entry *)at;
     t->spans = (Span(*)[QUADS])(t->entries + lists);
     t->segments = (Segment *)(t->spans + p->height);
+    t->all = t->segments + p->height;
     return 1;
 }
 

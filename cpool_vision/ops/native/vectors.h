@@ -24,6 +24,7 @@
 
 typedef float vf __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vf splat(float a) { return a - (vf){0}; }
@@ -89,8 +90,7 @@ INLINE vf vexp(vf x) {
     p = p * r + 4.9999994e-1f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    vi bits = ((vi)shifted << 23);
-    vf result = (vf)((vi)p + bits);
+    vf result = (vf)((vu)p + ((vu)shifted << 23)); /* the exponent of a power of 2; unsigned, for it may wrap */
     return pick(tiny, splat(0), pick(x != x, x, result));
 }
 
