@@ -9,6 +9,8 @@ from cpool_vision.inspect.canvas import new_figure, save_figure
 from .spec import Study
 
 CONFIDENCE = 0.95
+# Names of the scores in percent, as tables and plots show them.
+SCORES = {'top1': 'top-1 (%)', 'miou': 'mIoU (%)', 'foreground_iou': 'IoU of objects (%)'}
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -20,12 +22,14 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     return statistics.mean(differences), float(stats.t.ppf(.5 + CONFIDENCE / 2, len(differences) - 1)) * error
 
 
-def summarise(study: Study, results: Sequence[dict[str, Any]], ratios: dict[str, float]) -> list[dict[str, Any]]:
-    """One row per arm that has results: accuracy over seeds, paired difference to its base, costs."""
+def summarise(
+        study: Study, results: Sequence[dict[str, Any]], ratios: dict[str, float], metric: str = 'top1',
+) -> list[dict[str, Any]]:
+    """One row per arm that has results: the score `metric` over seeds, paired difference to its base, costs."""
     scores: dict[str, dict[int, float]] = {}
     costs = {}
     for r in results:
-        scores.setdefault(r['arm'], {})[r['seed']] = r['top1']
+        scores.setdefault(r['arm'], {})[r['seed']] = r[metric]
         costs[r['arm']] = (r['params'], r['macs'])
     rows = []
     for name, arm in study.arms.items():
@@ -38,7 +42,7 @@ def summarise(study: Study, results: Sequence[dict[str, Any]], ratios: dict[str,
             'arm': name,
             'base': arm.base,
             'seeds': len(values),
-            'top1': statistics.mean(values),
+            'score': statistics.mean(values),
             'deviation': statistics.stdev(values) if len(values) > 1 else None,
             'pairs': len(shared),
             'difference': statistics.mean(scores[name][s] - base[s] for s in shared) if shared else None,
@@ -57,27 +61,49 @@ def _difference(row: dict[str, Any]) -> str:
         return '-'
     if row['interval'] is None:
         return f'{row["difference"]:+.2f} (one seed)'
-    mean, half = row['interval']
+    return format_interval(*row['interval'])
+
+
+def format_interval(mean: float, half: float) -> str:
+    """A difference with its half width; one that holds zero is called no effect."""
     verdict = '' if abs(mean) > half else ', no effect'
     return f'{mean:+.2f} ± {half:.2f}{verdict}'
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]], metric: str = 'top1') -> str:
     """Markdown; an interval that holds zero is called no effect."""
     lines = [
-        '| arm | seeds | top-1 (%) | difference to base (95 %) | parameters (M) | MACs (M) | step time / base |',
+        f'| arm | seeds | {SCORES[metric]} | difference to base (95 %) | parameters (M) | MACs (M) '
+        '| step time / base |',
         '|---|---:|---:|---|---:|---:|---:|',
     ]
     for r in rows:
         deviation = '' if r['deviation'] is None else f' ± {r["deviation"]:.2f}'
         ratio = '-' if r['step_ratio'] is None else f'{r["step_ratio"]:.2f}'
         lines.append(
-            f'| {r["arm"]} | {r["seeds"]} | {r["top1"]:.2f}{deviation} | {_difference(r)} | {r["params"] / 1e6:.3f} '
+            f'| {r["arm"]} | {r["seeds"]} | {r["score"]:.2f}{deviation} | {_difference(r)} | {r["params"] / 1e6:.3f} '
             f'| {r["macs"] / 1e6:.1f} | {ratio} |')
     return '\n'.join(lines)
 
 
-def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
+def contrast(
+        results: Sequence[dict[str, Any]], arm: str, other: str, metric: str) -> tuple[int, tuple[float, float] | None]:
+    """Number of seeds that both arms have, and mean and half width of their paired difference."""
+    scores = {(r['arm'], r['seed']): r[metric] for r in results if r['arm'] in (arm, other)}
+    seeds = sorted(seed for name, seed in scores if name == arm and (other, seed) in scores)
+    return len(seeds), paired_interval([scores[arm, s] - scores[other, s] for s in seeds])
+
+
+def format_contrasts(study: Study, results: Sequence[dict[str, Any]], metric: str = 'top1') -> str:
+    """Markdown: the differences that the study names, paired by seed."""
+    lines = [f'| difference in {SCORES[metric]} | seeds | mean (95 %) |', '|---|---:|---|']
+    for arm, other in study.contrasts:
+        pairs, interval = contrast(results, arm, other, metric)
+        lines.append(f'| {arm} - {other} | {pairs} | {"-" if interval is None else format_interval(*interval)} |')
+    return '\n'.join(lines)
+
+
+def draw(title: str, rows: Sequence[dict[str, Any]], path: Path, metric: str = 'top1') -> None:
     """Accuracy against MACs, and against step time where it was measured, with standard deviations over seeds.
 
     Raises:
@@ -92,10 +118,10 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
             if r[key] is None:
                 continue
             axes.errorbar(
-                r[key] * scale, r['top1'], yerr=r['deviation'] or 0, fmt='osD^vP*X'[i % 8], color=f'C{i % 10}',
+                r[key] * scale, r['score'], yerr=r['deviation'] or 0, fmt='osD^vP*X'[i % 8], color=f'C{i % 10}',
                 capsize=3, markersize=6, label=r['arm'])
         axes.set_xlabel(label)
-        axes.set_ylabel('top-1 (%)')
+        axes.set_ylabel(SCORES[metric])
         axes.grid(alpha=.3)
         axes.spines[['top', 'right']].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()

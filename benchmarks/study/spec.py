@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-_KEYS = {'title', 'base', 'config', 'flags', 'model', 'model_kwargs', 'seeds', 'arms'}
+_KEYS = {'title', 'base', 'config', 'flags', 'model', 'model_kwargs', 'seeds', 'arms', 'contrasts'}
 _ARM_KEYS = {'model', 'model_kwargs', 'flags', 'seeds', 'base'}
 # Settings that the runner chooses for every run.
 _OWN_FLAGS = {'config', 'model', 'model_kwargs', 'seed', 'output', 'experiment', 'resume', 'data_dir'}
@@ -34,10 +34,18 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Arms by name, in the order of the file, with the settings of train.py that all of them share."""
+    """Arms by name, in the order of the file, with the settings that all of them share.
+
+    Attributes:
+        title: Of tables and plots.
+        arms: By name.
+        settings: Of train.py, or of the recipe of a stacked study.
+        contrasts: Pairs of arms whose difference is a question of the study.
+    """
     title: str
     arms: dict[str, Arm]
     settings: dict[str, Any]
+    contrasts: tuple[tuple[str, str], ...] = ()
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
         """Every run, all arms of a seed before the next seed, so that what is done can be compared at any time."""
@@ -87,7 +95,8 @@ def read_study(path: Path) -> Study:
 
     Keys of the file: `title`; `base`, the arm that the others are compared with; `config`, a YAML of train.py's
     settings relative to the working directory, and `flags` over it; `model`, `model_kwargs` and `seeds` of every arm;
-    `arms`, by name, each with `model`, `model_kwargs` (merged over the study's), `flags`, `seeds` or `base` of its own.
+    `contrasts`, pairs of arms to be compared; `arms`, by name, each with `model`, `model_kwargs` (merged over the
+    study's), `flags`, `seeds` or `base` of its own.
 
     Raises:
         FileNotFoundError: `path` or the config does not exist.
@@ -121,4 +130,8 @@ def read_study(path: Path) -> Study:
             _flags(arm.get('flags'), f'flags of {where}'),
             _seeds(arm.get('seeds', raw.get('seeds')), f'seeds of {where}'),
             None if base == name else base)
-    return Study(str(raw.get('title', path.stem)), made, settings)
+    contrasts = tuple(tuple(pair) for pair in raw.get('contrasts') or ())
+    for pair in contrasts:
+        if len(pair) != 2 or not set(pair) <= set(made):
+            raise ValueError(f'contrasts of {path} must be pairs of arms, got {list(pair)!r}')
+    return Study(str(raw.get('title', path.stem)), made, settings, contrasts)

@@ -15,30 +15,30 @@ PERIOD = (4.0, 6.5)
 F32 = NDArray[np.float32]
 
 
-def _table(values: NDArray[np.float64]) -> F32:
+def table(values: NDArray[np.float64]) -> F32:
     # rounded to 2^-20 so that the last digit of the platform's libm is not seen
     return (np.round(values * 2 ** 20) / 2 ** 20).astype(np.float32)
 
 
 _ANGLES = np.arange(256) * (2 * np.pi / 256)
-_COS, _SIN = _table(np.cos(_ANGLES)), _table(np.sin(_ANGLES))
-_RADII = _table(RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** ((np.arange(256) + 0.5) / 256))
+_COS, _SIN = table(np.cos(_ANGLES)), table(np.sin(_ANGLES))
+_RADII = table(RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** ((np.arange(256) + 0.5) / 256))
 
 
-def _column(x: NDArray[Any]) -> NDArray[Any]:
+def column(x: NDArray[Any]) -> NDArray[Any]:
     return x[:, None, None]
 
 
-def _turn(x: F32, y: F32, direction: NDArray[np.int64]) -> tuple[F32, F32]:
-    c, s = _column(_COS[direction]), _column(_SIN[direction])
+def turn(x: F32, y: F32, direction: NDArray[np.int64]) -> tuple[F32, F32]:
+    c, s = column(_COS[direction]), column(_SIN[direction])
     return x * c + y * s, y * c - x * s
 
 
-def _outline_distance(x: F32, y: F32, outline: NDArray[np.int64]) -> F32:
+def outline_distance(x: F32, y: F32, outline: NDArray[np.int64]) -> F32:
     """Distance to the outline in radii, negative inside; `x`, `y` are the object's own coordinates in radii."""
     lean = np.float32(0.8660254) * np.abs(x) - np.float32(0.5) * y
     shapes = np.sqrt(x * x + y * y) - np.float32(0.95), np.maximum(y, lean) - np.float32(0.65)
-    return np.choose(_column(outline), shapes)
+    return np.choose(column(outline), shapes)
 
 
 def _triangle_wave(t: F32) -> F32:
@@ -46,15 +46,15 @@ def _triangle_wave(t: F32) -> F32:
     return 4 * np.abs(t - np.floor(t) - np.float32(0.5)) - 1
 
 
-def _texture(x: F32, y: F32, texture: NDArray[np.int64], period: F32, phase: F32) -> F32:
+def paint_texture(x: F32, y: F32, texture: NDArray[np.int64], period: F32, phase: F32) -> F32:
     """Pattern in [-1, 1]; all textures share the period and the flanks. `x`, `y` are 0 at the centre of the object."""
-    u = x / _column(period) + _column(phase[:, 0])
-    v = y / _column(period) + _column(phase[:, 1])
+    u = x / column(period) + column(phase[:, 0])
+    v = y / column(period) + column(phase[:, 1])
     first = np.clip(2 * _triangle_wave(u), -1, 1)
     second = np.clip(2 * _triangle_wave(v), -1, 1)
     bent = np.clip(2 * _triangle_wave(u + np.float32(0.45) * _triangle_wave(v / 2)), -1, 1)
-    rings = np.clip(2 * _triangle_wave(np.sqrt(x * x + y * y) / _column(period) + _column(phase[:, 0])), -1, 1)
-    return np.choose(_column(texture), (first, first * second, np.minimum(first, second), bent, rings))
+    rings = np.clip(2 * _triangle_wave(np.sqrt(x * x + y * y) / column(period) + column(phase[:, 0])), -1, 1)
+    return np.choose(column(texture), (first, first * second, np.minimum(first, second), bent, rings))
 
 
 def _value_noise(draws: CounterDraws, n: int, cells: int, size: int) -> F32:
@@ -67,33 +67,65 @@ def _value_noise(draws: CounterDraws, n: int, cells: int, size: int) -> F32:
     return rows[:, :, low] + (rows[:, :, low + 1] - rows[:, :, low]) * frac
 
 
-def _blend(image: F32, cover: F32, colour: F32) -> None:
+def blend(image: F32, cover: F32, colour: F32) -> None:
     for c in range(3):
-        image[:, c] += cover * (_column(colour[:, c]) - image[:, c])
+        image[:, c] += cover * (column(colour[:, c]) - image[:, c])
 
 
-def _stroke_cover(draws: CounterDraws, x: F32, y: F32, scale: float) -> F32:
+def stroke_cover(draws: CounterDraws, x: F32, y: F32, scale: float) -> F32:
     """Coverage of one random thin line segment per picture."""
     ends = draws.uniform(4, -4, 36)
-    width = _column(draws.uniform(1, 0.3, 0.8)[:, 0])
-    px, py = x - _column(ends[:, 0]), y - _column(ends[:, 1])
-    dx, dy = _column(ends[:, 2] - ends[:, 0]), _column(ends[:, 3] - ends[:, 1])
+    width = column(draws.uniform(1, 0.3, 0.8)[:, 0])
+    px, py = x - column(ends[:, 0]), y - column(ends[:, 1])
+    dx, dy = column(ends[:, 2] - ends[:, 0]), column(ends[:, 3] - ends[:, 1])
     along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy + np.float32(1e-3)), 0, 1)
     px, py = px - along * dx, py - along * dy
     return np.clip(np.float32(0.5) - (np.sqrt(px * px + py * py) - width) * np.float32(scale), 0, 1)
 
 
-def _pair_of_colours(draws: CounterDraws) -> tuple[F32, F32]:
+def pair_of_colours(draws: CounterDraws) -> tuple[F32, F32]:
     """A mean colour and a difference of random hue and sign, both `(N, 3)` in levels of 0 to 255."""
     mean = draws.uniform(3, 70, 185)
     contrast = draws.uniform(1, 32, 68) * np.where(draws.uniform(1) < 0.5, np.float32(-1), np.float32(1))
     return mean, contrast * draws.uniform(3, 0.6, 1.0)
 
 
-def _paint(image: F32, cover: F32, mean: F32, pattern: F32, difference: F32) -> None:
+def paint(image: F32, cover: F32, mean: F32, pattern: F32, difference: F32) -> None:
     for c in range(3):
-        target = _column(mean[:, c]) + pattern * _column(difference[:, c])
+        target = column(mean[:, c]) + pattern * column(difference[:, c])
         image[:, c] += cover * (target - image[:, c])
+
+
+def canvas(n: int, size: int) -> tuple[F32, F32]:
+    """Coordinates of the pixel centres from 0 to 32 over the picture, both `(n, size, size)`."""
+    centre = ((np.arange(size) + 0.5) / (size / 32)).astype(np.float32)
+    shape = n, size, size
+    return np.broadcast_to(centre[None, None, :], shape), np.broadcast_to(centre[None, :, None], shape)
+
+
+def paint_ground(draws: CounterDraws, n: int, size: int) -> F32:
+    """Smooth colour noise, `(n, 3, size, size)` in levels of 0 to 255."""
+    ground = draws.uniform(3, 60, 195)
+    coarse = [_value_noise(draws, n, 3, size) for _ in range(2)]
+    fine = _value_noise(draws, n, 10, size)
+    tint = draws.uniform(9, -1, 1).reshape(n, 3, 3) * np.asarray([34, 34, 22], np.float32)
+    image = np.empty((n, 3, size, size), np.float32)
+    for c in range(3):
+        image[:, c] = column(ground[:, c]) + column(tint[:, c, 0]) * coarse[0] + column(tint[:, c, 1]) * coarse[1]
+        image[:, c] += column(tint[:, c, 2]) * fine
+    return image
+
+
+def shine(draws: CounterDraws, image: F32, x: F32, y: F32) -> NDArray[np.uint8]:
+    """Light from one side and pixel noise, and the picture as `(n, size, size, 3)` uint8."""
+    n, size, middle = len(image), image.shape[-1], np.float32(16)
+    along, _ = turn((x - middle) / middle, (y - middle) / middle, draws.integers(1, 256)[:, 0])
+    light = column(draws.uniform(1, 0.8, 1.1)[:, 0]) * (1 + column(draws.uniform(1, 0, 0.35)[:, 0]) * along)
+    image *= light[:, None]
+    noise = draws.bytes(6 * size * size).astype(np.float32).reshape(n, 2, 3, size, size)
+    noise_level = draws.uniform(1, 0.02, 0.10)[:, 0]
+    image += (noise[:, 0] - noise[:, 1]) * noise_level[:, None, None, None]
+    return np.floor(np.clip(image, 0, 255) + np.float32(0.5)).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def render_scenes(
@@ -125,59 +157,43 @@ def render_scenes(
     n = len(indices)
     draws = CounterDraws(seed, stream, indices)
     scale = size / 32
-    centre = ((np.arange(size) + 0.5) / scale).astype(np.float32)
-    x = np.broadcast_to(centre[None, None, :], (n, size, size))
-    y = np.broadcast_to(centre[None, :, None], (n, size, size))
-    half, middle = np.float32(0.5), np.float32(16)
-
-    ground = draws.uniform(3, 60, 195)
-    coarse = [_value_noise(draws, n, 3, size) for _ in range(2)]
-    fine = _value_noise(draws, n, 10, size)
-    tint = draws.uniform(9, -1, 1).reshape(n, 3, 3) * np.asarray([34, 34, 22], np.float32)
-    image = np.empty((n, 3, size, size), np.float32)
-    for c in range(3):
-        image[:, c] = _column(ground[:, c]) + _column(tint[:, c, 0]) * coarse[0] + _column(tint[:, c, 1]) * coarse[1]
-        image[:, c] += _column(tint[:, c, 2]) * fine
+    x, y = canvas(n, size)
+    half = np.float32(0.5)
+    image = paint_ground(draws, n, size)
 
     # a patch of texture that fades out: texture without an outline
-    mean, difference = _pair_of_colours(draws)
+    mean, difference = pair_of_colours(draws)
     at, reach = draws.uniform(2, 2, 30), draws.uniform(1, 3, 7)[:, 0]
-    px, py = x - _column(at[:, 0]), y - _column(at[:, 1])
-    fade = np.clip(1 - (px * px + py * py) / _column(reach * reach), 0, 1)
-    px, py = _turn(px, py, draws.integers(1, 256)[:, 0])
+    px, py = x - column(at[:, 0]), y - column(at[:, 1])
+    fade = np.clip(1 - (px * px + py * py) / column(reach * reach), 0, 1)
+    px, py = turn(px, py, draws.integers(1, 256)[:, 0])
     kind, period = draws.integers(1, len(TEXTURES))[:, 0], draws.uniform(1, *PERIOD)[:, 0]
-    pattern = _texture(px, py, kind, period, draws.uniform(2))
-    _paint(image, fade * fade * np.float32(0.7), mean, pattern, difference)
+    pattern = paint_texture(px, py, kind, period, draws.uniform(2))
+    paint(image, fade * fade * np.float32(0.7), mean, pattern, difference)
 
     for _ in range(2):
-        _blend(image, _stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
+        blend(image, stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
 
     # an outline without texture
-    at, radius = draws.uniform(2, 0, 32), _column(draws.uniform(1, 2.5, 5.5)[:, 0])
-    px, py = _turn(x - _column(at[:, 0]), y - _column(at[:, 1]), draws.integers(1, 256)[:, 0])
-    flat = _outline_distance(px / radius, py / radius, draws.integers(1, len(OUTLINES))[:, 0])
-    _blend(image, np.clip(half - flat * radius * np.float32(scale), 0, 1), draws.uniform(3, 50, 205))
+    at, radius = draws.uniform(2, 0, 32), column(draws.uniform(1, 2.5, 5.5)[:, 0])
+    px, py = turn(x - column(at[:, 0]), y - column(at[:, 1]), draws.integers(1, 256)[:, 0])
+    flat = outline_distance(px / radius, py / radius, draws.integers(1, len(OUTLINES))[:, 0])
+    blend(image, np.clip(half - flat * radius * np.float32(scale), 0, 1), draws.uniform(3, 50, 205))
 
     # the object
     radius = _RADII[draws.integers(1, 256)[:, 0]]
     margin = np.minimum(radius * np.float32(0.9), 15)
     at = margin[:, None] + draws.uniform(2) * (32 - 2 * margin[:, None])
-    px, py = _turn(x - _column(at[:, 0]), y - _column(at[:, 1]), draws.integers(1, 256)[:, 0])
+    px, py = turn(x - column(at[:, 0]), y - column(at[:, 1]), draws.integers(1, 256)[:, 0])
     aspect = draws.uniform(1, 0.85, 1.0)[:, 0]
-    ux, uy = px / _column(radius), py / _column(radius * aspect)
-    cover = _outline_distance(ux, uy, outline) * _column(radius) * np.float32(scale)
+    ux, uy = px / column(radius), py / column(radius * aspect)
+    cover = outline_distance(ux, uy, outline) * column(radius) * np.float32(scale)
     cover = np.clip(half - cover, 0, 1)
-    tx, ty = _turn(px, py, draws.integers(1, 256)[:, 0])
-    mean, difference = _pair_of_colours(draws)
-    pattern = _texture(tx, ty, texture, draws.uniform(1, *PERIOD)[:, 0], draws.uniform(2))
-    _paint(image, cover, mean, pattern, difference)
+    tx, ty = turn(px, py, draws.integers(1, 256)[:, 0])
+    mean, difference = pair_of_colours(draws)
+    pattern = paint_texture(tx, ty, texture, draws.uniform(1, *PERIOD)[:, 0], draws.uniform(2))
+    paint(image, cover, mean, pattern, difference)
 
-    _blend(image, _stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
+    blend(image, stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
 
-    along, _ = _turn((x - middle) / middle, (y - middle) / middle, draws.integers(1, 256)[:, 0])
-    light = _column(draws.uniform(1, 0.8, 1.1)[:, 0]) * (1 + _column(draws.uniform(1, 0, 0.35)[:, 0]) * along)
-    image *= light[:, None]
-    noise = draws.bytes(6 * size * size).astype(np.float32).reshape(n, 2, 3, size, size)
-    noise_level = draws.uniform(1, 0.02, 0.10)[:, 0]
-    image += (noise[:, 0] - noise[:, 1]) * noise_level[:, None, None, None]
-    return np.floor(np.clip(image, 0, 255) + half).astype(np.uint8).transpose(0, 2, 3, 1)
+    return shine(draws, image, x, y)

@@ -15,7 +15,7 @@ SPLITS = {
     'evaluation': 'validation',
     'test': 'test',
 }
-_STREAMS = {'train': 0, 'validation': 1, 'test': 2}
+STREAMS = {'train': 0, 'validation': 1, 'test': 2}
 _DEFAULT_SAMPLES = {'train': 10_000, 'validation': 2_000, 'test': 2_000}
 _CHUNK_BYTES = 1 << 20
 _CACHE_BYTES = 1 << 28
@@ -59,7 +59,7 @@ class ShapesDataset(torch.utils.data.Dataset):
             data_seed: int = 0,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f'unknown split {split!r} of cpool/shapes: choose one of {sorted(_STREAMS)}')
+            raise ValueError(f'unknown split {split!r} of cpool/shapes: choose one of {sorted(STREAMS)}')
         self.split = SPLITS[split]
         self.num_samples = _DEFAULT_SAMPLES[self.split] if num_samples is None else int(num_samples)
         if self.num_samples < 1:
@@ -90,7 +90,7 @@ class ShapesDataset(torch.utils.data.Dataset):
 
     def _render(self, indices: NDArray[Any]) -> NDArray[np.uint8]:
         label = indices % self.num_classes
-        stream = _STREAMS[self.split]
+        stream = STREAMS[self.split]
         outline, texture = label // len(TEXTURES), label % len(TEXTURES)
         return render_scenes(self.data_seed, stream, indices, outline, texture, self.image_size)
 

@@ -1,0 +1,97 @@
+"""Runs a study of small nets, several seeds at once: `python -m benchmarks.study.stacked FILE.yaml -o OUT`.
+
+Stop it at any time and call it again: it goes on at the last finished epoch, and runs with results are not repeated.
+`--stack 6 --device cuda` trains six seeds of an arm side by side on a GPU; a CPU gains nothing from it, and has 1.
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cpool_vision.profile.measure import machine
+
+from ...markers import write_between
+from ..report import draw, format_contrasts, format_table, summarise
+from ..runner import read_results, restore, write_text
+from ..spec import read_study
+from .runs import Data, recipe_of, run_stack_of, score_test, stacks, step_ratios
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m benchmarks.study.stacked', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('study', type=Path)
+    parser.add_argument('-o', '--output', type=Path, required=True, help='folder for data, states, weights and results')
+    parser.add_argument('--data-dir', type=Path, help='holds train/CLASS/* and validation/CLASS/*, for cifar10')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--stack', type=int, default=1, help='seeds that train side by side')
+    parser.add_argument('--only', default='*', metavar='PATTERN', help='train these arms only')
+    parser.add_argument('--minutes', type=float, help='begin no epoch after so many minutes')
+    parser.add_argument('--report', action='store_true', help='train nothing')
+    parser.add_argument('--test', action='store_true', help='score the test images, once, when all runs are done')
+    parser.add_argument('--time', action='store_true', help='time training steps of all arms, on an idle machine')
+    parser.add_argument('--results', type=Path, help='JSON file that keeps the figures, as in benchmarks.study')
+    parser.add_argument('--plot', type=Path, help='accuracy against cost goes here')
+    parser.add_argument(
+        '--write', type=Path, help='Markdown file with the markers of benchmarks.study, and STEM contrasts')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    study = read_study(args.study)
+    recipes = {name: recipe_of(study, arm) for name, arm in study.arms.items()}
+    metric = next(iter(recipes.values())).metric
+    device, output = torch.device(args.device), args.output
+    data = Data(output, args.data_dir, device)
+    kept = json.loads(args.results.read_text(encoding='utf-8')) if args.results and args.results.exists() else {}
+    restore(study, output, kept.get('runs', []))
+    timing = output / 'timing.json'
+    if args.time:
+        ratios = step_ratios(study, data, args.stack, device)
+        write_text(timing, json.dumps({
+            'machine': machine(), 'device': str(device), 'stack': args.stack, 'ratios': ratios}, indent=1))
+    if not args.report:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # what was finished is on the disk
+        end = time.monotonic() + 60 * args.minutes if args.minutes else None
+        for arm, seeds in stacks(study, output, args.stack, args.only):
+            if end and time.monotonic() > end:
+                break
+            run_stack_of(study, arm, seeds, data, output, device)
+    results = read_results(study, output)
+    if not results:
+        print('no run is finished yet')
+        return 1
+    timed = json.loads(timing.read_text(encoding='utf-8')) if timing.exists() else kept.get('timing', {})
+    final = kept.get('final', {})
+    if args.test:
+        if 'test' in final:
+            raise SystemExit(f'the test images were scored before: the figures are in {args.results}')
+        final['test'] = score_test(study, output, data, device)
+    tables = {}
+    for split, rows in {'': results, **{f' {k}': v for k, v in final.items()}}.items():
+        tables[f'{args.study.stem}{split}'] = format_table(
+            summarise(study, rows, timed.get('ratios', {}), metric), metric)
+        if study.contrasts:
+            tables[f'{args.study.stem}{split} contrasts'] = format_contrasts(study, rows, metric)
+    print(f'\n{study.title}: {len(results)} of {len(list(study.runs()))} runs\n\n' + '\n\n'.join(tables.values()))
+    if args.results:
+        write_text(args.results, json.dumps(
+            {**kept, 'timing': timed, 'runs': results, 'final': final}, indent=1) + '\n')
+    if args.plot:
+        draw(study.title, summarise(study, results, timed.get('ratios', {}), metric), args.plot, metric)
+    if args.write:
+        for name, text in tables.items():
+            write_between(args.write, f'<!-- study {name} -->', f'<!-- /study {name} -->', text)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

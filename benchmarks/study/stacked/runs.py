@@ -1,0 +1,145 @@
+"""What a stacked study runs, keeps and repeats: results, weights and times of its arms."""
+import fnmatch
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from cpool_vision.profile.measure import machine
+
+from ..runner import fingerprint, result_file, run_name, write_text
+from ..spec import Arm, Study
+from .nets import build_net, unstack
+from .score import score_stack
+from .tasks import Recipe, Split, load_split, normalise
+from .train import Stack, epoch_order, train
+
+
+def stacks(study: Study, output: Path, size: int, only: str) -> list[tuple[Arm, list[int]]]:
+    """Arms with the seeds that have no result yet, `size` at a time; all arms of some seeds before further seeds."""
+    seeds = sorted({seed for arm in study.arms.values() for seed in arm.seeds})
+    found = []
+    for start in range(0, len(seeds), size):
+        for arm in study.arms.values():
+            missing = [
+                s for s in seeds[start:start + size]
+                if s in arm.seeds and not result_file(output, run_name(arm.name, s)).exists()]
+            if missing and fnmatch.fnmatch(arm.name, only):
+                found.append((arm, missing))
+    return found
+
+
+def recipe_of(study: Study, arm: Arm) -> Recipe:
+    return Recipe.of({**study.settings, **arm.flags})
+
+
+class Data:
+    """Splits on the device, the last of each kind kept."""
+
+    def __init__(self, output: Path, data_dir: Path | None, device: torch.device) -> None:
+        self.cache, self.data_dir, self.device = output / 'data', data_dir, device
+        self.kept: dict[str, tuple[Any, Split]] = {}
+
+    def split(self, recipe: Recipe, name: str) -> Split:
+        key = (recipe.task, recipe.image_size, recipe.mean_radius, recipe.size_range,
+               getattr(recipe, f'{name}_samples'))
+        if name not in self.kept or self.kept[name][0] != key:
+            made = load_split(recipe, name, self.cache, self.data_dir).to(self.device)
+            self.kept[name] = key, made
+        return self.kept[name][1]
+
+
+def _costs(arm: Arm, recipe: Recipe) -> dict[str, float]:
+    net = build_net(arm, recipe, 0).eval()
+    image = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(image)
+    return {'params': sum(p.numel() for p in net.parameters()), 'macs': counter.get_total_flops() // 2}
+
+
+def weights_file(output: Path, name: str) -> Path:
+    return output / 'weights' / f'{name}.safetensors'
+
+
+def load_net(study: Study, output: Path, arm: Arm, seed: int, device: torch.device) -> torch.nn.Module:
+    """The trained net of a run, for evaluation."""
+    net = build_net(arm, recipe_of(study, arm), seed)
+    net.load_state_dict(load_file(weights_file(output, run_name(arm.name, seed))), strict=False)
+    return net.to(device).eval()
+
+
+def run_stack_of(
+        study: Study, arm: Arm, seeds: Sequence[int], data: Data, output: Path, device: torch.device) -> None:
+    """Trains and scores the seeds of an arm; writes a result and the weights of each."""
+    recipe = recipe_of(study, arm)
+    stack = Stack(arm, recipe, seeds, device)
+    # a changed recipe must not go on with the state of another
+    place = output / 'states' / f'{arm.name}-s{"-".join(map(str, seeds))}-{fingerprint(study, arm.name, seeds[0])}.pt'
+    start = time.process_time()
+    train(stack, data.split(recipe, 'train'), place, lambda line: print(line, flush=True))
+    seconds = time.process_time() - start
+    stack.net.eval()
+    scores = score_stack(stack.outputs, len(seeds), recipe, data.split(recipe, 'selection'))
+    costs = _costs(arm, recipe)
+    (output / 'weights').mkdir(parents=True, exist_ok=True)
+    for i, seed in enumerate(seeds):
+        name = run_name(arm.name, seed)
+        save_file(unstack(stack.parameters, i), weights_file(output, name))
+        row = {
+            'arm': arm.name, 'seed': seed, **scores[i], **costs, 'stack': len(seeds), 'device': str(device),
+            'cpu_seconds': round(seconds / len(seeds), 1), 'machine': machine(),
+            'settings': fingerprint(study, arm.name, seed), 'supports': {}}
+        write_text(result_file(output, name), json.dumps(row, indent=1) + '\n')
+        print(f'{name}: {recipe.metric} {scores[i][recipe.metric]:.2f} %', flush=True)
+    place.unlink()
+
+
+def score_test(study: Study, output: Path, data: Data, device: torch.device) -> list[dict[str, Any]]:
+    """Scores of all runs on the test images, made once.
+
+    Raises:
+        RuntimeError: a run has no result yet, or the test images were scored before.
+    """
+    kept = output / 'test.json'
+    if kept.exists():
+        raise RuntimeError(f'the test images were scored before: the figures are in {kept}')
+    rows = []
+    for arm, seed in study.runs():
+        file = result_file(output, run_name(arm.name, seed))
+        if not file.exists():
+            raise RuntimeError(f'the test images are scored when all runs are done, and {file.stem} is not')
+        recipe = recipe_of(study, arm)
+        net = load_net(study, output, arm, seed, device)
+        score, = score_stack(
+            lambda x, net=net: net(normalise(x))[None], 1, recipe, data.split(recipe, 'test'))  # type: ignore[misc]
+        rows.append({**json.loads(file.read_text(encoding='utf-8')), **score, 'machine': machine()})
+    write_text(kept, json.dumps(rows, indent=1) + '\n')
+    return rows
+
+
+def step_ratios(study: Study, data: Data, size: int, device: torch.device, repeats: int = 9) -> dict[str, float]:
+    """Median over rounds of the time of a training step of every arm over that of its base in the same round."""
+    steps = {}
+    for arm in study.arms.values():
+        recipe = recipe_of(study, arm)
+        stack = Stack(arm, recipe, list(arm.seeds)[:size], device)
+        split = data.split(recipe, 'train')
+        order, draws = epoch_order(stack.seeds, 0, len(split.images), recipe.batch_size)
+        batch = order[:, 0].to(device), draws[:, 0].to(device)
+        steps[arm.name] = lambda stack=stack, split=split, batch=batch: stack.step(split, *batch, 1e-4)
+    rounds = []
+    for _ in range(repeats + 2):
+        times = {}
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step().sum().item()  # waits for the device
+            times[name] = time.perf_counter() - start
+        rounds.append(times)
+    return {
+        name: statistics.median(t[name] / t[study.arms[name].base or name] for t in rounds[2:]) for name in steps}

@@ -1,0 +1,140 @@
+"""Pictures of several textured objects of many sizes on cluttered ground, with what every pixel shows."""
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .counter import CounterDraws
+from .scene import (
+    F32,
+    OUTLINES,
+    blend,
+    canvas,
+    column,
+    outline_distance,
+    paint,
+    paint_ground,
+    paint_texture,
+    pair_of_colours,
+    shine,
+    stroke_cover,
+    table,
+    turn,
+)
+
+# Places tried for every object; the one farthest from the objects before it is taken.
+_PLACES = 8
+# A texture's period in radii of its object: an object seen from nearer by is the same picture, magnified.
+_PERIOD = (0.55, 0.8)
+_LEAST_PERIOD = 1.25
+
+
+class Crowd(NamedTuple):
+    """Pictures `(N, size, size, 3)` uint8 and what their pixels show, both `(N, size, size)` and 0 for the ground.
+
+    Attributes:
+        pixels: The pictures.
+        masks: Class, uint8.
+        radii: Radius of the object in pixels, fp32.
+    """
+    pixels: NDArray[np.uint8]
+    masks: NDArray[np.uint8]
+    radii: F32
+
+
+def _radius_table(mean: float, size_range: float) -> F32:
+    low = mean / size_range ** 0.5
+    return table(low * size_range ** ((np.arange(256) + 0.5) / 256))
+
+
+def _places(draws: CounterDraws, radii: F32) -> F32:
+    """Centres `(N, K, 2)` of discs that lie apart as well as a few tries allow."""
+    n, count = radii.shape
+    at = np.empty((n, count, 2), np.float32)
+    for k in range(count):
+        margin = np.minimum(radii[:, k] * np.float32(0.9), 15)[:, None, None]
+        tries = margin + draws.uniform(2 * _PLACES).reshape(n, _PLACES, 2) * (32 - 2 * margin)
+        gap = np.full((n, _PLACES), 64, np.float32)
+        for other in range(k):
+            offset = tries - at[:, other, None]
+            distance = np.sqrt(offset[..., 0] * offset[..., 0] + offset[..., 1] * offset[..., 1])
+            gap = np.minimum(gap, distance - radii[:, other, None])
+        at[:, k] = tries[np.arange(n), gap.argmax(1)]
+    return at
+
+
+def render_crowds(
+        seed: int,
+        stream: int,
+        indices: NDArray[Any],
+        size: int = 64,
+        mean_radius: float = 8.0,
+        size_range: float = 4.0,
+        objects: int = 4,
+        textures: int = 3,
+) -> Crowd:
+    """Renders one picture per index; the same scene at every `size`, up to pixel noise.
+
+    Every object has a class of its own, outline times texture, and a radius of its own, uniform in its logarithm.
+    Smaller objects lie in front of larger ones. The period of a texture grows with its object. What carries no class:
+    a flat object, a patch of texture without an outline, line strokes, colours, light and noise.
+
+    Args:
+        seed: seed of the data set.
+        stream: number of the split.
+        indices: `(N,)` sample numbers.
+        size: side in pixels.
+        mean_radius: geometric mean of the smallest and the largest radius, in 64ths of the side.
+        size_range: largest radius over the smallest; 1 gives objects of one size.
+        objects: objects in every picture.
+        textures: how many of `TEXTURES` make classes.
+    """
+    n = len(indices)
+    draws = CounterDraws(seed, stream, indices)
+    scale, half = size / 32, np.float32(0.5)
+    x, y = canvas(n, size)
+    image = paint_ground(draws, n, size)
+    radius_of = _radius_table(mean_radius / 2, size_range)
+    smallest = np.float32(_LEAST_PERIOD)
+
+    def period_of(radius: F32) -> F32:
+        return np.maximum(radius * draws.uniform(1, *_PERIOD)[:, 0], smallest)
+
+    # a patch of texture that fades out: texture without an outline
+    mean, difference = pair_of_colours(draws)
+    at, reach = draws.uniform(2, 2, 30), radius_of[draws.integers(1, 256)[:, 0]]
+    px, py = x - column(at[:, 0]), y - column(at[:, 1])
+    fade = np.clip(1 - (px * px + py * py) / column(reach * reach), 0, 1)
+    px, py = turn(px, py, draws.integers(1, 256)[:, 0])
+    pattern = paint_texture(px, py, draws.integers(1, textures)[:, 0], period_of(reach), draws.uniform(2))
+    paint(image, fade * fade * np.float32(0.7), mean, pattern, difference)
+
+    for _ in range(2):
+        blend(image, stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
+
+    # an outline without texture
+    at, radius = draws.uniform(2, 0, 32), column(radius_of[draws.integers(1, 256)[:, 0]])
+    px, py = turn(x - column(at[:, 0]), y - column(at[:, 1]), draws.integers(1, 256)[:, 0])
+    flat = outline_distance(px / radius, py / radius, draws.integers(1, len(OUTLINES))[:, 0])
+    blend(image, np.clip(half - flat * radius * np.float32(scale), 0, 1), draws.uniform(3, 50, 205))
+
+    radii = -np.sort(-radius_of[draws.integers(objects, 256)], axis=1)
+    kinds = draws.integers(objects, len(OUTLINES) * textures)
+    places = _places(draws, radii)
+    masks, sizes = np.zeros((n, size, size), np.uint8), np.zeros((n, size, size), np.float32)
+    for k in range(objects):
+        radius = radii[:, k]
+        px, py = turn(x - column(places[:, k, 0]), y - column(places[:, k, 1]), draws.integers(1, 256)[:, 0])
+        aspect = draws.uniform(1, 0.85, 1.0)[:, 0]
+        outline, texture = kinds[:, k] // textures, kinds[:, k] % textures
+        cover = outline_distance(px / column(radius), py / column(radius * aspect), outline)
+        cover = np.clip(half - cover * column(radius) * np.float32(scale), 0, 1)
+        tx, ty = turn(px, py, draws.integers(1, 256)[:, 0])
+        mean, difference = pair_of_colours(draws)
+        paint(image, cover, mean, paint_texture(tx, ty, texture, period_of(radius), draws.uniform(2)), difference)
+        inside = cover > half
+        masks = np.where(inside, column(kinds[:, k] + 1).astype(np.uint8), masks)
+        sizes = np.where(inside, column(radius) * np.float32(scale), sizes)
+
+    blend(image, stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
+    return Crowd(shine(draws, image, x, y), masks, sizes)

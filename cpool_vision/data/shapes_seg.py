@@ -1,0 +1,111 @@
+"""`cpool/shapes-seg`: pictures of several objects of many sizes and the class of every pixel, made by the package."""
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+from numpy.typing import NDArray
+from PIL import Image
+
+from .scene import OUTLINES, TEXTURES
+from .shapes import SPLITS, STREAMS
+from .shapes_crowd import Crowd, render_crowds
+
+_DEFAULT_SAMPLES = {'train': 4_000, 'validation': 1_000, 'test': 1_000}
+_CHUNK_BYTES = 1 << 20
+_TEXTURES = 3
+
+
+class ShapesSegDataset(torch.utils.data.Dataset):
+    """Segmentation of textured objects of widely varying size on cluttered ground: 6 classes and the ground.
+
+    A class is one of two outlines times one of three textures. The textures grow with their objects, so that an object
+    twice as large is the same picture, magnified; to name it a model must look as far as the object reaches. Flat
+    objects and patches of texture without an outline belong to the ground. Sample i of a split is a function of
+    (`data_seed`, split, i) and the sizes asked for: the same on every machine, in every worker and for any
+    `num_samples`. Items are the image and its mask, a PIL image of mode 'L' that holds class indices, 0 for the ground.
+
+    Args:
+        split: 'train', 'validation' or 'test' (or a synonym that timm knows).
+        num_samples: samples in the split; by default 4,000 for train, 1,000 for the others.
+        image_size: side in pixels; the same scenes at every size.
+        mean_radius: geometric mean of the smallest and the largest radius, in 64ths of the side.
+        size_range: largest radius over the smallest. The default gives radii of 4 to 16 pixels at 64 pixels a side.
+        objects: objects in every picture.
+        transform: applied to the PIL image.
+        target_transform: applied to the mask.
+        data_seed: another seed is another set of pictures of the same kind.
+
+    Raises:
+        ValueError: unknown split, or a number out of range.
+    """
+
+    classes: tuple[str, ...] = (
+        'ground', *(f'{texture}_{outline}' for outline in OUTLINES for texture in TEXTURES[:_TEXTURES]))
+
+    def __init__(
+            self,
+            split: str = 'train',
+            num_samples: int | None = None,
+            image_size: int = 64,
+            mean_radius: float = 8.0,
+            size_range: float = 4.0,
+            objects: int = 4,
+            transform: Callable[..., Any] | None = None,
+            target_transform: Callable[..., Any] | None = None,
+            data_seed: int = 0,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f'unknown split {split!r} of cpool/shapes-seg: choose one of {sorted(STREAMS)}')
+        self.split = SPLITS[split]
+        self.num_samples = _DEFAULT_SAMPLES[self.split] if num_samples is None else int(num_samples)
+        if self.num_samples < 1:
+            raise ValueError(f'num_samples must be >= 1, got {num_samples}; leave it out for the default')
+        if not 16 <= image_size <= 1024:
+            raise ValueError(f'image_size must be between 16 and 1024, got {image_size}')
+        if not 1 <= size_range <= 16:
+            raise ValueError(f'size_range must be between 1 (one size) and 16, got {size_range}')
+        if not 1 <= mean_radius <= 32:
+            raise ValueError(f'mean_radius must be between 1 and 32 (64ths of the side), got {mean_radius}')
+        if not 1 <= objects <= 16:
+            raise ValueError(f'objects must be between 1 and 16, got {objects}')
+        if not 0 <= data_seed < 1 << 64:
+            raise ValueError(f'data_seed must be >= 0 and below 2^64, got {data_seed}')
+        self.image_size = int(image_size)
+        self.mean_radius = float(mean_radius)
+        self.size_range = float(size_range)
+        self.objects = int(objects)
+        self.data_seed = int(data_seed)
+        self.transform = transform
+        self.target_transform = target_transform
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the ground included."""
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def render(self, indices: NDArray[Any]) -> Crowd:
+        """Pictures, masks and radii of the samples `indices`, at about 3 ms each."""
+        return render_crowds(
+            self.data_seed, STREAMS[self.split], indices, self.image_size, self.mean_radius, self.size_range,
+            self.objects, _TEXTURES)
+
+    def arrays(self) -> Crowd:
+        """The whole split: pictures, masks and radii by pixel. Made anew at every call."""
+        step = max(1, _CHUNK_BYTES // (12 * self.image_size ** 2))
+        parts = [
+            self.render(np.arange(start, min(start + step, len(self)))) for start in range(0, len(self), step)]
+        return Crowd(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index {index} is out of range for {len(self)} samples')
+        crowd = self.render(np.asarray([int(index) % len(self)]))
+        image, mask = Image.fromarray(crowd.pixels[0]), Image.fromarray(crowd.masks[0])
+        return (
+            image if self.transform is None else self.transform(image),
+            mask if self.target_transform is None else self.target_transform(mask),
+        )
