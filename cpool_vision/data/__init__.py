@@ -1,5 +1,6 @@
 """Data sets and the factory that finds them."""
 from .factory import create_dataset, list_datasets
 from .shapes import ShapesDataset
+from .shapes_seg import ShapesSegDataset
 
-__all__ = ['ShapesDataset', 'create_dataset', 'list_datasets']
+__all__ = ['ShapesDataset', 'ShapesSegDataset', 'create_dataset', 'list_datasets']

@@ -6,9 +6,10 @@ import timm.data
 import torch.utils.data
 
 from .shapes import ShapesDataset
+from .shapes_seg import ShapesSegDataset
 
 PREFIX = 'cpool/'
-_SHAPES = re.compile(r'shapes(\d{1,4})?')
+_SHAPES = re.compile(r'shapes(-seg)?(\d{1,4})?')
 # arguments of timm's factory that mean nothing to a set made in memory; its `seed` is that of the shuffle
 _NOT_FOR_OURS = (
     'search_split', 'load_bytes', 'is_training', 'download', 'batch_size', 'seed', 'repeats', 'trust_remote_code',
@@ -18,7 +19,7 @@ _NOT_FOR_OURS = (
 
 def list_datasets() -> list[str]:
     """Names under `cpool/` that `create_dataset` knows; `<SIZE>` stands for a side in pixels."""
-    return ['cpool/shapes', 'cpool/shapes<SIZE>']
+    return ['cpool/shapes', 'cpool/shapes<SIZE>', 'cpool/shapes-seg', 'cpool/shapes-seg<SIZE>']
 
 
 def create_dataset(
@@ -30,15 +31,17 @@ def create_dataset(
     """Creates a data set by name; every name but those under `cpool/` goes to `timm.data.create_dataset` unchanged.
 
     Args:
-        name: 'cpool/shapes' (32 pixels), 'cpool/shapes64' (any side), or a name that timm knows ('' for a folder).
+        name: 'cpool/shapes' (32 pixels), 'cpool/shapes64' (any side), 'cpool/shapes-seg' (64 pixels) and
+            'cpool/shapes-seg128' with a mask as the target, or a name that timm knows ('' for a folder).
         root: folder of the data; ours need none and ignore it.
         split: name of the split.
         **kwargs: timm's arguments. Ours take `num_samples`, `transform`, `target_transform`, `input_img_mode`,
             `image_size` and `data_seed`; loader settings of timm's factory (`batch_size`, `is_training`, `seed`, ...)
-            change nothing in them, so that every training seed sees the same pictures.
+            change nothing in them, so that every training seed sees the same pictures. 'cpool/shapes-seg' takes
+            `mean_radius`, `size_range` and `objects` too, and no `input_img_mode`.
 
     Returns:
-        A data set whose items are `(image, class index)`.
+        A data set whose items are `(image, class index)`, or `(image, mask)`.
 
     Raises:
         ValueError: unknown name under `cpool/`, unknown split, `num_samples` < 1, or a `class_map` for a set of ours.
@@ -52,10 +55,14 @@ def create_dataset(
     options = {key: value for key, value in kwargs.items() if value is not None and key not in _NOT_FOR_OURS}
     if options.pop('class_map', None):
         raise ValueError(f'class_map has no meaning for {name!r}: its classes are fixed; leave it out')
-    if match.group(1):
-        size = int(match.group(1))
+    if match.group(2):
+        size = int(match.group(2))
         if options.setdefault('image_size', size) != size:
             raise ValueError(f'image_size={options["image_size"]} contradicts the name {name!r}: give one of the two')
+    if match.group(1):
+        if options.pop('input_img_mode', 'RGB') != 'RGB':
+            raise ValueError(f'{name!r} has RGB images only: leave input_img_mode out')
+        return ShapesSegDataset(split=split, **options)
     dataset = ShapesDataset(split=split, **options)
     dataset.preload()
     return dataset
