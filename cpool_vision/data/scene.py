@@ -16,7 +16,7 @@ F32 = NDArray[np.float32]
 
 
 def table(values: NDArray[np.float64]) -> F32:
-    # rounded to 2^-20 so that the last digit of the platform's libm is not seen
+    """fp32 values that are the same on every platform: the last digits of its libm are rounded away."""
     return (np.round(values * 2 ** 20) / 2 ** 20).astype(np.float32)
 
 
@@ -26,10 +26,12 @@ _RADII = table(RADIUS[0] * (RADIUS[1] / RADIUS[0]) ** ((np.arange(256) + 0.5) / 
 
 
 def column(x: NDArray[Any]) -> NDArray[Any]:
+    """Values `(n,)` as `(n, 1, 1)`, to stand beside pixels."""
     return x[:, None, None]
 
 
 def turn(x: F32, y: F32, direction: NDArray[np.int64]) -> tuple[F32, F32]:
+    """Coordinates in axes turned by `direction` 256ths of a circle."""
     c, s = column(_COS[direction]), column(_SIN[direction])
     return x * c + y * s, y * c - x * s
 
@@ -68,6 +70,7 @@ def _value_noise(draws: CounterDraws, n: int, cells: int, size: int) -> F32:
 
 
 def blend(image: F32, cover: F32, colour: F32) -> None:
+    """Lays one colour `(n, 3)` over the image with the coverage `(n, size, size)`."""
     for c in range(3):
         image[:, c] += cover * (column(colour[:, c]) - image[:, c])
 
@@ -91,6 +94,7 @@ def pair_of_colours(draws: CounterDraws) -> tuple[F32, F32]:
 
 
 def paint(image: F32, cover: F32, mean: F32, pattern: F32, difference: F32) -> None:
+    """Lays a pattern in [-1, 1] round a mean colour over the image with the coverage `(n, size, size)`."""
     for c in range(3):
         target = column(mean[:, c]) + pattern * column(difference[:, c])
         image[:, c] += cover * (target - image[:, c])
