@@ -22,7 +22,19 @@ MODELS = Path(__file__).resolve().parents[1] / 'models'
 LOGITS = Path(__file__).resolve().parents[1] / 'tests' / 'models' / 'zoo_logits.json'
 _IMAGES = 4
 
-_CARD = '''# {name}
+_CARD = '''---
+library_name: timm
+pipeline_tag: image-classification
+license: apache-2.0
+datasets:
+- uoft-cs/cifar10
+tags:
+- image-classification
+- timm
+- context-pooling
+---
+
+# {name}
 
 ![Supports and pooling weights over images]({picture})
 
@@ -46,7 +58,7 @@ What differs from the defaults of `train.py`:
 The figures are those of the last epoch, by
 
 ```bash
-python validate.py --model local-dir:models/{name} --data-dir DIR    # DIR/validation/CLASS/*
+python validate.py --model local-dir:models/{name} --pretrained --data-dir DIR    # DIR/validation/CLASS/*
 ```
 
 {limits}

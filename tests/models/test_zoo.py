@@ -1,12 +1,19 @@
 """Every released model loads from a clone and gives the logits that it gave when it was released."""
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 
 from benchmarks import zoo
+from benchmarks.model_table import count
+from benchmarks.release import changed_settings
+from cpool_vision.cli import inspect, validate
+from cpool_vision.engine.settings import train_flags
+from cpool_vision.engine.settings.config import parse_args
 
 LOGITS = json.loads(zoo.LOGITS.read_text(encoding='utf-8'))
 # fp32 sums in another order, as other processors and backends make them
@@ -45,6 +52,50 @@ def test_entries_are_small_and_complete(entry: Path) -> None:
         'README.md', 'config.json', 'model.safetensors', 'release.json', 'supports.png'}
     facts = json.loads((entry / 'release.json').read_text(encoding='utf-8'))
     assert facts['model'] == json.loads((entry / 'config.json').read_text(encoding='utf-8'))['architecture']
+
+
+def test_the_printed_command_gives_the_settings_and_the_size_of_the_entry(entry: Path) -> None:
+    facts = json.loads((entry / 'release.json').read_text(encoding='utf-8'))
+    _, script, *argv = shlex.split(facts['command'].replace('\\\n', ' '))
+    args = parse_args(train_flags.build_parser, argv)
+    assert script == 'train.py' and args.model == facts['model']
+    assert changed_settings(vars(args)) == facts['settings']
+    _, params, macs = count(args.model, num_classes=10, **args.model_kwargs)
+    assert (params, macs) == (facts['params'], facts['macs'])
+
+
+def test_the_table_of_results_follows_from_the_named_keywords() -> None:
+    page = (zoo.MODELS.parent / 'docs' / 'results.md').read_text(encoding='utf-8')
+    runs = page.split('<!-- runs -->')[1].split('<!-- /runs -->')[0]
+    keywords = {line.split('`')[1]: line.split('`')[3].split() for line in runs.splitlines() if line.startswith('- ')}
+    rows = json.loads((zoo.MODELS.parent / 'benchmarks' / 'results' / 'cifar10_10k.json').read_text(encoding='utf-8'))
+    assert {row['model'] for row in rows} == set(keywords)
+    for row in rows:
+        plain = ['cpool_positions=[]'] if row['arm'] == 'plain base' else []
+        args = train_flags.build_parser().parse_args(['--model-kwargs', *keywords[row['model']], *plain])
+        assert count(row['model'], num_classes=10, **args.model_kwargs)[1:] == (row['params'], row['macs'])
+
+
+def test_transformers_reads_every_entry(entry: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    model = transformers.AutoModelForImageClassification.from_pretrained(entry).eval()
+    images = zoo.reference_images(32, 32)
+    expected = timm.create_model(f'local-dir:{entry}', pretrained=True).eval()(images)
+    torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_our_commands_read_every_entry(entry: Path, tmp_path: Path) -> None:
+    name = f'local-dir:{entry}'
+    assert validate.main(['--model', name, '--pretrained', '--dataset', 'cpool/shapes', '--num-samples', '8', '-b', '8',
+                          '--workers', '0', '--device', 'cpu']) == 0
+    assert inspect.main([name, '--json', str(tmp_path / 'numbers.json'), '--num-images', '1']) == 0
+
+
+def test_the_front_matter_of_cards_is_that_of_the_hub(entry: Path) -> None:
+    _, front, _ = (entry / 'README.md').read_text(encoding='utf-8').split('---\n', 2)
+    facts = yaml.safe_load(front)
+    assert facts['library_name'] == 'timm' and facts['pipeline_tag'] == 'image-classification'
+    assert facts['license'] == 'apache-2.0' and 'timm' in facts['tags']
 
 
 def test_cards_and_index_are_up_to_date() -> None:
