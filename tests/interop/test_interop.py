@@ -6,9 +6,11 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cpool_vision.hub import save_for_hub
 from cpool_vision.layers import ContextPool2d
+from cpool_vision.profile.fvcore import fvcore_handles
 from cpool_vision.retrofit import add_context_pool, save_model
 
 CNN, VIT, NAFLEX = 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32', 'naflexvit_micro_cpool_patch4_gap'
@@ -58,6 +60,28 @@ def test_onnx_with_any_batch(name, images, tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), model(more), rtol=1e-4, atol=1e-5)
 
 
+def test_onnx_of_torchscript_graphs_names_the_remedy(images, tmp_path):
+    pytest.importorskip('onnx')
+    with pytest.raises(RuntimeError, match='context pools are not exported .*pass dynamo=True'):
+        torch.onnx.export(make(CNN), (images,), str(tmp_path / 'model.onnx'), dynamo=False)
+
+
+def test_fvcore_counts_pools():
+    nn_count = pytest.importorskip('fvcore.nn')
+    model, plain = (timm.create_model(CNN, cpool_positions=p, **SMALL[CNN]).eval() for p in ('branch', 'none'))
+    image = torch.zeros(1, 3, 32, 32)
+    analysis = nn_count.FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
+    blind = analysis.total()
+    analysis.set_op_handle(**fvcore_handles())
+    pooled = analysis.by_operator()['context_pool2d']
+    assert pooled == 96 * (8 * 8) ** 2 + 128 * (4 * 4) ** 2 and analysis.total() == blind + pooled
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+        plain_counter = counter.get_flop_counts()['Global']
+    assert plain_counter[torch.ops.cpool_vision.context_pool2d_native] == 2 * pooled
+    assert 'context_pool2d' not in nn_count.FlopCountAnalysis(plain, image).by_operator()
+
+
 def test_detection_with_a_feature_pyramid():
     from torchvision.models.detection import RetinaNet
     from torchvision.ops import FeaturePyramidNetwork
@@ -85,13 +109,18 @@ def test_detection_with_a_feature_pyramid():
     assert set(model.eval()([torch.rand(3, 64, 64)])[0]) == {'boxes', 'labels', 'scores'}
 
 
-def test_segmentation_encoders(images):
+def test_segmentation_encoders(images, tmp_path):
     smp = pytest.importorskip('segmentation_models_pytorch')
     model = smp.Unet('tu-resnet18_cpool', encoder_weights=None, classes=2, decoder_channels=(32, 16, 16, 8, 8))
     y = model(torch.randn(1, 3, 64, 64))
     assert y.shape == (1, 2, 64, 64)
     y.square().sum().backward()
     assert any(isinstance(m, ContextPool2d) for m in model.encoder.modules())
+    # a folder of ours by its timm name, as smp spells it
+    save_model(add_context_pool(timm.create_model('test_resnet'), img_size=64), str(tmp_path), force=True)
+    folder = smp.Unet(f'tu-local-dir:{tmp_path}', encoder_weights=None, classes=2, encoder_depth=5,
+                      decoder_channels=(32, 16, 16, 8, 8))
+    assert any(isinstance(m, ContextPool2d) for m in folder.encoder.modules())
     dpt = smp.DPT('tu-vit_tiny_cpool_patch16_224', encoder_weights=None, classes=2, encoder_depth=4,
                   encoder_output_indices=[2, 5, 8, 11], dynamic_img_size=True).eval()
     with torch.no_grad():

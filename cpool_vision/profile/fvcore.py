@@ -1,0 +1,23 @@
+"""Multiply-adds of context pools for fvcore, which counts operators it does not know as zero."""
+from collections import Counter
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+
+def _count_pool(inputs: list[Any], outputs: list[Any]) -> Counter:
+    x, sigma = inputs[0].type().sizes(), inputs[2].type().sizes()
+    return Counter({'context_pool2d': prod(x) * prod(sigma[2:])})
+
+
+def _count_nothing(inputs: list[Any], outputs: list[Any]) -> Counter:
+    return Counter()
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], Counter]]:
+    """Handles for `FlopCountAnalysis(model, images).set_op_handle(**fvcore_handles())`.
+
+    Every output cell counts as if it read the whole map, as for `torch.utils.flop_counter`: the upper bound. fvcore
+    calls a multiply-add one operation.
+    """
+    return {'cpool_vision::context_pool2d': _count_pool, 'cpool_vision::support_size': _count_nothing}
