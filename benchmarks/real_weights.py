@@ -16,8 +16,7 @@ import timm
 import torch
 
 import cpool_vision  # noqa: F401  registers the variants
-from cpool_vision.engine.settings import validate_flags
-from cpool_vision.engine.settings.config import parse_args
+from cpool_vision.engine.settings.config import read_validate
 from cpool_vision.engine.validate.run import validate
 from cpool_vision.hub import WEIGHTS, save_for_hub
 
@@ -81,7 +80,7 @@ def same_logits(one: Any, other: Any, images: Path, batch_size: int = 8) -> tupl
 
 
 def _top1(folder: Path, images: Path) -> tuple[float, float]:
-    row = validate(parse_args(validate_flags.build_parser, [
+    row = validate(read_validate([
         '--model', f'local-dir:{folder}', '--pretrained', '--data-dir', str(images), '--class-subset', 'imagenet-1k',
         '--workers', '0', '--batch-size', '8', '--log-freq', '1000']))
     return row['top1'], row['top5']

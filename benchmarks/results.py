@@ -12,8 +12,7 @@ from typing import Any
 import timm
 
 import cpool_vision  # noqa: F401  registers the variants
-from cpool_vision.engine.settings import validate_flags
-from cpool_vision.engine.settings.config import parse_args, read_yaml
+from cpool_vision.engine.settings.config import read_validate, read_yaml
 from cpool_vision.engine.validate.run import validate
 
 from .markers import write_between
@@ -41,7 +40,7 @@ def measure(run: Path, data_dir: Path, split: str = 'validation') -> dict[str, A
         argv += ['--crop-pct', str(settings['crop_pct'])]
     if kwargs:
         argv += ['--model-kwargs', *(f'{key}={value}' for key, value in kwargs.items())]
-    row = validate(parse_args(validate_flags.build_parser, argv))
+    row = validate(read_validate(argv))
     _, params, macs = count(settings['model'], num_classes=settings['num_classes'], **kwargs)
     epochs = (run / 'summary.csv').read_text(encoding='utf-8').strip().splitlines()
     train_images = sum(1 for _ in timm.data.create_reader('', str(Path(settings['data_dir']) / 'train')))

@@ -37,14 +37,14 @@ ARROWS = {
 # the same inside the engine
 ROOMS = {
     'settings': set(),
-    'distributed': set(),
-    'device': {'distributed'},
+    'distributed': {'settings'},
+    'device': {'distributed', 'settings'},
     'data': {'device', 'settings'},
-    'checkpoints': {'distributed'},
-    'model': {'checkpoints', 'device'},
-    'tracking': {'checkpoints', 'device', 'distributed'},
+    'checkpoints': {'distributed', 'settings'},
+    'model': {'checkpoints', 'device', 'settings'},
+    'tracking': {'checkpoints', 'device', 'distributed', 'settings'},
     'validate': {'data', 'device', 'model', 'settings', 'tracking'},
-    'train': {'checkpoints', 'data', 'device', 'distributed', 'model', 'tracking', 'validate'},
+    'train': {'checkpoints', 'data', 'device', 'distributed', 'model', 'settings', 'tracking', 'validate'},
 }
 
 WITHOUT_TIMM = ('ops', 'layers', 'inspect')
@@ -300,7 +300,7 @@ import cpool_vision, timm
 told = {'models': len(timm.list_models('*cpool*'))}
 import cpool_vision.inspect.draw, cpool_vision.cli.inspect
 told['matplotlib'] = 'matplotlib' in sys.modules
-import cpool_vision.data, cpool_vision.engine.train.run, cpool_vision.data.augment
+import cpool_vision.data, cpool_vision.engine.train.fit, cpool_vision.data.augment
 told['early'] = sorted({'albumentations', 'cv2'} & set(sys.modules))
 from cpool_vision.data.augment import Pipeline
 Pipeline('light')

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpool_vision.engine.settings import validate_flags
-from cpool_vision.engine.settings.config import parse_args
+from cpool_vision.engine.settings.config import read_validate
 from cpool_vision.engine.validate.run import validate
 from cpool_vision.hub import save_for_hub
 from cpool_vision.inspect.canvas import new_figure, save_figure
@@ -73,7 +72,7 @@ def score_sizes(
                     '--model', f'local-dir:{folder}/model', '--pretrained', '--data-dir', str(data_dir),
                     '--split', split, '--num-classes', str(settings['num_classes']), '--img-size', str(size),
                     '--workers', '0', '--log-freq', '1000']
-                row = validate(parse_args(validate_flags.build_parser, argv))
+                row = validate(read_validate(argv))
                 rows.append({'arm': arm.name, 'seed': seed, 'size': size, 'top1': row['top1'], 'machine': machine()})
     return rows
 

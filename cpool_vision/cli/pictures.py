@@ -76,19 +76,6 @@ class Loaded:
         return self.batch.shape[-2], self.batch.shape[-1]
 
 
-def _settings(args: argparse.Namespace) -> argparse.Namespace:
-    """The settings of validation, with ours in their place."""
-    from cpool_vision.engine.settings.validate_flags import build_parser as build_validate_parser
-
-    settings = build_validate_parser().parse_args([])
-    for key, value in vars(args).items():
-        setattr(settings, key, value)
-    # a folder of images has no name of its own
-    settings.dataset = args.dataset if args.dataset is not None else '' if args.data_dir else 'cpool/shapes'
-    settings.seed = 42
-    return settings
-
-
 def _file_labels(paths: list[str]) -> list[str]:
     """Names of files without their suffix, below that of their folder where names alone are not unique."""
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
@@ -98,14 +85,16 @@ def _file_labels(paths: list[str]) -> list[str]:
     return [stem if len(stem) <= 18 else f'{stem[:17]}…' for stem in stems]
 
 
-def _pictures(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[list[Any], list[str]]:
+def _pictures(args: argparse.Namespace, num_classes: int) -> tuple[list[Any], list[str]]:
     """PIL images and their labels."""
     import numpy as np
     from PIL import Image
 
     from cpool_vision.data.images import open_image
-    from cpool_vision.engine.data.loaders import build_dataset
+    from cpool_vision.engine.data.dataset import build_dataset
+    from cpool_vision.engine.data.multi_label import Classes
     from cpool_vision.engine.data.unreadable import UnreadableImageError, sample_name
+    from cpool_vision.engine.settings.shared import DataSettings
     from cpool_vision.errors import ConfigError, DatasetError
 
     pictures: list[Any] = []
@@ -119,9 +108,12 @@ def _pictures(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[l
         return pictures, _file_labels(args.images)
     if args.num_images < 1:
         raise ConfigError(f'--num-images must be >= 1, got {args.num_images}')
-    dataset = build_dataset(settings, args.split, False, 'RGB', None)
+    # a folder of images has no name of its own
+    name = args.dataset if args.dataset is not None else '' if args.data_dir else 'cpool/shapes'
+    settings = DataSettings(dataset=name, data_dir=args.data_dir)
+    dataset = build_dataset(settings, Classes(num_classes), args.split, False, 'RGB', None)
     if not hasattr(dataset, '__len__'):
-        raise DatasetError(f'data set {settings.dataset!r} is a stream: name image files instead')
+        raise DatasetError(f'data set {name!r} is a stream: name image files instead')
     names = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
     names = {index: name for name, index in names.items()}
     for index in np.random.default_rng(args.seed).permutation(len(dataset))[:args.num_images]:
@@ -147,17 +139,18 @@ def load(args: argparse.Namespace) -> Loaded:
     import cpool_vision  # noqa: F401 - registers the variants
     from cpool_vision.engine.model import create_eval_model
 
-    settings = _settings(args)
     # a folder or repository is named for its weights
-    settings.pretrained = args.pretrained or (':' in args.model and not args.checkpoint)
-    model = create_eval_model(settings).eval()
-    data_config = resolve_data_config(vars(settings), model=model)
+    pretrained = args.pretrained or (':' in args.model and not args.checkpoint)
+    model: Any = create_eval_model(
+        args.model, args.checkpoint, pretrained=pretrained, use_ema=args.use_ema, num_classes=args.num_classes,
+        img_size=args.img_size, model_kwargs=args.model_kwargs)
+    data_config = resolve_data_config({'img_size': args.img_size, 'mean': args.mean, 'std': args.std}, model=model)
     transform: Any = create_transform(**{**data_config, 'crop_pct': 1.0}, is_training=False)
-    pictures, labels = _pictures(args, settings)
+    pictures, labels = _pictures(args, args.num_classes or model.num_classes)
     batch = torch.stack([transform(picture) for picture in pictures])
     mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ('mean', 'std'))
     shown = ((batch * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    weights = args.checkpoint or ('those named by the model' if settings.pretrained else 'none loaded, fresh')
+    weights = args.checkpoint or ('those named by the model' if pretrained else 'none loaded, fresh')
     return Loaded(model, batch, shown, labels, weights, data_config)
 
 

@@ -54,16 +54,13 @@ def _retrofit(argv: Sequence[str] | None) -> None:
     import torch
 
     from cpool_vision.engine.model import create_eval_model
-    from cpool_vision.engine.settings.validate_flags import build_parser as build_validate_parser
     from cpool_vision.errors import ConfigError, OutputError
     from cpool_vision.retrofit import add_context_pool, context_pools, save_model
 
     torch.manual_seed(args.seed)
-    settings = build_validate_parser().parse_args([])
-    for key in ('pretrained', 'checkpoint', 'use_ema', 'num_classes', 'in_chans', 'img_size', 'model_kwargs'):
-        setattr(settings, key, getattr(args, key))
-    settings.model = args.base
-    model: Any = create_eval_model(settings)
+    model: Any = create_eval_model(
+        args.base, args.checkpoint, pretrained=args.pretrained, use_ema=args.use_ema, num_classes=args.num_classes,
+        in_chans=args.in_chans, img_size=args.img_size, model_kwargs=args.model_kwargs)
     before = sum(parameter.numel() for parameter in model.parameters())
     try:
         add_context_pool(

@@ -7,11 +7,10 @@ from . import common
 
 
 def _train(argv: Sequence[str] | None) -> None:
-    from cpool_vision.engine.settings.config import parse_args
-    from cpool_vision.engine.settings.train_flags import build_parser
-    from cpool_vision.engine.train.run import train
+    from cpool_vision.engine.settings.config import read_train
+    from cpool_vision.engine.train.fit import train
 
-    result = train(parse_args(build_parser, argv))
+    result = train(read_train(argv))
     if result:
         print(f'--result\n{json.dumps(result, indent=4)}')
 

@@ -1,5 +1,6 @@
 """Command line of validation: `python validate.py` or `cpool-validate`."""
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -7,14 +8,12 @@ from . import common
 
 
 def _validate(argv: Sequence[str] | None) -> None:
-    from cpool_vision.engine.settings.config import parse_args
-    from cpool_vision.engine.settings.validate_flags import build_parser
+    from cpool_vision.engine.settings.config import read_validate
     from cpool_vision.engine.validate.bulk import run_validation
     from cpool_vision.engine.validate.results import finite, scalars
 
-    args = parse_args(build_parser, argv)
-    results = run_validation(args)
-    if args.rank == 0:
+    results = run_validation(read_validate(argv))
+    if os.environ.get('RANK', '0') == '0':
         shown = scalars(results) if isinstance(results, dict) else [scalars(row) for row in results]
         print(f'--result\n{json.dumps(finite(shown), indent=4)}')
 

@@ -1,5 +1,4 @@
 """Device, processes, arithmetic and seeds of one run."""
-import argparse
 import importlib
 import logging
 import os
@@ -13,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from timm import utils
 from timm.layers import set_fast_norm
+from timm.utils.distributed import init_distributed_device_so
 
 from cpool_vision.errors import ConfigError
 
 from .distributed.rendezvous import rendezvous_url
+from .settings.shared import DeviceSettings
 
 _logger = logging.getLogger(__name__)
 _DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -50,22 +52,22 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.amp_dtype is torch.float16)
 
 
-def resolve_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+def resolve_precision(settings: DeviceSettings, device: torch.device) -> Precision:
     """Reads `--amp`, `--amp-dtype` and `--model-dtype`; warns of half precision that the CPU must emulate.
 
     Raises:
         ConfigError: unknown dtype, or autocast over weights that are not float32.
     """
-    for flag, value in (('--amp-dtype', args.amp_dtype), ('--model-dtype', args.model_dtype)):
+    for flag, value in (('--amp-dtype', settings.amp_dtype), ('--model-dtype', settings.model_dtype)):
         if value and value not in _DTYPES:
             raise ConfigError(f'{flag} {value!r} is unknown: choose {", ".join(_DTYPES)}')
-    model_dtype = _DTYPES[args.model_dtype] if args.model_dtype else None
-    if not args.amp:
+    model_dtype = _DTYPES[settings.model_dtype] if settings.model_dtype else None
+    if not settings.amp:
         _warn_of_emulation(model_dtype, device, '--model-dtype')
         return Precision(model_dtype, None, device.type)
     if model_dtype not in (None, torch.float32):
-        raise ConfigError(f'--amp needs float32 weights, got --model-dtype {args.model_dtype}: drop one of the two')
-    amp_dtype = _DTYPES[args.amp_dtype]
+        raise ConfigError(f'--amp needs float32 weights, got --model-dtype {settings.model_dtype}: drop one of the two')
+    amp_dtype = _DTYPES[settings.amp_dtype]
     if amp_dtype is torch.float32:
         raise ConfigError("--amp-dtype 'float32' is no mixed precision: choose float16 or bfloat16, or drop --amp")
     _warn_of_emulation(amp_dtype, device, '--amp')
@@ -80,45 +82,81 @@ def _warn_of_emulation(dtype: torch.dtype | None, device: torch.device, flag: st
             'Drop %s here.', capability, str(dtype).removeprefix('torch.'), flag)
 
 
-def setup_device(args: argparse.Namespace, distributed: bool = True) -> torch.device:
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how this process computes, and which of the processes it is.
+
+    Attributes:
+        device: its device.
+        precision: autocast and dtype.
+        rank, world_size: number of the process, number of processes.
+        local_rank: number of the process on its machine.
+    """
+
+    device: torch.device
+    precision: Precision
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there are other processes."""
+        return self.world_size > 1
+
+    @property
+    def primary(self) -> bool:
+        """Whether this process reports and writes."""
+        return self.rank == 0
+
+
+def start_runtime(settings: DeviceSettings, join: bool = True) -> Runtime:
     """Imports `--device-modules`, joins the process group of torchrun or SLURM, and picks this process's device.
 
-    Sets `args.distributed`, `args.world_size`, `args.rank` and `args.local_rank`. `--deterministic` holds for the whole
-    process from then on.
+    `--deterministic` holds for the whole process from then on.
+
+    Args:
+        settings: device and arithmetic.
+        join: whether to join a process group.
 
     Raises:
-        ConfigError: the module or the device does not exist.
+        ConfigError: the module or the device does not exist, or see `resolve_precision`.
     """
-    for module in getattr(args, 'device_modules', None) or []:
+    for module in settings.device_modules or ():
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise ConfigError(f'--device-modules {module!r} cannot be imported ({error})') from error
     try:
-        kind = torch.device(args.device).type
+        device = torch.device(settings.device)
     except RuntimeError as error:
-        raise ConfigError(f'--device {args.device!r} is unknown: use cpu, cuda or cuda:INDEX') from error
-    if kind == 'cuda' and not torch.cuda.is_available():
-        raise ConfigError(f'--device {args.device!r}: no CUDA device is available; use --device cpu')
-    if getattr(args, 'deterministic', False):
+        raise ConfigError(f'--device {settings.device!r} is unknown: use cpu, cuda or cuda:INDEX') from error
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError(f'--device {settings.device!r}: no CUDA device is available; use --device cpu')
+    if settings.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
-    if distributed:
-        args.dist_url = rendezvous_url()
-        device = utils.init_distributed_device(args)
-        del args.dist_url
-        if args.distributed:
-            _logger.info('Process %d of %d on %s.', args.rank, args.world_size, device)
-    else:
-        device = torch.device(args.device)
+    rank, world_size, local_rank = 0, 1, 0
+    if join:
+        place = init_distributed_device_so(settings.device, dist_url=rendezvous_url())
+        device = torch.device(place['device'])
+        rank, world_size, local_rank = (place[name] for name in ('global_rank', 'world_size', 'local_rank'))
+        if world_size > 1:
+            _logger.info('Process %d of %d on %s.', rank, world_size, device)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    if args.fuser:
-        utils.set_jit_fuser(args.fuser)
-    if args.fast_norm:
+    if settings.fuser:
+        utils.set_jit_fuser(settings.fuser)
+    if settings.fast_norm:
         set_fast_norm()
-    return device
+    return Runtime(device, resolve_precision(settings, device), rank, world_size, local_rank)
+
+
+def leave_processes() -> None:
+    """Leaves the process group, if this process has joined one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def settle_threads(distributed: bool) -> None:

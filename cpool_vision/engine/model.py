@@ -1,8 +1,8 @@
 """Creation of the model, with errors that say what to do."""
-import argparse
 import difflib
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
@@ -16,7 +16,9 @@ from timm.models import load_checkpoint as load_numpy_checkpoint
 from cpool_vision.errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnknownModelError
 
 from .checkpoints.checkpoint import load_weights, read_checkpoint, weights_of
-from .device import Precision
+from .device import Runtime
+from .settings.shared import ModelSettings
+from .settings.train import NetworkSettings, TrainSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -39,49 +41,49 @@ def check_model_name(name: str) -> None:
     raise UnknownModelError(f'unknown model {name!r}: {hint}')
 
 
-def _build(args: argparse.Namespace, **kwargs: Any) -> Any:
-    check_model_name(args.model)
+def _build(settings: ModelSettings, **kwargs: Any) -> Any:
+    check_model_name(settings.model)
     kwargs.update(
-        pretrained=args.pretrained,
-        in_chans=args.input_size[0] if args.in_chans is None and args.input_size else args.in_chans,
-        num_classes=args.num_classes,
-        global_pool=args.gp,
-        scriptable=args.torchscript,
+        pretrained=settings.pretrained,
+        in_chans=settings.input_size[0] if settings.in_chans is None and settings.input_size else settings.in_chans,
+        num_classes=settings.num_classes,
+        global_pool=settings.gp,
+        scriptable=settings.torchscript,
     )
-    clash = sorted(set(args.model_kwargs) & set(kwargs))
+    clash = sorted(set(settings.model_kwargs) & set(kwargs))
     if clash:
         raise ConfigError(f'--model-kwargs {clash[0]!r} has a flag of its own: use that')
     try:
         # models of a fixed input size must be built for the size that they will be fed with
-        size = resolve_model_input_args(args.model, vars(args), **args.model_kwargs).get('img_size')
-        return create_model(args.model, **{**kwargs, **args.model_kwargs, 'img_size': size})
+        size = resolve_model_input_args(settings.model, settings.as_dict(), **settings.model_kwargs).get('img_size')
+        return create_model(settings.model, **{**kwargs, **settings.model_kwargs, 'img_size': size})
     except ValueError as error:
-        raise UnknownModelError(f'model {args.model!r} cannot be built as requested ({error}): '
+        raise UnknownModelError(f'model {settings.model!r} cannot be built as requested ({error}): '
                                 'check --img-size, --input-size, --in-chans and --model-kwargs') from error
     except TypeError as error:
         if 'argument' not in str(error):
             raise
-        raise UnknownModelError(f'model {args.model!r} cannot be built as requested ({error}): '
+        raise UnknownModelError(f'model {settings.model!r} cannot be built as requested ({error}): '
                                 'check --model-kwargs, the --bn- and the --drop- flags') from error
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        if not args.pretrained and ':' not in args.model:
+        if not settings.pretrained and ':' not in settings.model:
             raise
         reason = ' '.join(str(error).split())[:300]
         raise UnknownModelError(
-            f'pretrained weights of {args.model!r} cannot be loaded ({reason}): drop --pretrained, or name a '
+            f'pretrained weights of {settings.model!r} cannot be loaded ({reason}): drop --pretrained, or name a '
             'local-dir: folder or a checkpoint') from error
 
 
-def resolve_input(model: nn.Module, args: argparse.Namespace, use_test_size: bool = False) -> dict[str, Any]:
+def resolve_input(model: nn.Module, settings: ModelSettings, use_test_size: bool = False) -> dict[str, Any]:
     """Input size, normalisation, interpolation and crop: from the flags, else from the model.
 
     Raises:
         ConfigError: the flags contradict each other or the model.
     """
     try:
-        return resolve_input_data_config(model, vars(args), use_test_size=use_test_size)
+        return resolve_input_data_config(model, settings.as_dict(), use_test_size=use_test_size)
     except (AssertionError, ValueError) as error:
-        raise ConfigError(f'the input of {args.model!r} is not clear ({error}): check --img-size, --input-size, '
+        raise ConfigError(f'the input of {settings.model!r} is not clear ({error}): check --img-size, --input-size, '
                           '--in-chans, --mean and --std') from error
 
 
@@ -115,40 +117,40 @@ def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_em
     return content
 
 
-def create_train_model(args: argparse.Namespace) -> nn.Module:
-    """Model to train, on the CPU; `args.num_classes` is set from the model when it was left out.
+def create_train_model(settings: NetworkSettings) -> nn.Module:
+    """Model to train, on the CPU.
 
     Raises:
         UnknownModelError, CheckpointError, CheckpointNotFoundError, ConfigError: see their docstrings.
     """
     overlay: dict[str, Any] = {}
-    if args.pretrained_path:
-        if not os.path.isfile(args.pretrained_path):
-            raise CheckpointNotFoundError(f'--pretrained-path {args.pretrained_path!r} does not exist: check the path')
+    if settings.pretrained_path:
+        if not os.path.isfile(settings.pretrained_path):
+            raise CheckpointNotFoundError(
+                f'--pretrained-path {settings.pretrained_path!r} does not exist: check the path')
         # num_classes -1 never equals the model's, so that the head is left at its own initialisation
-        overlay = {'pretrained_cfg_overlay': {'file': args.pretrained_path, 'num_classes': -1}}
-    if args.drop_connect is not None and args.drop_path is None:
+        overlay = {'pretrained_cfg_overlay': {'file': settings.pretrained_path, 'num_classes': -1}}
+    drop_path = settings.drop_path
+    if settings.drop_connect is not None and drop_path is None:
         _logger.warning('--drop-connect is the former name of --drop-path: using it as such.')
-        args.drop_path = args.drop_connect
+        drop_path = settings.drop_connect
     model: Any = _build(
-        args,
-        drop_rate=args.drop or None,
-        drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
+        settings,
+        drop_rate=settings.drop or None,
+        drop_path_rate=drop_path,
+        drop_block_rate=settings.drop_block,
+        bn_momentum=settings.bn_momentum,
+        bn_eps=settings.bn_eps,
         **overlay,
     )
-    if args.initial_checkpoint:
-        load_model_weights(model, args.initial_checkpoint, '--initial-checkpoint', args.model, use_ema=True)
-    if args.num_classes is None:
-        args.num_classes = model.num_classes
-    _init_head(model, args.head_init_scale, args.head_init_bias)
-    if args.grad_checkpointing:
+    if settings.initial_checkpoint:
+        load_model_weights(model, settings.initial_checkpoint, '--initial-checkpoint', settings.model, use_ema=True)
+    _init_head(model, settings.head_init_scale, settings.head_init_bias)
+    if settings.grad_checkpointing:
         try:
             model.set_grad_checkpointing(enable=True)
         except (AssertionError, AttributeError) as error:
-            raise ConfigError(f'model {args.model!r} has no gradient checkpointing: drop --grad-checkpointing') \
+            raise ConfigError(f'model {settings.model!r} has no gradient checkpointing: drop --grad-checkpointing') \
                 from error
     return model
 
@@ -170,49 +172,58 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
 
 def place_model(
         model: nn.Module,
-        args: argparse.Namespace,
-        device: torch.device,
-        precision: Precision,
+        settings: TrainSettings,
+        runtime: Runtime,
 ) -> nn.Module:
     """Moves a model to be trained to its device, dtype and layout, and converts its batch norms.
 
     Raises:
         ConfigError: flags that exclude each other.
     """
-    if args.split_bn:
-        if args.aug_splits < 2 and not args.resplit:
+    if settings.split_bn:
+        if settings.aug_splits < 2 and not settings.resplit:
             raise ConfigError('--split-bn needs --aug-splits 2 or more, or --resplit: add one of them')
-        if args.sync_bn:
+        if settings.sync_bn:
             raise ConfigError('--split-bn and --sync-bn exclude each other: drop one of them')
-        model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    model = model.to(device=device, dtype=precision.model_dtype)
-    if args.channels_last:
+        model = convert_splitbn_model(model, max(settings.aug_splits, 2))
+    model = model.to(device=runtime.device, dtype=runtime.precision.model_dtype)
+    if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if args.distributed and args.sync_bn:
-        if args.torchscript:
+    if runtime.distributed and settings.sync_bn:
+        if settings.torchscript:
             raise ConfigError('--sync-bn does not work with --torchscript: drop one of them')
-        args.dist_bn = ''  # synchronised statistics are equal on all processes already
         model = convert_sync_batchnorm(model)
-    if args.torchscript:
+    if settings.torchscript:
         model = torch.jit.script(model)
     return model
 
 
-def create_eval_model(args: argparse.Namespace) -> nn.Module:
-    """Model to validate, on the CPU, with `--checkpoint` loaded; `args.num_classes` is set if left out.
+def create_eval_model(name: str, checkpoint: str = '', *, pretrained: bool = False, use_ema: bool = False,
+                      num_classes: int | None = None, in_chans: int | None = None, img_size: int | None = None,
+                      model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """Model by its name, on the CPU, in eval mode.
+
+    Args:
+        name: registered name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+        checkpoint: weights that must fit exactly; '' for none.
+        pretrained: load the model's own weights.
+        use_ema: take averaged weights where the checkpoint has them.
+        num_classes: outputs, None for the model's own number.
+        in_chans: channels of the images, None for the model's own number.
+        img_size: side of a square input in pixels, None for the model's own size.
+        model_kwargs: further arguments of the model.
 
     Raises:
         UnknownModelError, CheckpointError, CheckpointNotFoundError, ConfigError: see their docstrings.
     """
-    return load_eval_model(args)[0]
+    settings = ModelSettings(model=name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans,
+                             img_size=img_size, model_kwargs=model_kwargs or {})
+    return load_eval_model(settings, checkpoint, use_ema)[0].eval()
 
 
-def load_eval_model(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """`create_eval_model`, and the content of its checkpoint, which is read once."""
-    model = _build(args)
-    if args.num_classes is None:
-        args.num_classes = model.num_classes
-    content = {}
-    if args.checkpoint:
-        content = load_model_weights(model, args.checkpoint, '--checkpoint', args.model, use_ema=args.use_ema)
-    return model, content
+def load_eval_model(settings: ModelSettings, checkpoint: str, use_ema: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Model to validate, on the CPU, and the content of its checkpoint, which is read once; see `create_eval_model`."""
+    model = _build(settings)
+    if not checkpoint:
+        return model, {}
+    return model, load_model_weights(model, checkpoint, '--checkpoint', settings.model, use_ema)

@@ -1,5 +1,4 @@
 """A tiny image folder, and runs of train and validate in this process."""
-import argparse
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.layers import set_fast_norm
 
-from cpool_vision.engine.settings import train_flags, validate_flags
-from cpool_vision.engine.settings.config import parse_args
-from cpool_vision.engine.train.run import train
+from cpool_vision.engine.settings.config import read_train, read_validate
+from cpool_vision.engine.train.fit import train
 
 CLASSES = ('cat', 'dog', 'owl')
 
@@ -65,21 +64,29 @@ def base_flags(flags_into: Callable[[Any], list[str]], tmp_path: Any) -> list[st
 
 
 @pytest.fixture
-def train_args() -> Callable[..., argparse.Namespace]:
+def train_args() -> Callable[..., Any]:
     """Parses flags of train.py."""
-    return lambda *flags: parse_args(train_flags.build_parser, list(flags))
+    return lambda *flags: read_train(list(flags))
 
 
 @pytest.fixture
-def validate_args() -> Callable[..., argparse.Namespace]:
+def validate_args() -> Callable[..., Any]:
     """Parses flags of validate.py."""
-    return lambda *flags: parse_args(validate_flags.build_parser, list(flags))
+    return lambda *flags: read_validate(list(flags))
 
 
 @pytest.fixture
 def run_train(base_flags: list[str]) -> Callable[..., dict[str, Any]]:
     """Trains in this process with `base_flags` and further ones; returns the result."""
-    return lambda *flags: train(parse_args(train_flags.build_parser, [*base_flags, *flags]))
+    return lambda *flags: train(read_train([*base_flags, *flags]))
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

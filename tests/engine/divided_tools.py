@@ -1,5 +1,4 @@
 """A tiny model to divide among processes."""
-import argparse
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from loop_tools import make_batches, make_run
 
 from cpool_vision.engine.checkpoints.saver import TrainState
 from cpool_vision.engine.distributed import sharding
+from cpool_vision.engine.settings.train import EmaSettings
 
 
 class TinyBlock(nn.Module):
@@ -28,9 +28,9 @@ def tiny() -> nn.Module:
 def prepare(fsdp: bool, batches: int = 7, **flags: Any) -> tuple[Any, TrainState]:
     """A run of `tiny` with an average, and what is saved of it."""
     run: Any = make_run(make_batches(batches), 3, model=tiny(), **flags)
-    args = argparse.Namespace(model_ema=True, model_ema_decay=0.9, model_ema_warmup=False)
+    average = EmaSettings(model_ema=True, model_ema_decay=0.9)
     if fsdp:
-        sharding.shard_task(run.task, args, torch.device('cpu'))
+        sharding.shard_task(run.task, average, torch.device('cpu'))
     else:
         run.task.setup_ema(decay=0.9)
     run.optimizer = torch.optim.AdamW(run.task.get_trainable_module().parameters(), lr=0.1)

@@ -1,5 +1,4 @@
 """What flags lead to, in a form that can be compared."""
-import argparse
 import contextlib
 import hashlib
 import logging
@@ -19,13 +18,12 @@ from timm.task import distillation
 from cpool_vision.engine import device, model
 from cpool_vision.engine.data import dataset
 from cpool_vision.engine.data import loaders as data
-from cpool_vision.engine.settings import validate_flags
-from cpool_vision.engine.settings.config import parse_args
+from cpool_vision.engine.data.multi_label import Classes
+from cpool_vision.engine.settings.config import read_validate
+from cpool_vision.engine.settings.train import TrainSettings
+from cpool_vision.engine.train import build, loss, objective, validator
 from cpool_vision.engine.train import loop as train_loop
-from cpool_vision.engine.train import objective
-from cpool_vision.engine.train import run as train_run
 from cpool_vision.engine.validate import run as validate_run
-from cpool_vision.engine.validate.evaluate import Evaluation
 from cpool_vision.errors import ConfigError
 
 CPU = torch.device('cpu')
@@ -45,7 +43,7 @@ def plain(value: Any) -> Any:
 class Probes:
     """Each method takes flags and returns what they lead to; `patch` is undone after the test."""
 
-    def __init__(self, root: str, base: list[str], train_args: Callable[..., argparse.Namespace],
+    def __init__(self, root: str, base: list[str], train_args: Callable[..., Any],
                  run: Callable[..., dict[str, Any]], patch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
                  ) -> None:
         self.root, self.base, self.run_train, self.patch, self.caplog = root, base, run, patch, caplog
@@ -53,11 +51,12 @@ class Probes:
         self.runs = 0
         self.real: dict[Any, Any] = {}
 
-    def parse(self, *flags: str) -> argparse.Namespace:
-        args = self.train_args(
+    def parse(self, *flags: str) -> TrainSettings:
+        return self.train_args(
             '--device', 'cpu', '--num-classes', '3', '--model', 'test_resnet', '--img-size', '32', *flags)
-        args.distributed, args.rank, args.world_size, args.local_rank = False, 0, 1, 0
-        return args
+
+    def runtime(self, settings: TrainSettings, world_size: int = 1) -> device.Runtime:
+        return device.Runtime(CPU, device.resolve_precision(settings, CPU), 0, world_size)
 
     def spy(self, place: Any, name: str, result: Callable[..., Any] | None = None) -> list[Any]:
         """Records the calls of a function, which goes on to the real one or to `result`."""
@@ -75,13 +74,14 @@ class Probes:
     def dataset(self, *flags: str) -> Any:
         args = self.parse(*flags)
         built = dataset.build_dataset(
-            args, args.train_split, True, data.image_mode(args, INPUT), args.train_num_samples)
+            args, Classes(args.num_classes), args.train_split, True, data.image_mode(args, INPUT),
+            args.train_num_samples)
         return len(built), built[0][0].mode, [built[index][1] for index in range(len(built))]
 
     def create_dataset(self, *flags: str) -> Any:
         calls = self.spy(dataset, 'create_dataset', lambda *_, **__: [0])
         args = self.parse('--dataset', 'hfds/some/set', '--data-dir', self.root, *flags)
-        dataset.build_dataset(args, args.train_split, True, 'RGB', None)
+        dataset.build_dataset(args, Classes(args.num_classes), args.train_split, True, 'RGB', None)
         return calls
 
     def eval_loader(self, *flags: str) -> Any:
@@ -105,7 +105,7 @@ class Probes:
         torch.manual_seed(0)
         built: Any = model.create_train_model(args)
         settings = getattr(built, 'grad_checkpointing', None), getattr(built, 'drop_rate', None)
-        built = model.place_model(built, args, CPU, device.resolve_precision(args, CPU))
+        built = model.place_model(built, args, self.runtime(args))
         return repr(built), settings, plain(built.state_dict())
 
     def create_model(self, *flags: str) -> Any:
@@ -120,43 +120,36 @@ class Probes:
         fuser = self.spy(device.utils, 'set_jit_fuser')
         norm = self.spy(device, 'set_fast_norm')
         args = self.parse(*flags)
-        device.setup_device(args)
+        runtime = device.start_runtime(args)
         set_fast_norm(False)
         exact = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
-        return len(norm), fuser, exact, repr(device.resolve_precision(args, CPU))
+        return len(norm), fuser, exact, repr(runtime.precision)
 
     def task(self, *flags: str) -> Any:
         args = self.parse(*flags)
-        args.distributed = True
         calls: list[Any] = []
         fake = SimpleNamespace(
             compile=lambda **kw: calls.append(kw), prepare_distributed=lambda **kw: calls.append(kw),
             has_ema=lambda: False, get_eval_model=lambda: None)
-        train_run._compile_and_distribute(args, fake, CPU)
+        build._compile_and_distribute(args, self.runtime(args, 2), fake)
         return calls
 
     def sync_bn(self, *flags: str) -> Any:
         args = self.parse(*flags)
-        args.distributed = True
         calls = self.spy(model, 'convert_sync_batchnorm')
-        built = model.place_model(create_model('test_resnet'), args, CPU, device.resolve_precision(args, CPU))
-        return len(calls), args.dist_bn, repr(built)
+        built = model.place_model(create_model('test_resnet'), args, self.runtime(args, 2))
+        return len(calls), repr(built)
 
     def dist_bn(self, *flags: str) -> Any:
         args = self.parse(*flags)
-        args.distributed = True
-        metrics = {'loss': 1., 'top1': 1., 'unreadable': 0}
-        self.patch.setattr(train_run, 'evaluate', lambda *_, **__: Evaluation(metrics, 1.))
-        calls = self.spy(train_run.utils, 'distribute_bn', lambda *_: None)
-        fake = SimpleNamespace(
-            has_ema=lambda: True, get_trainable_module=lambda **_: None, get_eval_model=lambda **_: None)
-        run: Any = SimpleNamespace(task=fake, device=CPU, precision=None)
-        train_run._evaluate_all(args, run, None, None)
+        calls = self.spy(validator.utils, 'distribute_bn', lambda *_: None)
+        validator.average_statistics(args, self.runtime(args, 2), None)
         return calls
 
     def optimizer(self, *flags: str) -> Any:
-        built = objective.build_optimizer(self.parse('--lr', '0.1', *flags), create_model('test_resnet'))
+        args = self.parse('--lr', '0.1', *flags)
+        built = objective.build_optimizer(args, create_model('test_resnet'), objective.resolve_lr(args))
         groups = [{key: value if key != 'params' else len(value) for key, value in group.items()}
                   for group in built.param_groups]
         return type(built).__name__, repr(groups)
@@ -195,7 +188,7 @@ class Probes:
 
     def loss(self, *flags: str) -> Any:
         logits = torch.tensor([[2., 0.5, -1.], [0.3, 0.1, 0.2], [-2., 1., 0.]])
-        return objective.build_loss(self.parse(*flags))(logits, torch.tensor([0, 2, 1])).item()
+        return loss.build_loss(self.parse(*flags), Classes(3))(logits, torch.tensor([0, 2, 1])).item()
 
     def distillation(self, *flags: str) -> Any:
         self.patch.setattr(distillation, 'create_model',
@@ -203,8 +196,7 @@ class Probes:
         torch.manual_seed(0)
         args = self.parse(*flags)
         student = create_model('test_resnet', num_classes=3).eval()
-        built = objective.build_task(
-            args, student, objective.build_loss(args), CPU, device.resolve_precision(args, CPU), False)
+        built = objective.build_task(args, student, loss.build_loss(args, Classes(3)), self.runtime(args))
         torch.manual_seed(1)
         return built(torch.rand(3, 3, 32, 32), torch.tensor([0, 2, 1]))['loss'].item()
 
@@ -212,12 +204,11 @@ class Probes:
         calls = [self.spy(objective, f'{kind}DistillationTask', lambda **_: None)
                  for kind in ('Logit', 'Feature', 'Token')]
         args = self.parse(*flags)
-        objective.build_task(args, torch.nn.Identity(), torch.nn.Identity(), CPU, device.resolve_precision(args, CPU),
-                             False)
+        objective.build_task(args, torch.nn.Identity(), torch.nn.Identity(), self.runtime(args))
         return calls
 
     def validation(self, *flags: str) -> Any:
-        args = parse_args(validate_flags.build_parser, [
+        args = read_validate([
             '--device', 'cpu', '--data-dir', self.root, '--model', 'test_resnet', '--num-classes', '3', '-b', '2', '-j',
             '0', *flags])
         self.patch.setattr(model, 'create_model', lambda name, **kwargs: create_model(

@@ -1,5 +1,4 @@
 """Training loaders in this process, and comparison of their batches."""
-import argparse
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +8,8 @@ import torch
 from PIL import Image
 
 from cpool_vision.engine.data import loaders as data
-from cpool_vision.engine.device import Precision
+from cpool_vision.engine.data.multi_label import Classes
+from cpool_vision.engine.device import Precision, Runtime
 
 INPUT = {'input_size': (3, 24, 24), 'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear',
          'crop_pct': 0.9}
@@ -54,13 +54,13 @@ class Prepared:
         return taken
 
 
-def builder(image_root: str, train_args: Callable[..., argparse.Namespace]) -> Build:
+def builder(image_root: str, train_args: Callable[..., Any]) -> Build:
     """Function that builds the loader of flags for a process of so many."""
     def make(*flags: str, rank: int = 0, world_size: int = 1, workers: int = 0, transform: Any = None) -> Prepared:
         args = train_args('--data-dir', image_root, '--num-classes', '3', '-b', '4', '-j', str(workers), *flags)
-        args.rank, args.world_size, args.distributed = rank, world_size, world_size > 1
         dtype = torch.bfloat16 if args.model_dtype else None
-        loader, mixup_fn = data.build_train_loader(args, INPUT, CPU, Precision(dtype, None, 'cpu'), transform)
+        runtime = Runtime(CPU, Precision(dtype, None, 'cpu'), rank, world_size)
+        loader, mixup_fn = data.build_train_loader(args, runtime, INPUT, Classes(3), transform)
         return Prepared(loader, mixup_fn)
     return make
 

@@ -1,5 +1,4 @@
 """Epochs of a tiny model over batches that are given as a list."""
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,8 +7,9 @@ import torch
 import torch.nn as nn
 from timm.task import ClassificationTask
 
-from cpool_vision.engine.device import Precision
-from cpool_vision.engine.train.loop import Run
+from cpool_vision.engine.device import Precision, Runtime
+from cpool_vision.engine.settings.train import TrainSettings
+from cpool_vision.engine.train.run import Run
 
 
 class CountingTask(ClassificationTask):
@@ -36,21 +36,15 @@ class Recorder(torch.optim.SGD):
 
 
 def make_run(batches: list[Any], accum: int, lr: float = 0.1, model: nn.Module | None = None,
-             amp_dtype: torch.dtype | None = None, **flags: Any) -> Run:
-    """A run over batches on the CPU."""
-    args = argparse.Namespace(
-        grad_accum_steps=accum, mixup_off_epoch=0, distributed=False, world_size=1, rank=1, log_interval=1000,
-        no_prefetcher=False, channels_last=False, variable_batch_loss_scale='none', naflex_loader=False,
-        synchronize_step=False, save_images=False, clip_grad=None, clip_mode='norm', seed=0, nonfinite='raise',
-        max_skipped=10)
-    vars(args).update(flags)
+             amp_dtype: torch.dtype | None = None, rank: int = 1, world_size: int = 1, **flags: Any) -> Run:
+    """A run over batches on the CPU, by default of a process that reports nothing."""
+    settings = TrainSettings(grad_accum_steps=accum, **{'log_interval': 1000, 'seed': 0, **flags})
     torch.manual_seed(0)
     if model is None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     task = CountingTask(model, criterion=nn.CrossEntropyLoss(), verbose=False)
-    precision = Precision(None, amp_dtype, 'cpu')
-    return Run(args, torch.device('cpu'), precision, task, Recorder(model.parameters(), lr=lr),
-               precision.loss_scaler(), None, batches)
+    runtime = Runtime(torch.device('cpu'), Precision(None, amp_dtype, 'cpu'), rank, world_size)
+    return Run(settings, runtime, task, Recorder(model.parameters(), lr=lr), batches)
 
 
 def make_batches(count: int, size: int = 4) -> list[Any]:

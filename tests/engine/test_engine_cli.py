@@ -63,23 +63,23 @@ def test_debug_variable_shows_the_traceback(base_flags: list[str], monkeypatch: 
 
 
 def test_other_exceptions_are_not_swallowed(base_flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpool_vision.engine.train import run as train_run
+    from cpool_vision.engine.train import fit
 
     def bug(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(train_run, 'train_one_epoch', bug)
+    monkeypatch.setattr(fit, 'train_one_epoch', bug)
     with pytest.raises(ZeroDivisionError):
         cli_train.main(base_flags)
 
 
 def test_interrupt_exits_130(base_flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpool_vision.engine.train import run as train_run
+    from cpool_vision.engine.train import fit
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_run, 'train_one_epoch', stop)
+    monkeypatch.setattr(fit, 'train_one_epoch', stop)
     assert cli_train.main(base_flags) == 130
 
 

@@ -36,7 +36,7 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
         CheckpointError: damaged, not a checkpoint, or it contains objects other than tensors and plain values.
     """
     if os.path.isdir(path):
-        raise CheckpointError(f'{flag} {path!r} is a folder: name a checkpoint file in it')
+        raise CheckpointNotFoundError(f'{flag} {path!r} is a folder: name a checkpoint file in it')
     if os.path.exists(path) and not os.path.isfile(path):
         raise CheckpointError(f'{flag} {path!r} is no regular file: use a copy')
     if not os.path.isfile(path):

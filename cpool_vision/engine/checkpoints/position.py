@@ -1,10 +1,11 @@
 """Where a run stands within its epochs."""
-import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cpool_vision.errors import CheckpointError, ConfigError
+
+from ..settings.train import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,6 @@ class Position:
         return Position(self.epoch + 1, 0, 0, self.skipped_before + self.skipped)
 
 
-def _facts(args: argparse.Namespace, batches: int, streamed: bool) -> dict[str, Any]:
-    facts = {'number of processes': args.world_size, '--grad-accum-steps': args.grad_accum_steps, '--seed': args.seed,
-             '--batch-size': args.batch_size, 'number of batches per epoch': batches}
-    return {**facts, '--workers': args.workers} if streamed else facts
-
-
-def describe_position(position: Position, args: argparse.Namespace, batches: int, streamed: bool) -> dict[str, Any]:
-    """What a checkpoint stores of a position.
-
-    Args:
-        position: where the run stands.
-        args: settings.
-        batches: batches per epoch and process.
-        streamed: whether the batches depend on the number of workers.
-    """
-    return {**asdict(position), 'facts': _facts(args, batches, streamed)}
-
-
 def read_position(content: Mapping[str, Any], path: str) -> Position | None:
     """Position in a checkpoint, None if it stores none.
 
@@ -61,17 +44,43 @@ def read_position(content: Mapping[str, Any], path: str) -> Position | None:
         raise CheckpointError(f'{path!r} holds no usable position ({stored!r}): use another checkpoint') from error
 
 
-def check_same_batches(content: Mapping[str, Any], path: str, args: argparse.Namespace, batches: int, streamed: bool,
-                       ) -> None:
-    """Refuses to go on inside an epoch whose batches would not be those of the former run.
+@dataclass(frozen=True)
+class BatchFacts:
+    """What the batches of an epoch depend on, besides the data.
 
-    Raises:
-        ConfigError: names the setting that differs.
+    Attributes:
+        settings: seed, batch size, accumulation and number of workers.
+        world_size: number of processes.
+        batches: batches per epoch and process.
+        streamed: whether the batches depend on the number of workers.
     """
-    now = _facts(args, batches, streamed)
-    facts = content['position'].get('facts')
-    for name, former in facts.items() if isinstance(facts, Mapping) else ():
-        if now.get(name, former) != former:
-            raise ConfigError(
-                f'--resume {path!r} stands inside an epoch, of which the batches were cut with {name} {former}, now '
-                f'{now[name]}: resume with the former value, or from the checkpoint of a whole epoch')
+
+    settings: TrainSettings
+    world_size: int
+    batches: int
+    streamed: bool
+
+    def as_dict(self) -> dict[str, int]:
+        """The facts by the names that messages use."""
+        facts = {
+            'number of processes': self.world_size, '--grad-accum-steps': self.settings.grad_accum_steps,
+            '--seed': self.settings.seed, '--batch-size': self.settings.batch_size,
+            'number of batches per epoch': self.batches}
+        return {**facts, '--workers': self.settings.workers} if self.streamed else facts
+
+    def describe(self, position: Position) -> dict[str, Any]:
+        """What a checkpoint stores of a position."""
+        return {**asdict(position), 'facts': self.as_dict()}
+
+    def check(self, content: Mapping[str, Any], path: str) -> None:
+        """Refuses to go on inside an epoch whose batches would not be those of the former run.
+
+        Raises:
+            ConfigError: names the setting that differs.
+        """
+        now, facts = self.as_dict(), content['position'].get('facts')
+        for name, former in facts.items() if isinstance(facts, Mapping) else ():
+            if now.get(name, former) != former:
+                raise ConfigError(
+                    f'--resume {path!r} stands inside an epoch, of which the batches were cut with {name} {former}, '
+                    f'now {now[name]}: resume with the former value, or from the checkpoint of a whole epoch')

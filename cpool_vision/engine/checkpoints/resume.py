@@ -1,5 +1,4 @@
 """Which checkpoint a run goes on from: the newest good one."""
-import argparse
 import glob
 import logging
 import math
@@ -12,6 +11,7 @@ import torch
 from cpool_vision.errors import CheckpointError, CheckpointVersionError, ConfigError
 
 from ..distributed.vote import agree_on_failure, agree_on_number
+from ..settings.train import RunSettings
 from .checkpoint import read_checkpoint
 from .seal import hash_of, read_seal
 
@@ -140,27 +140,26 @@ def set_aside(paths: tuple[str, ...]) -> None:
             _logger.warning('Damaged checkpoint %s cannot be renamed (%s).', path, error.strerror)
 
 
-def open_resume(args: argparse.Namespace, folder: str, device: torch.device) -> Found:
+def open_resume(settings: RunSettings, folder: str, team: Team) -> Found:
     """The checkpoint that `--resume` names; every process must call it.
 
     Args:
-        args: settings.
+        settings: `resume` and `experiment` of the run.
         folder: run folder of `--experiment`, in which `auto` looks.
-        device: where the processes reduce what they agree on.
+        team: the processes.
 
     Raises:
         ConfigError: `auto` without `--experiment`.
         CheckpointError, CheckpointNotFoundError: see `read_checkpoint` and `find_newest`.
     """
-    team = Team(args.world_size, device)
-    if args.resume != 'auto':
-        return Found(args.resume, team.open(args.resume, '--resume')) if args.resume else Found()
-    if not args.experiment:
+    if settings.resume != 'auto':
+        return Found(settings.resume, team.open(settings.resume, '--resume')) if settings.resume else Found()
+    if not settings.experiment:
         raise ConfigError("--resume auto needs --experiment NAME, so that the run's folder is known: add it")
     return find_newest(folder, team)
 
 
-def check_agreement(path: str, device: torch.device, distributed: bool) -> None:
+def check_agreement(path: str, team: Team) -> None:
     """Refuses processes that resume from different files; every process must call it.
 
     Raises:
@@ -168,4 +167,4 @@ def check_agreement(path: str, device: torch.device, distributed: bool) -> None:
     """
     seal = read_seal(path) if path else None
     text = seal.sha256 if seal is not None else str(bool(path))
-    Team(processes=2 if distributed else 1, device=device).check_alike(text, path)
+    team.check_alike(text, path)

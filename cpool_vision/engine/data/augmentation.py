@@ -1,5 +1,4 @@
 """`--aug-config`: albumentations in the training loader, and the same pipeline in a resumed run."""
-import argparse
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -8,7 +7,8 @@ from typing import Any
 from cpool_vision.data.augment import Augmentation, AugmentationError, Pipeline
 from cpool_vision.errors import ConfigError
 
-from ..settings.train_flags import build_parser
+from ..settings.shared import settings_of
+from ..settings.train import AugmentSettings, LoaderSettings
 from .keyed import KeyedDataset, kept_generators
 from .sampling import BatchKey
 
@@ -22,28 +22,29 @@ _EXCLUDED = {
 _IDLE = ('scale', 'ratio', 'hflip', 'color_jitter', 'train_interpolation')
 
 
-def open_pipeline(args: argparse.Namespace) -> Pipeline | None:
+def open_pipeline(settings: LoaderSettings) -> Pipeline | None:
     """The pipeline that `--aug-config` names, None without.
 
     Raises:
         ConfigError: see `Pipeline`; also flags that do not go with it.
     """
-    if not args.aug_config:
+    if not settings.aug_config:
         return None
     for name, off in _EXCLUDED.items():
-        if getattr(args, name) != off:
+        if getattr(settings, name) != off:
             flag = '--' + name.replace('_', '-')
-            raise ConfigError(f'{flag} is part of what --aug-config {args.aug_config} replaces: leave out one of them')
-    if args.no_prefetcher and args.reprob:
+            raise ConfigError(f'{flag} is part of what --aug-config {settings.aug_config} replaces: leave out one of '
+                              'them')
+    if settings.no_prefetcher and settings.reprob:
         raise ConfigError('without the prefetcher, --reprob is part of what --aug-config replaces: drop one of them, '
                           'or put Erasing into the pipeline')
     try:
-        return Pipeline(args.aug_config)
+        return Pipeline(settings.aug_config)
     except AugmentationError as error:
         raise ConfigError(f'--aug-config: {error}') from error
 
 
-def describe_pipeline(args: argparse.Namespace) -> dict[str, Any] | None:
+def describe_pipeline(settings: LoaderSettings) -> dict[str, Any] | None:
     """Every transform of `--aug-config` with all its arguments and the release of albumentations, None without.
 
     Flags of timm's transforms that no longer act are named in the log.
@@ -51,24 +52,24 @@ def describe_pipeline(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ConfigError: see `open_pipeline`.
     """
-    pipeline = open_pipeline(args)
+    pipeline = open_pipeline(settings)
     if pipeline is None:
         return None
-    parser = build_parser()
-    idle = [name for name in _IDLE if getattr(args, name) != parser.get_default(name)]
+    usual = AugmentSettings()
+    idle = [name for name in _IDLE if getattr(settings, name) != getattr(usual, name)]
     if idle:
-        _logger.warning('--aug-config %s takes the place of timm\'s transforms: %s has no effect.', args.aug_config,
+        _logger.warning('--aug-config %s takes the place of timm\'s transforms: %s has no effect.', settings.aug_config,
                         ', '.join('--' + name.replace('_', '-') for name in idle))
     return pipeline.record
 
 
-def transform_maker(args: argparse.Namespace, data_config: Mapping[str, Any], pipeline: Pipeline,
+def transform_maker(settings: LoaderSettings, data_config: Mapping[str, Any], pipeline: Pipeline,
                     ) -> Callable[[tuple[int, int, int]], Augmentation]:
     """Function that makes the transform for an input size (channels, height, width).
 
     It gives uint8 for timm's prefetcher, or normalises where there is none; on images it raises `ConfigError`.
     """
-    normalisation = (data_config['mean'], data_config['std']) if args.no_prefetcher else None
+    normalisation = (data_config['mean'], data_config['std']) if settings.no_prefetcher else None
 
     def make(size: tuple[int, int, int]) -> Augmentation:
         try:
@@ -79,7 +80,7 @@ def transform_maker(args: argparse.Namespace, data_config: Mapping[str, Any], pi
     return make
 
 
-def try_pipeline(args: argparse.Namespace, dataset: Any) -> None:
+def try_pipeline(settings: LoaderSettings, dataset: Any) -> None:
     """Augments one image for each input size, so that a pipeline that does not fit is refused before training.
 
     Raises:
@@ -87,7 +88,7 @@ def try_pipeline(args: argparse.Namespace, dataset: Any) -> None:
     """
     if not isinstance(dataset, KeyedDataset):
         return
-    sizes = args.train_img_sizes
+    sizes = settings.train_img_sizes
     with kept_generators():
         for choice in range(len(sizes)) if sizes else [None]:
             dataset.__getitems__(BatchKey(0, 0, (0,), (0,), choice))
@@ -128,8 +129,8 @@ def check_same_pipeline(content: Mapping[str, Any], path: str, record: Mapping[s
     Raises:
         ConfigError: another pipeline, and `refuse`.
     """
-    settings = content.get('args')
-    if not isinstance(settings, Mapping) or KEY not in settings or settings[KEY] == record:
+    settings = settings_of(content)
+    if KEY not in settings or settings[KEY] == record:
         return
     former = settings[KEY]
     if former is None or record is None:

@@ -1,7 +1,7 @@
 """Opening the data set of one split."""
-import argparse
 import os
 import pickle
+from dataclasses import replace
 from typing import Any
 
 from timm.data import ImageDataset
@@ -11,8 +11,9 @@ from cpool_vision.data.folders import FolderReader, SafeImageFolder
 from cpool_vision.data.images import guard_images
 from cpool_vision.errors import DatasetError, DatasetNotFoundError, UserError
 
+from ..settings.shared import DataSettings
 from . import synsets
-from .multi_label import is_multi_label, open_label_file, reader_arguments, settle_labels
+from .multi_label import Classes, open_label_file, reader_arguments, settle_labels
 from .unreadable import StrictImageDataset
 
 _FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')
@@ -42,10 +43,10 @@ def _check_folder(root: str | None, split: str) -> None:
                            'or leave the split empty to take the folder itself')
 
 
-def numbers_folders(args: argparse.Namespace) -> bool:
+def numbers_folders(settings: DataSettings) -> bool:
     """Whether the classes of a set get their numbers from the names of its folders alone."""
-    named = args.dataset in _FOLDER_NAMES or args.dataset.lower() in _TORCH_FOLDERS
-    return named and not args.class_map and not is_multi_label(args)
+    named = settings.dataset in _FOLDER_NAMES or settings.dataset.lower() in _TORCH_FOLDERS
+    return named and not settings.class_map and not settings.multi_label
 
 
 def split_folder(root: str, split: str) -> str:
@@ -58,11 +59,13 @@ def split_folder(root: str, split: str) -> str:
 
 
 def build_dataset(
-        args: argparse.Namespace,
+        settings: DataSettings,
+        classes: Classes,
         split: str,
         training: bool,
         input_img_mode: str,
         num_samples: int | None,
+        load_bytes: bool = False,
 ) -> Any:
     """Data set of one split.
 
@@ -70,21 +73,20 @@ def build_dataset(
         DatasetError: unknown, empty, or more classes than the model has.
         DatasetNotFoundError: its folder does not exist.
     """
-    name, root = args.dataset, args.data_dir
-    multi_label = is_multi_label(args)
+    name, root = settings.dataset, settings.data_dir
     _check_name(name)
     if name in _FOLDER_NAMES or name.lower() in _TORCH_FOLDERS:
         # a label file may list the images of a split that has no folder
-        _check_folder(root, '' if multi_label and args.label_file else split)
+        _check_folder(root, '' if settings.multi_label and settings.label_file else split)
     # a mapping comes from --class-subset
-    if args.class_map == synsets.NAME and not os.path.exists(args.class_map):
-        args.class_map = synsets.synset_numbers()
-    if args.class_map and not isinstance(args.class_map, dict) and not os.path.isfile(args.class_map):
-        raise DatasetNotFoundError(f'--class-map {args.class_map!r} does not exist: check the path')
+    if settings.class_map == synsets.NAME and not os.path.exists(synsets.NAME):
+        settings = replace(settings, class_map=synsets.synset_numbers())
+    if isinstance(settings.class_map, str) and settings.class_map and not os.path.isfile(settings.class_map):
+        raise DatasetNotFoundError(f'--class-map {settings.class_map!r} does not exist: check the path')
     where = f'{name!r} in {root!r}' if name and root else repr(name or root)
     what = f'data set {where}, split {split!r}'
     try:
-        dataset = _open(args, split, training, input_img_mode, num_samples)
+        dataset = _open(settings, classes, split, training, input_img_mode, num_samples, load_bytes)
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -99,23 +101,25 @@ def build_dataset(
         guard_images(dataset)
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise DatasetError(f'{what} is empty: check --data-dir and the split')
-    _check_classes(dataset, args.num_classes, what)
-    if multi_label:
-        settle_labels(args, dataset, what)
+    _check_classes(dataset, classes.count, what)
+    if settings.multi_label:
+        settle_labels(settings, classes, dataset, what)
     return dataset
 
 
-def _open(args: argparse.Namespace, split: str, training: bool, input_img_mode: str, num_samples: int | None) -> Any:
-    name, root = args.dataset, args.data_dir
-    kwargs: dict[str, Any] = {'load_bytes': True} if getattr(args, 'tf_preprocessing', False) else {}
-    if is_multi_label(args) and name in _FOLDER_NAMES:
+def _open(settings: DataSettings, classes: Classes, split: str, training: bool, input_img_mode: str,
+          num_samples: int | None, load_bytes: bool) -> Any:
+    name, root = settings.dataset, settings.data_dir
+    kwargs: dict[str, Any] = {'load_bytes': True} if load_bytes else {}
+    if settings.multi_label and name in _FOLDER_NAMES:
+        assert root is not None  # noqa: S101 - `build_dataset` has checked it
         return open_label_file(
-            args, root, split_folder(root, split), split, input_img_mode=input_img_mode, **kwargs)
-    if is_multi_label(args):
-        kwargs |= reader_arguments(args)
+            settings, classes, root, split_folder(root, split), split, input_img_mode=input_img_mode, **kwargs)
+    if settings.multi_label:
+        kwargs |= reader_arguments(settings)
     place = split_folder(root, split) if root and os.path.isdir(root) else ''
     if name in _FOLDER_NAMES and os.path.isdir(place):
-        reader = FolderReader(place, args.class_map, args.input_key)
+        reader = FolderReader(place, settings.class_map, settings.input_key)
         return ImageDataset(place, reader=reader, input_img_mode=input_img_mode, **kwargs)
     if name.lower() in _TORCH_FOLDERS and place:
         return SafeImageFolder(place)
@@ -124,16 +128,16 @@ def _open(args: argparse.Namespace, split: str, training: bool, input_img_mode: 
         root=root,
         split=split,
         is_training=training,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        repeats=getattr(args, 'epoch_repeats', 0.),
+        class_map=settings.class_map,
+        download=settings.dataset_download,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        repeats=settings.epoch_repeats,
         input_img_mode=input_img_mode,
-        input_key=args.input_key,
-        target_key=args.target_key,
+        input_key=settings.input_key,
+        target_key=settings.target_key,
         num_samples=num_samples,
-        trust_remote_code=args.dataset_trust_remote_code,
+        trust_remote_code=settings.dataset_trust_remote_code,
         **kwargs,
     )
 

@@ -1,5 +1,4 @@
 """Which data a run was trained on: its classes and their numbers, how many images, and a hash of the rest."""
-import argparse
 import hashlib
 import logging
 import os
@@ -10,8 +9,9 @@ import numpy as np
 
 from cpool_vision.errors import ConfigError, DatasetError
 
+from ..settings.shared import DataSettings
+from ..settings.train import LoaderSettings
 from .dataset import numbers_folders
-from .multi_label import is_multi_label
 
 _logger = logging.getLogger(__name__)
 KEY = 'data'  # in a checkpoint
@@ -115,7 +115,7 @@ def check_same_data(content: Mapping[str, Any], path: str, now: Mapping[str, Any
     _logger.warning('The training data are not those that %s was trained on: %s.', path, what)
 
 
-def check_classes(former: Mapping[str, int], dataset: Any, args: argparse.Namespace, what: str, where: str) -> None:
+def check_classes(former: Mapping[str, int], dataset: Any, settings: DataSettings, what: str, where: str) -> None:
     """Refuses a set whose classes are not those that the model was trained with.
 
     Sets that name no classes, and folders whose classes a `--class-map` numbers, are left alone. Of sets whose classes
@@ -124,7 +124,7 @@ def check_classes(former: Mapping[str, int], dataset: Any, args: argparse.Namesp
     Args:
         former: numbers of the classes by name; empty if not known.
         dataset: the set.
-        args: settings.
+        settings: how the set was opened.
         what: the set, for messages.
         where: what `former` is from, for messages.
 
@@ -132,10 +132,10 @@ def check_classes(former: Mapping[str, int], dataset: Any, args: argparse.Namesp
         DatasetError: names the difference.
     """
     now = classes_of(dataset)
-    if not former or not now or args.class_map:
+    if not former or not now or settings.class_map:
         return
     difference = compare_classes(former, now)
-    if difference and not numbers_folders(args):
+    if difference and not numbers_folders(settings):
         _logger.warning('%s %s compared with %s: its labels may mean other classes.', what, difference, where)
     elif difference:
         raise DatasetError(f'{what} {difference} compared with {where}: its labels would mean other classes. Mend the '
@@ -150,7 +150,8 @@ def classes_in(content: Mapping[str, Any] | None) -> dict[str, int]:
                                       if isinstance(index, int)}
 
 
-def compare_splits(args: argparse.Namespace, train_set: Any, val_set: Any) -> None:
+def compare_splits(settings: LoaderSettings, train_set: Any, val_set: Any) -> None:
     """`check_classes` of the validation split against the training split."""
-    if not is_multi_label(args):  # which settles the labels of its splits itself
-        check_classes(classes_of(train_set), val_set, args, f'split {args.val_split!r}', f'split {args.train_split!r}')
+    if not settings.multi_label:  # which settles the labels of its splits itself
+        check_classes(classes_of(train_set), val_set, settings, f'split {settings.val_split!r}',
+                      f'split {settings.train_split!r}')

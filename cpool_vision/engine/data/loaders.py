@@ -1,5 +1,4 @@
 """Loaders of training and validation."""
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +10,14 @@ from timm.data.naflex_loader import NaFlexPrefetchLoader
 
 from cpool_vision.errors import ConfigError, DatasetError
 
-from ..device import Precision
+from ..device import Runtime
+from ..settings.shared import DataSettings
+from ..settings.train import LoaderSettings, LossSettings
 from .augmentation import open_pipeline, transform_maker, try_pipeline
 from .dataset import build_dataset
 from .keyed import DrawnSeeds, KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
 from .loader_flags import augmentation, check_train_flags, image_mode, mixing, size_schedule
+from .multi_label import Classes
 from .posterize import allow_zero_bits
 from .sampling import BatchKeys, EpochOrder
 from .stream import StreamedTrainStream, TrainStream
@@ -28,24 +30,23 @@ __all__ = [
 ]
 
 
-def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device, precision: Precision,
-            ) -> dict[str, Any]:
+def _common(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any]) -> dict[str, Any]:
     return dict(
         input_size=data_config['input_size'],
         mean=data_config['mean'],
         std=data_config['std'],
-        pin_memory=args.pin_mem,
-        img_dtype=precision.model_dtype or torch.float32,
-        device=device,
-        use_prefetcher=not args.no_prefetcher,
+        pin_memory=settings.pin_mem,
+        img_dtype=runtime.precision.model_dtype or torch.float32,
+        device=runtime.device,
+        use_prefetcher=not settings.no_prefetcher,
     )
 
 
 def build_train_loader(
-        args: argparse.Namespace,
+        settings: LossSettings,
+        runtime: Runtime,
         data_config: dict[str, Any],
-        device: torch.device,
-        precision: Precision,
+        classes: Classes,
         make_transform: Callable[[tuple[int, int, int]], Any] | None = None,
 ) -> tuple[Any, Mixup | None]:
     """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
@@ -55,7 +56,7 @@ def build_train_loader(
     length is that of a whole epoch. Of streamed sets see `StreamedTrainStream`.
 
     Args:
-        args, data_config, device, precision: the run.
+        settings, runtime, data_config, classes: the run.
         make_transform: makes the transform of images for an input size (channels, height, width), in place of timm's
             or that of `--aug-config`.
             It maps a PIL image to a (channels, height, width) tensor: uint8 for the prefetcher, else normalised. If
@@ -65,133 +66,136 @@ def build_train_loader(
         DatasetError: see `build_dataset`; also a split smaller than one batch.
         ConfigError: flags that exclude each other.
     """
-    check_train_flags(args)
-    pipeline = open_pipeline(args) if make_transform is None else None
+    check_train_flags(settings, runtime.distributed)
+    pipeline = open_pipeline(settings) if make_transform is None else None
     if pipeline is not None:
-        make_transform = transform_maker(args, data_config, pipeline)
+        make_transform = transform_maker(settings, data_config, pipeline)
     allow_zero_bits()
-    dataset = build_dataset(args, args.train_split, True, image_mode(args, data_config), args.train_num_samples)
+    dataset = build_dataset(
+        settings, classes, settings.train_split, True, image_mode(settings, data_config), settings.train_num_samples)
     streamed = isinstance(dataset, torch.utils.data.IterableDataset)
     order = None
-    if streamed and args.aug_repeats:
+    if streamed and settings.aug_repeats:
         raise ConfigError('--aug-repeats needs a set with an index, not a streamed one: leave it out')
     if not streamed:
-        order = EpochOrder(len(dataset), args.seed, args.rank, args.world_size, args.aug_repeats)
-        smallest = min(args.train_batch_sizes or [args.batch_size])
+        order = EpochOrder(len(dataset), settings.seed, runtime.rank, runtime.world_size, settings.aug_repeats)
+        smallest = min(settings.train_batch_sizes or [settings.batch_size])
         if len(order) < smallest:
             raise DatasetError(f'the training split has {len(order)} images per process, fewer than one batch of '
                                f'{smallest}: lower --batch-size')
-    mix = mixing(args)
-    if args.aug_splits > 1:
-        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    mix = mixing(settings, classes.count)
+    if settings.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=settings.aug_splits)
     try:
         built = create_loader(
             dataset,
-            batch_size=args.batch_size,
+            batch_size=settings.batch_size,
             is_training=True,
-            re_split=args.resplit,
-            num_aug_splits=args.aug_splits,
-            num_workers=args.workers,
-            collate_fn=FastCollateMixup(**mix) if mix and not args.no_prefetcher else None,
-            worker_seeding=args.worker_seeding,
+            re_split=settings.resplit,
+            num_aug_splits=settings.aug_splits,
+            num_workers=settings.workers,
+            collate_fn=FastCollateMixup(**mix) if mix and not settings.no_prefetcher else None,
+            worker_seeding=settings.worker_seeding,
             persistent_workers=False,
-            input_size_choices=args.train_img_sizes,
-            batch_size_choices=args.train_batch_sizes,
-            batch_choice_weights=args.train_size_probs,
-            **augmentation(args, data_config),
-            **_common(args, data_config, device, precision),
+            input_size_choices=settings.train_img_sizes,
+            batch_size_choices=settings.train_batch_sizes,
+            batch_choice_weights=settings.train_size_probs,
+            **augmentation(settings, data_config),
+            **_common(settings, runtime, data_config),
         )
         inner = built.loader if isinstance(built, PrefetchLoader) else built
         if order is None:
-            stream: Any = StreamedTrainStream(inner, args.seed, args.rank)
+            stream: Any = StreamedTrainStream(inner, settings.seed, runtime.rank)
         else:
-            stream = _keyed_stream(args, inner, BatchKeys(order, args.batch_size, size_schedule(args, len(order))))
+            stream = _keyed_stream(settings, runtime.rank, inner, BatchKeys(
+                order, settings.batch_size, size_schedule(settings, len(order))))
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'the training loader cannot be built ({error}): check the loader and augmentation flags') \
             from error
     if make_transform is not None:
-        _replace_transforms(args, stream.dataset, data_config['input_size'], make_transform)
+        _replace_transforms(settings, stream.dataset, data_config['input_size'], make_transform)
     if pipeline is not None:
-        try_pipeline(args, stream.dataset)
+        try_pipeline(settings, stream.dataset)
     if not isinstance(built, PrefetchLoader):
-        mixup_fn = KeyedMixup(stream, args.seed, args.rank, args.mixup_off_epoch, **mix) if mix else None
+        mixup_fn = KeyedMixup(stream, settings.seed, runtime.rank, settings.mixup_off_epoch, **mix) if mix else None
         return stream, mixup_fn
     prefetcher: Any = built
     prefetcher.loader = stream
     if prefetcher.random_erasing is not None:
-        prefetcher.random_erasing = KeyedErasing(prefetcher.random_erasing, stream, args.seed, args.rank, device)
+        prefetcher.random_erasing = KeyedErasing(
+            prefetcher.random_erasing, stream, settings.seed, runtime.rank, runtime.device)
     return prefetcher, None
 
 
-def _replace_transforms(args: argparse.Namespace, dataset: Any, input_size: tuple[int, int, int],
+def _replace_transforms(settings: LoaderSettings, dataset: Any, input_size: tuple[int, int, int],
                         make_transform: Callable[[tuple[int, int, int]], Any]) -> None:
-    if args.aug_splits:
+    if settings.aug_splits:
         raise ConfigError('--aug-splits goes with the transforms of timm only: leave it out')
-    if args.no_prefetcher and args.reprob and not args.no_aug:
+    if settings.no_prefetcher and settings.reprob and not settings.no_aug:
         raise ConfigError('without the prefetcher, --reprob is part of the transforms of timm: drop --no-prefetcher or '
                           '--reprob')
     if not isinstance(dataset, KeyedDataset):
         dataset.transform = DrawnSeeds(make_transform(input_size))
         return
-    sides = args.train_img_sizes
+    sides = settings.train_img_sizes
     dataset.set_transforms([make_transform((input_size[0], side, side)) for side in sides] if sides
                            else [make_transform(input_size)])
 
 
-def _keyed_stream(args: argparse.Namespace, inner: torch.utils.data.DataLoader, keys: BatchKeys) -> TrainStream:
-    dataset = KeyedDataset(inner.dataset, args.seed)
+def _keyed_stream(settings: LoaderSettings, rank: int, inner: torch.utils.data.DataLoader, keys: BatchKeys,
+                  ) -> TrainStream:
+    dataset = KeyedDataset(inner.dataset, settings.seed)
     make_loader: Any = torch.utils.data.DataLoader  # typed for lists of indices, for which the keys stand
     loader = make_loader(
         dataset,
         batch_sampler=keys,
-        num_workers=args.workers,
-        collate_fn=KeyedCollate(inner.collate_fn, args.seed, args.rank, args.mixup_off_epoch),
-        pin_memory=args.pin_mem,
+        num_workers=settings.workers,
+        collate_fn=KeyedCollate(inner.collate_fn, settings.seed, rank, settings.mixup_off_epoch),
+        pin_memory=settings.pin_mem,
         worker_init_fn=WorkerSignals(),
-        persistent_workers=args.workers > 0,
+        persistent_workers=settings.workers > 0,
         generator=torch.Generator(),  # else each epoch would draw from the global one
     )
-    return TrainStream(loader, UnreadableLog(dataset.base, args.max_bad_samples), args.use_multi_epochs_loader)
+    return TrainStream(loader, UnreadableLog(dataset.base, settings.max_bad_samples), settings.use_multi_epochs_loader)
 
 
 def build_eval_loader(
-        args: argparse.Namespace,
+        settings: DataSettings,
+        runtime: Runtime,
         data_config: dict[str, Any],
-        device: torch.device,
-        precision: Precision,
+        classes: Classes,
         split: str,
         batch_size: int,
         num_samples: int | None,
-        distributed: bool = False,
         **kwargs: Any,
 ) -> Any:
     """Loader of a validation split; images that cannot be read come out with the label `UNREADABLE`.
 
     Args:
-        args, data_config, device, precision: the run.
+        settings, runtime, data_config, classes: the run; each process gets its share.
         split: its name.
         batch_size: images per batch.
         num_samples: size, for streamed sets.
-        distributed: give each process its share.
         **kwargs: further arguments of timm's `create_loader`.
 
     Raises:
         DatasetError: see `build_dataset`.
     """
-    dataset = build_dataset(args, split, False, image_mode(args, data_config), num_samples)
+    dataset = build_dataset(settings, classes, split, False, image_mode(settings, data_config), num_samples,
+                            bool(kwargs.get('tf_preprocessing')))
     if isinstance(dataset, StrictImageDataset):
         dataset = CountingImageDataset(dataset)
-    workers = args.workers
-    if distributed and isinstance(dataset, IterableImageDataset):
+    workers = settings.workers
+    if runtime.distributed and isinstance(dataset, IterableImageDataset):
         workers = min(2, workers)  # each worker of a streamed set pads its share
     loader = create_loader(
         dataset,
         batch_size=batch_size,
         interpolation=data_config['interpolation'],
         num_workers=workers,
-        distributed=distributed,
+        distributed=runtime.distributed,
         **{'crop_pct': data_config['crop_pct'], **kwargs},
-        **_common(args, data_config, device, precision),
+        **_common(settings, runtime, data_config),
     )
     inner: Any = _stream(loader)
     inner.worker_init_fn = WorkerSignals(inner.worker_init_fn)

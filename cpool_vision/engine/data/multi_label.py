@@ -1,5 +1,4 @@
 """Sets with any number of labels per image: their flags, targets and class names."""
-import argparse
 import itertools
 import logging
 import os
@@ -11,6 +10,7 @@ from timm.data import ImageDataset, MultiLabelTarget
 
 from cpool_vision.errors import ConfigError, DatasetError
 
+from ..settings.shared import DataSettings, settings_of
 from .label_file import LabelFileReader, find_label_file
 from .unreadable import UNREADABLE
 
@@ -19,22 +19,30 @@ CLASS_NAMES = 'class_names'  # among the settings in a checkpoint
 _READERS = ('hfds', 'hfids', 'tfds', 'wds')
 
 
-def is_multi_label(args: argparse.Namespace) -> bool:
-    """Whether `--task multi_label` is on."""
-    return getattr(args, 'task', 'classification') == 'multi_label'
+class Classes:
+    """The classes of a run.
+
+    Args:
+        count: outputs of the model.
+        names: names of multi-label classes; None until the first split or a checkpoint tells them.
+    """
+
+    def __init__(self, count: int, names: list[str] | None = None) -> None:
+        self.count, self.names = count, names
 
 
-def check_task(args: argparse.Namespace) -> None:
+def check_task(settings: DataSettings) -> None:
     """Refuses flags that do not go with the task.
 
     Raises:
         ConfigError: names the flag.
     """
-    if not 0 < args.threshold < 1:
-        raise ConfigError(f'--threshold must be between 0 and 1, got {args.threshold:g}')
-    if not is_multi_label(args):
-        idle = [flag for flag, given in (('--label-file', args.label_file), ('--target-format', args.target_format),
-                                         ('--threshold', args.threshold != 0.5)) if given]
+    if not 0 < settings.threshold < 1:
+        raise ConfigError(f'--threshold must be between 0 and 1, got {settings.threshold:g}')
+    if not settings.multi_label:
+        idle = [flag for flag, given in (('--label-file', settings.label_file),
+                                         ('--target-format', settings.target_format),
+                                         ('--threshold', settings.threshold != 0.5)) if given]
         if idle:
             raise ConfigError(f'{idle[0]} has no effect without --task multi_label: add it, or leave {idle[0]} out')
         return
@@ -45,7 +53,7 @@ def check_task(args: argparse.Namespace) -> None:
             ('valid_labels', 'labels do not compete'), ('class_subset', 'labels do not compete'),
             ('metrics_avg', 'precision, recall and F1 are reported anyway'),
             ('corruptions', 'its folders are classes')):
-        if getattr(args, name, None):
+        if getattr(settings, name, None):
             raise ConfigError(
                 f'--{name.replace("_", "-")} does not go with --task multi_label ({reason}): drop one of them')
 
@@ -83,27 +91,30 @@ def unreadable_rows(target: torch.Tensor) -> torch.Tensor:
     return (target if target.ndim == 1 else target[:, 0]).eq(UNREADABLE)
 
 
-def reader_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def reader_arguments(settings: DataSettings) -> dict[str, Any]:
     """Arguments of timm's readers that give several labels.
 
     Raises:
         DatasetError: a set whose images have one class each.
     """
-    prefix = args.dataset.partition('/')[0].lower()
+    prefix = settings.dataset.partition('/')[0].lower()
     if prefix not in _READERS:
-        raise DatasetError(f'--dataset {args.dataset!r} has one class per image: leave out --task multi_label, or name '
-                           f'a folder with a label file or one of {", ".join(each + "/NAME" for each in _READERS)}')
-    if args.label_file:
-        raise DatasetError(f'--label-file goes with a folder; the labels of {args.dataset!r} are in its field '
+        raise DatasetError(f'--dataset {settings.dataset!r} has one class per image: leave out --task multi_label, or '
+                           'name a folder with a label file or one of '
+                           f'{", ".join(each + "/NAME" for each in _READERS)}')
+    if settings.label_file:
+        raise DatasetError(f'--label-file goes with a folder; the labels of {settings.dataset!r} are in its field '
                            '--target-key: leave it out')
-    return {'target_format': args.target_format}
+    return {'target_format': settings.target_format}
 
 
-def open_label_file(args: argparse.Namespace, root: str, folder: str, split: str, **kwargs: Any) -> ImageDataset:
+def open_label_file(settings: DataSettings, classes: Classes, root: str, folder: str, split: str, **kwargs: Any,
+                    ) -> ImageDataset:
     """The images that a label file lists.
 
     Args:
-        args: settings.
+        settings: label file, its fields and format.
+        classes: their number, and their names if these are known.
         root: `--data-dir`.
         folder: folder of the split, or `root` again.
         split: its name.
@@ -114,35 +125,35 @@ def open_label_file(args: argparse.Namespace, root: str, folder: str, split: str
     """
     if not os.path.isdir(root):
         raise DatasetError(f'--task multi_label needs a folder with a label file, {root!r} is a file: unpack it')
-    names = getattr(args, CLASS_NAMES, None)
-    classes = args.class_map or (names and {name: index for index, name in enumerate(names)})
+    known = settings.class_map or (classes.names and {name: index for index, name in enumerate(classes.names)})
     reader = LabelFileReader(
-        find_label_file(args.label_file, split, (folder, root)), folder, args.num_classes, classes, args.input_key,
-        args.target_key, args.num_classes if args.target_format == 'multihot' else 0)
+        find_label_file(settings.label_file, split, (folder, root)), folder, classes.count, known, settings.input_key,
+        settings.target_key, classes.count if settings.target_format == 'multihot' else 0)
     return ImageDataset(root, reader=reader, **kwargs)
 
 
-def settle_labels(args: argparse.Namespace, dataset: Any, what: str) -> None:
+def settle_labels(settings: DataSettings, classes: Classes, dataset: Any, what: str) -> None:
     """Makes a set give multi-hot labels, and keeps the names of its classes for the splits that follow.
 
     Args:
-        args: settings; `class_names` is set by the first split that knows them.
+        settings: format of the labels.
+        classes: gets its names from the first split that knows them.
         dataset: the set.
         what: its name, for messages.
 
     Raises:
         DatasetError: its classes are not those of the splits before, or of the checkpoint.
     """
-    dense = args.target_format == 'multihot' and not isinstance(dataset.reader, LabelFileReader)
-    dataset.target_transform = MultiHot(args.num_classes, dense)
+    dense = settings.target_format == 'multihot' and not isinstance(dataset.reader, LabelFileReader)
+    dataset.target_transform = MultiHot(classes.count, dense)
     indices = getattr(dataset.reader, 'class_to_idx', None)
     if not indices:
         return
     by_index = {index: str(name) for name, index in indices.items()}
-    names = [by_index.get(index, str(index)) for index in range(args.num_classes)]
-    known = getattr(args, CLASS_NAMES, None)
+    names = [by_index.get(index, str(index)) for index in range(classes.count)]
+    known = classes.names
     if known is None:
-        setattr(args, CLASS_NAMES, names)
+        classes.names = names
     elif names != known:
         place, (now, former) = next((place, pair) for place, pair in enumerate(
             itertools.zip_longest(names, known)) if pair[0] != pair[1])
@@ -150,28 +161,25 @@ def settle_labels(args: argparse.Namespace, dataset: Any, what: str) -> None:
                            'name the classes of all with one --class-map')
 
 
-def adopt_labels(args: argparse.Namespace, content: Mapping[str, Any] | None, path: str, refuse: bool) -> None:
-    """Takes the class names of a checkpoint: a run goes on, and is measured, with the classes that it began with.
+def names_of(content: Mapping[str, Any] | None, path: str, task: str, refuse: bool) -> list[str] | None:
+    """Class names in a checkpoint: a run goes on, and is measured, with the classes that it began with.
 
     Args:
-        args: settings; `class_names` is set.
         content: the checkpoint, None for none.
         path: its file, for messages.
+        task: of this run.
         refuse: a checkpoint of another task is an error rather than a warning.
 
     Raises:
         ConfigError: it is of another task, and `refuse`.
     """
-    settings = (content or {}).get('args')
-    if isinstance(settings, argparse.Namespace):  # timm's own checkpoints
-        settings = vars(settings)
-    if not isinstance(settings, Mapping):
-        return
-    task, names = settings.get('task', 'classification'), settings.get(CLASS_NAMES)
-    if task != args.task:
-        text = f'{path!r} was trained with --task {task}, this is --task {args.task}'
+    settings = settings_of(content or {})
+    former, names = settings.get('task', 'classification'), settings.get(CLASS_NAMES)
+    if settings and former != task:
+        text = f'{path!r} was trained with --task {former}, this is --task {task}'
         if refuse:
             raise ConfigError(f'{text}: name the same one, or begin another run')
         _logger.warning('%s.', text)
-    elif isinstance(names, list) and is_multi_label(args):
-        setattr(args, CLASS_NAMES, [str(name) for name in names])
+    elif isinstance(names, list) and task == 'multi_label':
+        return [str(name) for name in names]
+    return None

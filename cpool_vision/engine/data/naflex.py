@@ -1,5 +1,4 @@
 """Batches of patch sequences at native aspect ratio (NaFlex, Dehghani et al., arXiv 2307.06304), by timm's loader."""
-import argparse
 import contextlib
 import functools
 import io
@@ -13,10 +12,13 @@ from timm.data import NaFlexMixup, create_naflex_loader
 
 from cpool_vision.errors import ConfigError, DatasetError
 
-from ..device import Precision
+from ..device import Runtime
+from ..settings.shared import DataSettings
+from ..settings.train import LossSettings
 from .keyed import KeyedErasing, candidates
 from .loader_flags import augmentation, mixing
 from .loaders import build_dataset, image_mode
+from .multi_label import Classes
 from .stream import StreamedTrainStream
 from .unreadable import (
     CountingImageDataset,
@@ -111,7 +113,7 @@ class KeyedPatchErasing:
         return KeyedErasing(functools.partial(self.erasing, **places), *self.keys)(patches)
 
 
-def check_naflex(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:
+def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
     """Patch size (height, width) of a model that the loader can feed.
 
     Raises:
@@ -120,7 +122,8 @@ def check_naflex(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:
     get_patch_size = getattr(model, 'get_patch_size', None)
     if get_patch_size is None:
         raise ConfigError(
-            f'--naflex-loader gives patches with coordinates and a mask, --model {args.model!r} takes whole images: '
+            f'--naflex-loader gives patches with coordinates and a mask, this model '
+            f'({type(model).__name__}) takes whole images: '
             'choose a naflexvit model (naflexvit_*_cpool_* or one of timm), or leave --naflex-loader out')
     idle = (
         ('no_prefetcher', 'patches are normalised by the prefetcher'), ('channels_last', 'patches have no layout'),
@@ -130,48 +133,52 @@ def check_naflex(args: argparse.Namespace, model: nn.Module) -> tuple[int, int]:
         ('kd_model_name', 'teachers take whole images'), ('cutmix_minmax', 'boxes follow from --cutmix'),
     )
     for name, reason in idle:
-        if getattr(args, name, None):
+        if getattr(settings, name, None):
             raise ConfigError(
                 f'--{name.replace("_", "-")} does not go with --naflex-loader ({reason}): drop one of them')
-    if getattr(args, 'mixup_mode', 'batch') != 'batch':
+    if getattr(settings, 'mixup_mode', 'batch') != 'batch':
         raise ConfigError(
             '--mixup-mode does not go with --naflex-loader, which mixes pairs of like shape: leave it out')
-    sizes, probs = getattr(args, 'naflex_patch_sizes', None), getattr(args, 'naflex_patch_size_probs', None)
+    sizes, probs = settings.naflex_patch_sizes, settings.naflex_patch_size_probs
     if probs and len(probs) != len(sizes or ()):
         raise ConfigError(f'--naflex-patch-size-probs has {len(probs)} values for {len(sizes or ())} '
                           '--naflex-patch-sizes: give one for each')
     for flag in ('naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes'):
-        value = getattr(args, flag, None)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-            raise ConfigError(f'--{flag.replace("_", "-")} must be positive, got {value}')
+        value = getattr(settings, flag)
+        values = value if isinstance(value, tuple) else (value,)
+        if value is not None and min(values) < 1:
+            raise ConfigError(f'--{flag.replace("_", "-")} must be positive, got {list(values)}')
     return get_patch_size()
 
 
-def _common(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device, precision: Precision,
-            ) -> dict[str, Any]:
+def _common(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any]) -> dict[str, Any]:
     return dict(
         mean=data_config['mean'],
         std=data_config['std'],
         channels=data_config['input_size'][0],
-        num_workers=args.workers,
+        num_workers=settings.workers,
         persistent_workers=False,
-        pin_memory=args.pin_mem,
-        img_dtype=precision.model_dtype or torch.float32,
-        device=device,
-        patchify_channels_last=not getattr(args, 'naflex_patchify_channels_first', False),
+        pin_memory=settings.pin_mem,
+        img_dtype=runtime.precision.model_dtype or torch.float32,
+        device=runtime.device,
+        patchify_channels_last=not settings.naflex_patchify_channels_first,
     )
 
 
-def _open(args: argparse.Namespace, data_config: dict[str, Any], split: str, training: bool, samples: int | None,
-          ) -> Any:
-    dataset = build_dataset(args, split, training, image_mode(args, data_config), samples)
+def _open(settings: DataSettings, data_config: dict[str, Any], classes: Classes, split: str, training: bool,
+          samples: int | None) -> Any:
+    dataset = build_dataset(settings, classes, split, training, image_mode(settings, data_config), samples)
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise DatasetError('--naflex-loader needs a set with an index, not a streamed one: leave it out')
     return dataset
 
 
-def build_naflex_train_loader(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any],
-                              device: torch.device, precision: Precision) -> Any:
+def _listed(values: tuple[Any, ...] | None) -> list[Any] | None:
+    return None if values is None else list(values)
+
+
+def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
+                              model: nn.Module) -> Any:
     """Loader of the training split: dictionaries of `patches` (B, N, P), `patch_coord` (B, N, 2) and `patch_valid`.
 
     Each batch has one of `--naflex-train-seq-lens` and about `--batch-size` times the longest of them patches in all.
@@ -181,91 +188,81 @@ def build_naflex_train_loader(args: argparse.Namespace, model: nn.Module, data_c
         ConfigError: see `check_naflex`.
         DatasetError: see `dataset.build_dataset`; also a streamed set.
     """
-    patch_size = check_naflex(args, model)
-    dataset = _open(args, data_config, args.train_split, True, args.train_num_samples)
-    images = ReplacingImages(dataset, args.seed)
-    mix = mixing(args)
+    patch_size = check_naflex(settings, model)
+    dataset = _open(settings, data_config, classes, settings.train_split, True, settings.train_num_samples)
+    images = ReplacingImages(dataset, settings.seed)
+    mix = mixing(settings, classes.count)
     for name in ('mode', 'cutmix_minmax'):
         mix.pop(name, None)
-    mixup_fn = NaFlexMixup(**mix, mixup_off_epoch=args.mixup_off_epoch) if mix else None
+    mixup_fn = NaFlexMixup(**mix, mixup_off_epoch=settings.mixup_off_epoch) if mix else None
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # timm prints the number of batches
             built: Any = create_naflex_loader(
                 images,
-                patch_size=None if args.naflex_patch_sizes else patch_size,
-                patch_size_choices=args.naflex_patch_sizes,
-                patch_size_choice_probs=args.naflex_patch_size_probs,
-                train_seq_lens=args.naflex_train_seq_lens,
-                batch_size=args.batch_size,
+                patch_size=None if settings.naflex_patch_sizes else patch_size,
+                patch_size_choices=_listed(settings.naflex_patch_sizes),
+                patch_size_choice_probs=_listed(settings.naflex_patch_size_probs),
+                train_seq_lens=settings.naflex_train_seq_lens,
+                batch_size=settings.batch_size,
                 is_training=True,
                 mixup_fn=mixup_fn,
-                distributed=args.distributed,
-                rank=args.rank,
-                world_size=args.world_size,
-                seed=args.seed,
-                worker_seeding=args.worker_seeding,
-                **augmentation(args, data_config),
-                **_common(args, data_config, device, precision),
+                distributed=runtime.distributed,
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+                seed=settings.seed,
+                worker_seeding=settings.worker_seeding,
+                **augmentation(settings, data_config),
+                **_common(settings, runtime, data_config),
             )
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'the NaFlex loader cannot be built ({error}): check the --naflex- and augmentation flags') \
             from error
     batches: Any = built.loader.dataset
     batches.collate_fns = {length: ReportingCollate(each, images) for length, each in batches.collate_fns.items()}
-    stream = NaflexStream(built.loader, args.seed, args.rank, UnreadableLog(dataset, args.max_bad_samples))
+    log = UnreadableLog(dataset, settings.max_bad_samples)
+    stream = NaflexStream(built.loader, settings.seed, runtime.rank, log)
     built.loader = stream
     if built.random_erasing is not None:
-        built.random_erasing = KeyedPatchErasing(built.random_erasing, stream, args.seed, args.rank, device)
+        built.random_erasing = KeyedPatchErasing(
+            built.random_erasing, stream, settings.seed, runtime.rank, runtime.device)
     return built
 
 
-def build_naflex_eval_loader(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any],
-                             device: torch.device, precision: Precision, split: str, batch_size: int,
-                             num_samples: int | None, distributed: bool = False) -> Any:
+def build_naflex_eval_loader(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
+                             model: nn.Module, split: str, batch_size: int, num_samples: int | None) -> Any:
     """Loader of a validation split, with sequences of at most `--naflex-max-seq-len` patches of the model's size.
 
     Raises:
         ConfigError: see `check_naflex`.
         DatasetError: see `dataset.build_dataset`; also a streamed set.
     """
-    patch_size = check_naflex(args, model)
-    dataset = _open(args, data_config, split, False, num_samples)
+    patch_size = check_naflex(settings, model)
+    dataset = _open(settings, data_config, classes, split, False, num_samples)
     if isinstance(dataset, StrictImageDataset):
         dataset = CountingImageDataset(dataset)
     loader: Any = create_naflex_loader(
         dataset,
         patch_size=patch_size,
-        max_seq_len=args.naflex_max_seq_len,
+        max_seq_len=settings.naflex_max_seq_len,
         batch_size=batch_size,
         interpolation=data_config['interpolation'],
-        distributed=distributed,
-        **_common(args, data_config, device, precision),
+        distributed=runtime.distributed,
+        **_common(settings, runtime, data_config),
     )
     loader.loader.worker_init_fn = WorkerSignals(loader.loader.worker_init_fn)
     return loader
 
 
-def build_naflex_loaders(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any],
-                         device: torch.device, precision: Precision) -> tuple[Any, Any]:
-    """Loaders of train.py: training, and validation or None; see the functions for each."""
-    loader = build_naflex_train_loader(args, model, data_config, device, precision)
-    if not args.val_split:
-        return loader, None
-    return loader, build_naflex_eval_loader(
-        args, model, data_config, device, precision, args.val_split, args.validation_batch_size or args.batch_size,
-        args.val_num_samples, distributed=args.distributed)
-
-
-def naflex_loss_scale(args: argparse.Namespace, images: int, device: torch.device) -> float:
+def naflex_loss_scale(settings: DataSettings, runtime: Runtime, images: int) -> float:
     """Factor on the mean loss of a batch of `images`.
 
     It is (images / `--batch-size`), its root or 1, as
     `--naflex-loss-scale` says, times the share that the batch has of those of all processes, relative to an equal one.
     """
-    ratio = images / args.batch_size
-    scale = {'none': 1., 'sqrt': ratio ** 0.5, 'linear': ratio}[args.naflex_loss_scale]
-    if args.distributed:
-        total = torch.tensor(float(images), device=device)
+    ratio = images / settings.batch_size
+    scale = {'none': 1., 'sqrt': ratio ** 0.5, 'linear': ratio}[settings.naflex_loss_scale]
+    if runtime.distributed:
+        total = torch.tensor(float(images), device=runtime.device)
         torch.distributed.all_reduce(total)
-        scale *= args.world_size * images / float(total)
+        scale *= runtime.world_size * images / float(total)
     return scale

@@ -3,7 +3,6 @@
 Checkpoints stay what they are without: whole tensors, gathered one by one and written by the first process. Any number
 of processes, with or without `--fsdp`, loads them.
 """
-import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,29 +17,32 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cpool_vision.errors import ConfigError
 
+from ..settings.train import EmaSettings, TrainSettings
+
 # of these each entry of the state belongs to one entry of a parameter, so that they can be divided alike
 _OPTIMIZERS = ('adam', 'adamw', 'momentum', 'sgd')
 _STREAMED = ('hfids', 'tfds', 'wds')
 
 
-def check_fsdp(args: argparse.Namespace) -> None:
+def check_fsdp(settings: TrainSettings, distributed: bool) -> None:
     """Raises `ConfigError` for what `--fsdp` cannot do; to be called once the processes have met."""
-    if not args.fsdp:
+    if not settings.fsdp:
         return
-    if not args.distributed:
+    if not distributed:
         raise ConfigError('--fsdp divides the model among several processes: start them by torchrun, or drop it')
     clashes = {
-        '--torchcompile': args.torchcompile, '--torchscript': args.torchscript, '--naflex-loader': args.naflex_loader,
-        '--kd-model-name': args.kd_model_name, '--model-ema-force-cpu': args.model_ema_force_cpu,
-        '--sync-bn': args.sync_bn, '--amp-dtype float16': args.amp and args.amp_dtype == 'float16',
-        '--clip-mode agc': args.clip_grad is not None and args.clip_mode == 'agc',
-        f'--dataset {args.dataset}': args.dataset.partition('/')[0].lower() in _STREAMED,
+        '--torchcompile': settings.torchcompile, '--torchscript': settings.torchscript,
+        '--naflex-loader': settings.naflex_loader,
+        '--kd-model-name': settings.kd_model_name, '--model-ema-force-cpu': settings.model_ema_force_cpu,
+        '--sync-bn': settings.sync_bn, '--amp-dtype float16': settings.amp and settings.amp_dtype == 'float16',
+        '--clip-mode agc': settings.clip_grad is not None and settings.clip_mode == 'agc',
+        f'--dataset {settings.dataset}': settings.dataset.partition('/')[0].lower() in _STREAMED,
     }
     for flag, given in clashes.items():
         if given:
             raise ConfigError(f'--fsdp does not work with {flag}: drop one of them')
-    if args.opt.lower() not in _OPTIMIZERS:
-        raise ConfigError(f'--fsdp does not divide the state of --opt {args.opt}: choose {", ".join(_OPTIMIZERS)}')
+    if settings.opt.lower() not in _OPTIMIZERS:
+        raise ConfigError(f'--fsdp does not divide the state of --opt {settings.opt}: choose {", ".join(_OPTIMIZERS)}')
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -58,14 +60,14 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def shard_task(task: TrainingTask, args: argparse.Namespace, device: torch.device) -> None:
+def shard_task(task: TrainingTask, settings: EmaSettings, device: torch.device) -> None:
     """Divides the model, block by block, and its average, which is set up here; before the optimizer is built."""
-    if args.model_ema:
-        average: Any = task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    if settings.model_ema:
+        average: Any = task.setup_ema(decay=settings.model_ema_decay, use_warmup=settings.model_ema_warmup)
         average.foreach = False  # its lists would mix divided parameters and whole buffers
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     models: list[Any] = [task.get_trainable_module()]
-    if args.model_ema:
+    if settings.model_ema:
         models.append(average.module)
     for model in models:
         for block in _blocks(model):

@@ -1,9 +1,10 @@
 """Command line and YAML: `--config` sets the parser's defaults, the command line wins, unknown keys are errors."""
 import argparse
+import dataclasses
 import difflib
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.utils import ParseKwargs
@@ -11,8 +12,13 @@ from timm.utils import ParseKwargs
 from cpool_vision import reading
 from cpool_vision.errors import ConfigError
 
+from . import train_flags, validate_flags
+from .train import TrainSettings
+from .validate import ValidateSettings
+
 _logger = logging.getLogger(__name__)
 _UNSET = object()
+_S = TypeVar('_S', TrainSettings, ValidateSettings)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -156,3 +162,29 @@ def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequen
     if has_config:
         del args.config
     return args
+
+
+def _read(kind: type[_S], args: argparse.Namespace) -> _S:
+    values = vars(args)
+    named = {each.name: values[each.name] for each in dataclasses.fields(kind) if each.name in values}
+    named = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+    if named.get('data') and not named.get('data_dir'):
+        named['data_dir'] = named['data']
+    return kind(**named)
+
+
+def read_train(argv: Sequence[str] | None = None) -> TrainSettings:
+    """Settings of a command line of train.py; see `parse_args`.
+
+    Raises:
+        ConfigError: see `yaml_defaults`.
+    """
+    settings = _read(TrainSettings, parse_args(train_flags.build_parser, argv))
+    if settings.multi_label and settings.eval_metric == 'top1':  # timm's default, which stands for no choice
+        return dataclasses.replace(settings, eval_metric='map')
+    return settings
+
+
+def read_validate(argv: Sequence[str] | None = None) -> ValidateSettings:
+    """Settings of a command line of validate.py; see `parse_args`."""
+    return _read(ValidateSettings, parse_args(validate_flags.build_parser, argv))

@@ -81,9 +81,11 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, title: str, enabled: bool, interval: int) -> Iterator[Progress]:
-    """A `Progress` that is closed whatever happens."""
+def progress(total: int, title: str, enabled: bool, interval: int, done: int = 0) -> Iterator[Progress]:
+    """A `Progress` that is closed whatever happens; `done` batches count as passed."""
     shown = Progress(total, title, enabled, interval)
+    for _ in range(done):
+        shown.advance()
     try:
         yield shown
     finally:

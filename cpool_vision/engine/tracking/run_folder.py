@@ -1,5 +1,4 @@
 """The folder of one training run: its name, args.yaml and summary.csv."""
-import argparse
 import glob
 import itertools
 import os
@@ -16,19 +15,20 @@ from cpool_vision.reading import read_bytes, reason
 
 from ..checkpoints.checkpoint import to_plain
 from ..checkpoints.resume import EXTENSION
+from ..settings.train import TrainSettings
 from .table import EpochTable, keep_copy
 
 _WRITTEN = (f'*{EXTENSION}', 'unreadable.txt', 'args.yaml', 'augmentation.json', 'tracking.json', 'run.lock', '*.csv')
 _MARKS = ('args.yaml', 'summary.csv', f'last{EXTENSION}')
 
 
-def run_path(args: argparse.Namespace, image_size: int | None = None) -> str:
+def run_path(settings: TrainSettings, image_size: int | None = None) -> str:
     """Folder of the run: `--output` (output/train) / `--experiment` (time-model-size)."""
-    name = args.experiment
+    name = settings.experiment
     if not name:
-        parts = [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)]
+        parts = [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(settings.model), str(image_size)]
         name = '-'.join(parts)
-    return os.path.join(args.output or os.path.join('output', 'train'), name)
+    return os.path.join(settings.output or os.path.join('output', 'train'), name)
 
 
 def check_free(folder: str, resume: str, auto: bool = False) -> bool:
@@ -85,9 +85,9 @@ def _holds(path: str, content: bytes) -> bool:
         return False
 
 
-def settings_text(args: argparse.Namespace) -> str:
+def settings_text(settings: TrainSettings) -> str:
     """The settings as YAML that `--config` accepts."""
-    return yaml.safe_dump(to_plain(vars(args)), default_flow_style=False)
+    return yaml.safe_dump(to_plain(settings.as_dict()), default_flow_style=False)
 
 
 class RunFolder:

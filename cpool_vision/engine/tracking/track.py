@@ -1,5 +1,4 @@
 """What is recorded while a run trains: one interface for files in the run folder and for services."""
-import argparse
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +8,7 @@ from cpool_vision.errors import UserError
 from cpool_vision.inspect import SupportStatistics
 
 from ..distributed.signals import StopRequested
+from ..settings.train import TrackSettings
 from .table import EpochTable, UpdateTable
 from .track_services import (
     MlflowTracker,
@@ -107,17 +107,19 @@ class Trackers:
         self.close(failed=kind is not None and not issubclass(kind, StopRequested))
 
 
-def check_services(args: argparse.Namespace) -> None:
+def check_services(settings: TrackSettings) -> None:
     """Raises `ConfigError` if a service that the flags ask for is not installed."""
-    import_wandb(args)
-    import_mlflow(args)
+    import_wandb(settings)
+    import_mlflow(settings)
 
 
-def open_trackers(args: argparse.Namespace, folder: str, epoch: int, update: int, continuing: bool) -> Trackers:
+def open_trackers(settings: TrackSettings, config: Mapping[str, Any], folder: str, epoch: int, update: int,
+                  continuing: bool) -> Trackers:
     """The trackers of a run, on the first process.
 
     Args:
-        args: settings.
+        settings: what records the run.
+        config: all settings of the run, for the services.
         folder: the run folder.
         epoch: epoch in which the run begins or goes on.
         update: updates that it has made.
@@ -128,13 +130,13 @@ def open_trackers(args: argparse.Namespace, folder: str, epoch: int, update: int
         OutputError: a table cannot be written.
     """
     trackers: dict[str, Tracker] = {'CSV': CsvTracker(folder, epoch, update)}
-    if not args.no_tensorboard:
+    if not settings.no_tensorboard:
         board = TensorBoardTracker.open(folder, epoch, update)
         if board is not None:
             trackers['TensorBoard'] = board
     runs = ServiceRuns(folder, continuing)
-    if args.log_wandb:
-        trackers['Weights & Biases'] = WandbTracker(import_wandb(args), args, folder, runs)
-    if args.log_mlflow:
-        trackers['MLflow'] = MlflowTracker(import_mlflow(args), args, folder, runs)
+    if settings.log_wandb:
+        trackers['Weights & Biases'] = WandbTracker(import_wandb(settings), settings, config, folder, runs)
+    if settings.log_mlflow:
+        trackers['MLflow'] = MlflowTracker(import_mlflow(settings), config, folder, runs)
     return Trackers(trackers)

@@ -1,5 +1,4 @@
 """TensorBoard, Weights & Biases and MLflow behind the interface of `engine.tracking.track`."""
-import argparse
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from cpool_vision.files import write_text
 from cpool_vision.inspect import SupportStatistics
 
 from ..checkpoints.checkpoint import to_plain
+from ..settings.train import TrackSettings
 
 _logger = logging.getLogger(__name__)
 RECORD = 'tracking.json'
@@ -112,15 +112,15 @@ class TensorBoardTracker:
         self.epochs.close()
 
 
-def import_wandb(args: argparse.Namespace) -> Any:
+def import_wandb(settings: TrackSettings) -> Any:
     """The module of Weights & Biases for `--log-wandb`, None if not asked for.
 
     Raises:
         ConfigError: it is not installed, or a run to continue is named without `--resume`.
     """
-    if not args.log_wandb:
+    if not settings.log_wandb:
         return None
-    if args.wandb_resume_id and not args.resume:
+    if settings.wandb_resume_id and not settings.resume:
         raise ConfigError('--wandb-resume-id needs --resume: add it, or leave the id out')
     try:
         import wandb
@@ -132,17 +132,18 @@ def import_wandb(args: argparse.Namespace) -> Any:
 class WandbTracker:
     """A run of Weights & Biases; its step is the number of updates, and steps that it has already are left out."""
 
-    def __init__(self, wandb: Any, args: argparse.Namespace, folder: str, runs: ServiceRuns) -> None:
+    def __init__(self, wandb: Any, settings: TrackSettings, config: Mapping[str, Any], folder: str,
+                 runs: ServiceRuns) -> None:
         self.wandb = wandb
         former = runs.get('wandb')
         try:
             run = wandb.init(
-                project=args.wandb_project,
+                project=settings.wandb_project,
                 name=os.path.basename(folder),
-                config=to_plain(vars(args)),
-                tags=args.wandb_tags,
-                resume='must' if args.wandb_resume_id else 'allow' if former else None,
-                id=args.wandb_resume_id or former or None,
+                config=to_plain(config),
+                tags=list(settings.wandb_tags),
+                resume='must' if settings.wandb_resume_id else 'allow' if former else None,
+                id=settings.wandb_resume_id or former or None,
             )
         except Exception as error:
             raise ConfigError(f'--log-wandb: no run can be started ({" ".join(str(error).split())[:300]}): log in by '
@@ -164,13 +165,13 @@ class WandbTracker:
         self.wandb.finish(exit_code=int(failed))
 
 
-def import_mlflow(args: argparse.Namespace) -> Any:
+def import_mlflow(settings: TrackSettings) -> Any:
     """The module of MLflow for `--log-mlflow`, None if not asked for.
 
     Raises:
         ConfigError: it is not installed.
     """
-    if not args.log_mlflow:
+    if not settings.log_mlflow:
         return None
     try:
         import mlflow
@@ -182,7 +183,7 @@ def import_mlflow(args: argparse.Namespace) -> Any:
 class MlflowTracker:
     """A run of MLflow, at MLFLOW_TRACKING_URI in MLFLOW_EXPERIMENT_NAME; steps that it has already are left out."""
 
-    def __init__(self, mlflow: Any, args: argparse.Namespace, folder: str, runs: ServiceRuns) -> None:
+    def __init__(self, mlflow: Any, config: Mapping[str, Any], folder: str, runs: ServiceRuns) -> None:
         self.mlflow = mlflow
         self.last = {'update/loss': -1, 'train_loss': -1}
         former = runs.get('mlflow')
@@ -195,7 +196,7 @@ class MlflowTracker:
                     self.last[key] = max(steps, default=-1)
             else:
                 run = mlflow.start_run(run_name=os.path.basename(folder))
-                mlflow.log_params({key: str(value)[:500] for key, value in to_plain(vars(args)).items()})
+                mlflow.log_params({key: str(value)[:500] for key, value in to_plain(config).items()})
                 runs.keep('mlflow', run.info.run_id)
         except Exception as error:
             raise ConfigError(f'--log-mlflow: no run can be started ({" ".join(str(error).split())[:300]}): check '

@@ -8,13 +8,13 @@ import torch.distributed
 
 from cpool_vision.errors import CheckpointError, OutputError
 
-from ..checkpoints.position import Position, describe_position
+from ..checkpoints.position import BatchFacts, Position
 from ..checkpoints.resume import list_candidates
 from ..checkpoints.saver import CheckpointSaver, TrainState
 from ..data import fingerprint
 from ..distributed.signals import StopRequested
 from ..distributed.vote import Verdict, agree_on_failure
-from .loop import Run
+from .run import Run
 
 _logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def _statistics(run: Run) -> Iterator[torch.Tensor]:
     """Running statistics of batch norm, of which each process has its own until they are averaged."""
     task: Any = run.task
     for module in (task.get_trainable_module(), task.get_trainable_module(ema=True)):
-        if run.args.distributed and module is not None:
+        if run.runtime.distributed and module is not None:
             for name, buffer in module.named_buffers():
                 if name.endswith(('running_mean', 'running_var')):
                     yield buffer
@@ -36,9 +36,9 @@ def gather_process_state(run: Run) -> torch.Tensor:
         `(processes, n)`, float64 (float32 on mps), on the CPU.
     """
     mine = torch.cat([run.meter.sums, *[buffer.flatten().to(run.meter.sums) for buffer in _statistics(run)]])
-    if not run.args.distributed:
+    if not run.runtime.distributed:
         return mine[None].cpu()
-    rows = [torch.empty_like(mine) for _ in range(run.args.world_size)]
+    rows = [torch.empty_like(mine) for _ in range(run.runtime.world_size)]
     torch.distributed.all_gather(rows, mine)
     return torch.stack(rows).cpu()
 
@@ -51,15 +51,21 @@ def load_process_state(run: Run, rows: torch.Tensor, path: str) -> None:
     """
     if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or rows.shape[1] < 4:
         raise CheckpointError(f'{path!r} holds no usable state of the processes: use another checkpoint')
-    if rows.shape[0] != run.args.world_size:
+    if rows.shape[0] != run.runtime.world_size:
         return
-    mine = rows[run.args.rank].to(run.meter.sums)
+    mine = rows[run.runtime.rank].to(run.meter.sums)
     run.meter.sums.copy_(mine[:4])
     buffers = list(_statistics(run))
     if sum(buffer.numel() for buffer in buffers) != len(mine) - 4:  # the average is new, say
         return
     for buffer, part in zip(buffers, mine[4:].split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def batch_facts(run: Run) -> BatchFacts:
+    """What the batches of the run depend on."""
+    streamed = getattr(run.loader, 'batch_sampler', None) is None
+    return BatchFacts(run.settings, run.runtime.world_size, len(run.loader), streamed)
 
 
 class Checkpointer:
@@ -77,9 +83,8 @@ class Checkpointer:
 
     def _save(self, position: Position, write: Callable[[CheckpointSaver], Any]) -> None:
         run = self.run
-        streamed = getattr(run.loader, 'batch_sampler', None) is None
         self.state.extra = extra = {
-            'position': describe_position(position, run.args, len(run.loader), streamed),
+            'position': batch_facts(run).describe(position),
             'processes': gather_process_state(run),
         }
         if run.data is not None:
@@ -92,7 +97,7 @@ class Checkpointer:
             except OutputError as caught:
                 error = caught
         # nobody leaves before the file stands: torchrun ends all processes when the first one exits
-        failed = agree_on_failure(error is not None, run.device, run.args.distributed)
+        failed = agree_on_failure(error is not None, run.runtime.device, run.runtime.distributed)
         if error is not None:
             raise error
         if failed:
@@ -139,6 +144,6 @@ class Checkpointer:
 
     def _stop(self, signal: int, position: Position) -> None:
         # without a name of its own the run would get another folder
-        where = 'auto' if self.run.args.experiment or self.saver is None else list_candidates(self.saver.folder)[0]
+        where = 'auto' if self.run.settings.experiment or self.saver is None else list_candidates(self.saver.folder)[0]
         raise StopRequested(signal, f'stopped by a signal and saved before batch {position.batch} of epoch '
                                     f'{position.epoch}: continue with the same flags and --resume {where}')

@@ -13,7 +13,7 @@ from timm.task import evaluation_sample_limit
 from cpool_vision.errors import ConfigError, DatasetError
 
 from ..data.multi_label import unreadable_rows
-from ..device import Precision
+from ..device import Precision, Runtime
 from ..tracking.progress import progress
 from .metrics import Tally
 
@@ -110,13 +110,10 @@ def gather_numbers(numbers: list[int], distributed: bool) -> list[int]:
 def evaluate(
         model: nn.Module,
         loader: Any,
-        device: torch.device,
-        precision: Precision,
+        runtime: Runtime,
         *,
         prefetched: bool = True,
         channels_last: bool = False,
-        distributed: bool = False,
-        primary: bool = True,
         log_interval: int = 50,
         title: str = 'Validate',
         valid_labels: list[int] | None = None,
@@ -130,12 +127,9 @@ def evaluate(
     Args:
         model: maps images (B, C, H, W) to logits (B, classes); left in eval mode.
         loader: yields images and targets, class indices or what `tally` takes.
-        device: where to compute.
-        precision: autocast and dtype.
+        runtime: where to compute; the counts of all its processes are added.
         prefetched: the loader puts normalised images on the device itself.
         channels_last: layout of the images.
-        distributed: add the counts of all processes.
-        primary: whether this process reports.
         log_interval: batches between log lines.
         title: text of log lines.
         valid_labels: outputs that compete; targets are positions in this list.
@@ -151,6 +145,7 @@ def evaluate(
         DatasetError: images without a label, or with one that is no class.
     """
     model.eval()
+    device, precision, distributed, primary = runtime.device, runtime.precision, runtime.distributed, runtime.primary
     tally = tally or Tally(device)
     rows = Rows(loader, distributed)
     numbers: list[int] = []

@@ -1,5 +1,4 @@
 """Rows of results: what was measured, as plain values under the names of timm and ours."""
-import argparse
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ import torch
 
 from cpool_vision.version import __version__
 
-from ..device import Precision
+from ..device import Runtime
+from ..settings.validate import ValidateSettings
 from .labels import describe_classes
 from .metrics import ClassFigures
 from .multi_label import LabelFigures, LabelTally
@@ -77,22 +77,23 @@ def label_details(measured: LabelMeasurement) -> dict[str, Any]:
         for index, name in enumerate(describe_classes(measured.names))]}
 
 
-def environment(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Any]:
+def environment(batch_size: int, runtime: Runtime) -> dict[str, Any]:
     """What the last digits of the figures may depend on."""
+    device, precision = runtime.device, runtime.precision
     dtype = precision.amp_dtype or precision.model_dtype or torch.float32
     return {
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         'dtype': str(dtype).removeprefix('torch.') + (' by autocast' if precision.amp_dtype else ''),
-        'batch_size': args.batch_size,
+        'batch_size': batch_size,
         'versions': {'cpool_vision': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
     }
 
 
-def head_of_row(args: argparse.Namespace, parameters: int, data_config: dict[str, Any], crop_pct: float,
+def head_of_row(model: str, parameters: int, data_config: dict[str, Any], crop_pct: float,
                 ) -> dict[str, Any]:
     """What a row says of the model and its input."""
     return {
-        'model': args.model,
+        'model': model,
         'param_count': round(parameters / 1e6, 2),
         'img_size': data_config['input_size'][-1],
         'crop_pct': crop_pct,
@@ -100,20 +101,20 @@ def head_of_row(args: argparse.Namespace, parameters: int, data_config: dict[str
     }
 
 
-def row_of(args: argparse.Namespace, about: dict[str, Any], measured: Measurement) -> dict[str, Any]:
+def row_of(settings: ValidateSettings, world_size: int, about: dict[str, Any], measured: Measurement) -> dict[str, Any]:
     """Single figures of a split, in the order of timm's columns first; see `run.validate`."""
     metrics = measured.metrics
     best = measured.several or metrics
-    averaged = measured.figures.averaged(args.metrics_avg) if args.metrics_avg else {}
+    averaged = measured.figures.averaged(settings.metrics_avg) if settings.metrics_avg else {}
     row: dict[str, Any] = {
         'model': about['model'],
         'top1': round(best['top1'], 4), 'top1_err': round(100 - best['top1'], 4),
         'top5': round(best['top5'], 4), 'top5_err': round(100 - best['top5'], 4),
-        **{f'{args.metrics_avg}_{name}': round(value, 4) for name, value in averaged.items()},
+        **{f'{settings.metrics_avg}_{name}': round(value, 4) for name, value in averaged.items()},
         **about,
         'loss': round(metrics['loss'], 4),
         'images': metrics['images'],
-        'images_per_sec': round(measured.images_per_sec * args.world_size, 2),
+        'images_per_sec': round(measured.images_per_sec * world_size, 2),
         **{f'{name}_{side}': best[f'{name}_{side}'] for name in ('top1', 'top5') for side in ('low', 'high')},
     }
     if measured.several:
@@ -123,16 +124,17 @@ def row_of(args: argparse.Namespace, about: dict[str, Any], measured: Measuremen
     return row | {name: metrics[name] for name in ('macro_accuracy', 'ece', 'mce', 'brier', 'nonfinite', 'unreadable')}
 
 
-def label_row_of(args: argparse.Namespace, about: dict[str, Any], measured: LabelMeasurement) -> dict[str, Any]:
+def label_row_of(settings: ValidateSettings, world_size: int, about: dict[str, Any], measured: LabelMeasurement,
+                 ) -> dict[str, Any]:
     """Single figures of a split whose images have several labels, in the order of timm's columns where it has them."""
     metrics = measured.metrics
     rates = {name: round(metrics[name], 4) for name in LabelTally.columns if name != 'loss'}
     return {
         'model': about['model'], **rates, **about,
-        'threshold': args.threshold,
+        'threshold': settings.threshold,
         'loss': round(metrics['loss'], 4),
         'images': metrics['images'],
-        'images_per_sec': round(measured.images_per_sec * args.world_size, 2),
+        'images_per_sec': round(measured.images_per_sec * world_size, 2),
         'bce': metrics['loss'],
         **{name: metrics[name] for name in ('empty', 'nonfinite', 'unreadable')},
     }

@@ -46,7 +46,7 @@ def test_training_never_executes_a_checkpoint(
 
 @pytest.mark.parametrize('name', ['evil.pth.tar', 'evil.pth', 'evil.safetensors', 'evil.npz'])
 def test_validation_never_executes_a_checkpoint(
-        name: str, validate_args: Callable[..., argparse.Namespace], image_root: str,
+        name: str, validate_args: Callable[..., Any], image_root: str,
         evil_checkpoint: tuple[str, str]) -> None:
     path, executed = evil_checkpoint
     other = os.path.join(os.path.dirname(path), name)

@@ -13,6 +13,7 @@ from resume_tools import break_off
 
 from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.data.fingerprint import compare_classes, fingerprint
+from cpool_vision.engine.data.multi_label import Classes
 from cpool_vision.engine.validate.run import validate
 from cpool_vision.errors import ConfigError, DatasetError
 
@@ -64,15 +65,15 @@ def test_other_data_are_refused_inside_an_epoch_and_told_between_epochs(
 
 def test_the_same_data_elsewhere_are_the_same(copied: pathlib.Path, image_root: str, train_args: Callable[..., Any],
                                               ) -> None:
-    args = train_args('--num-classes', '3')
     prints = []
     for root in (image_root, str(copied)):
-        args.data_dir = root
-        prints.append(fingerprint(data.build_dataset(args, 'train', True, 'RGB', None)))
+        prints.append(fingerprint(data.build_dataset(
+            train_args('--data-dir', root), Classes(3), 'train', True, 'RGB', None)))
     assert prints[0] == prints[1] and prints[0]['images'] == 24
     assert prints[0]['classes'] == {'cat': 0, 'dog': 1, 'owl': 2}
     os.rename(copied / 'train' / 'cat' / '7.png', copied / 'train' / 'owl' / '8.png')
-    other = fingerprint(data.build_dataset(args, 'train', True, 'RGB', None))
+    other = fingerprint(data.build_dataset(
+        train_args('--data-dir', str(copied)), Classes(3), 'train', True, 'RGB', None))
     assert other['classes'] == prints[0]['classes'] and other['sha256'] != prints[0]['sha256']
 
 
@@ -154,4 +155,5 @@ def test_some_synsets_are_measured_under_their_own_numbers(
 
 def test_the_class_map_of_imagenet_needs_no_file(tmp_path: pathlib.Path, train_args: Callable[..., Any]) -> None:
     args = train_args('--data-dir', synset_folder(tmp_path), '--num-classes', '1000', '--class-map', 'imagenet-1k')
-    assert [target for _, target in data.build_dataset(args, 'validation', False, 'RGB', None)] == [0, 281, 954]
+    assert [target for _, target in data.build_dataset(
+        args, Classes(1000), 'validation', False, 'RGB', None)] == [0, 281, 954]

@@ -12,6 +12,7 @@ from PIL import EpsImagePlugin, Image
 from cpool_vision.cli import inspect as inspect_command
 from cpool_vision.cli import validate as validate_command
 from cpool_vision.engine.data import loaders as data
+from cpool_vision.engine.data.multi_label import Classes
 from cpool_vision.engine.data.unreadable import Unreadable, UnreadableLog
 
 POSTSCRIPT = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n'
@@ -45,7 +46,7 @@ def test_postscript_is_an_unreadable_image(
     assert ghostscript
     ghostscript.clear()
     args = train_args('--data-dir', str(copied), '--dataset', dataset, '--num-classes', '3')
-    found = data.build_dataset(args, 'train', True, 'RGB', None)
+    found = data.build_dataset(args, Classes(3), 'train', True, 'RGB', None)
     bad = [index for index in range(len(found)) if 'jpg' in (found.filename(index) if not dataset else
                                                              found.samples[index][0])]
     assert len(bad) == 1

@@ -1,6 +1,6 @@
 """Sets with several labels per image: label files, losses, and runs from training to results."""
-import argparse
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -28,19 +28,19 @@ from timm.loss import (
 from benchmarks.kill_test import Run, compare_runs, run_killed
 from cpool_vision.engine.data import dataset
 from cpool_vision.engine.data.label_file import LabelFileReader, read_label_file
-from cpool_vision.engine.data.multi_label import MultiHot
+from cpool_vision.engine.data.multi_label import Classes, MultiHot
 from cpool_vision.engine.data.unreadable import UNREADABLE
-from cpool_vision.engine.settings import train_flags, validate_flags
-from cpool_vision.engine.settings.config import parse_args
-from cpool_vision.engine.train import loss, objective
-from cpool_vision.engine.train.run import train
+from cpool_vision.engine.settings.config import read_train, read_validate
+from cpool_vision.engine.settings.shared import DataSettings
+from cpool_vision.engine.train import loss
+from cpool_vision.engine.train.fit import train
 from cpool_vision.engine.validate.bulk import run_validation
 from cpool_vision.engine.validate.run import validate
 from cpool_vision.errors import ConfigError, DatasetError, DatasetNotFoundError, UserError
 
 NAMES = ('blue', 'green', 'red')
 LABELS = [['red'], [], ['blue', 'red'], ['blue', 'green', 'red'], ['green'], ['blue']]
-Args = Callable[..., argparse.Namespace]
+Args = Callable[..., Any]
 
 
 def write_csv(path: Path, header: list[str], lines: list[list[Any]]) -> None:
@@ -89,7 +89,7 @@ def flags(label_root: str, base_flags: list[str]) -> list[str]:
 
 @pytest.fixture
 def run(flags: list[str]) -> Callable[..., dict[str, Any]]:
-    return lambda *more: train(parse_args(train_flags.build_parser, [*flags, *more]))
+    return lambda *more: train(read_train([*flags, *more]))
 
 
 def numbers(labels: list[list[str]]) -> list[list[int]]:
@@ -189,9 +189,10 @@ def test_a_binary_file_is_an_error(tmp_path: Path) -> None:
         read_label_file(str(tmp_path / 'a.csv'))
 
 
-def built(train_args: Args, root: Any, *flags: str, split: str = 'train') -> tuple[argparse.Namespace, Any]:
+def built(train_args: Args, root: Any, *flags: str, split: str = 'train') -> tuple[Classes, Any]:
     args = train_args('--data-dir', str(root), '--task', 'multi_label', '--num-classes', '3', *flags)
-    return args, dataset.build_dataset(args, split, True, 'RGB', None)
+    classes = Classes(args.num_classes)
+    return classes, dataset.build_dataset(args, classes, split, True, 'RGB', None)
 
 
 def test_where_label_files_are_looked_for(train_args: Args, label_root: str, pictures: Path, tmp_path: Path) -> None:
@@ -217,8 +218,8 @@ def test_where_label_files_are_looked_for(train_args: Args, label_root: str, pic
 
 
 def test_targets_are_multi_hot(train_args: Args, label_root: str) -> None:
-    args, found = built(train_args, label_root)
-    assert args.class_names == list(NAMES)
+    classes, found = built(train_args, label_root)
+    assert classes.names == list(NAMES)
     targets = torch.stack([found[index][1] for index in range(6)])
     assert targets.dtype == torch.float32 and targets.tolist() == [hot(each) for each in LABELS]
     assert found.target_transform(UNREADABLE).tolist() == [UNREADABLE] * 3
@@ -268,12 +269,11 @@ def test_labels_that_are_no_classes_are_errors(dense: bool, labels: Any) -> None
 
 
 def test_splits_must_agree_on_the_classes(train_args: Args, label_root: str, pictures: Path) -> None:
-    args, _ = built(train_args, label_root)
+    classes, _ = built(train_args, label_root)
     write_csv(pictures / 'labels.csv', ['file_name', 'red', 'green', 'blue'], [['0.png', 1, 0, 0]])
-    args.data_dir = str(pictures)
+    other = DataSettings(data_dir=str(pictures), task='multi_label', class_map={'red': 0, 'green': 1, 'blue': 2})
     with pytest.raises(DatasetError, match="unknown label|class 0 is 'red', and was 'blue'"):
-        args.class_map = {'red': 0, 'green': 1, 'blue': 2}
-        dataset.build_dataset(args, '', False, 'RGB', None)
+        dataset.build_dataset(other, classes, '', False, 'RGB', None)
 
 
 @pytest.mark.parametrize('options, words', [
@@ -305,8 +305,8 @@ TARGET = torch.tensor([[1., 0., 1.], [0., 0., 0.], [1., 1., 0.]])
 
 
 def built_loss(train_args: Args, root: str, *flags: str) -> torch.nn.Module:
-    return objective.build_loss(train_args(
-        '--data-dir', root, '--task', 'multi_label', '--num-classes', '3', *flags))
+    return loss.build_loss(train_args(
+        '--data-dir', root, '--task', 'multi_label', '--num-classes', '3', *flags), Classes(3))
 
 
 @pytest.mark.parametrize('flags, kind', [
@@ -339,17 +339,16 @@ def test_values_of_losses(train_args: Args, label_root: str) -> None:
 
 def test_weights_that_cannot_be_computed(train_args: Args, pictures: Path) -> None:
     labels_csv(pictures, [[*each, 'red'] for each in LABELS])
-    args = train_args('--data-dir', str(pictures), '--train-split', '', '--task', 'multi_label', '--num-classes', '3',
-                      '--class-weights', 'neg_pos')
+    settings = train_args('--data-dir', str(pictures), '--train-split', '', '--task', 'multi_label', '--num-classes',
+                          '3', '--class-weights', 'neg_pos')
     with pytest.raises(ConfigError, match='every image of split .* has class 2'):
-        loss.resolve_positive_weight(args)
+        loss.resolve_positive_weight(settings, Classes(3))
     labels_csv(pictures, [['blue'], ['green', 'grey'], [], [], [], []])
-    args.num_classes, args.class_names, args.class_map = 4, None, {'blue': 0, 'green': 1, 'grey': 2, 'red': 3}
+    mapped = dataclasses.replace(settings, class_map={'blue': 0, 'green': 1, 'grey': 2, 'red': 3})
     with pytest.raises(ConfigError, match='class 3 has no image'):
-        loss.resolve_positive_weight(args)
-    args.task = 'classification'
+        loss.resolve_positive_weight(mapped, Classes(4))
     with pytest.raises(ConfigError, match='add --task multi_label'):
-        loss.resolve_positive_weight(args)
+        loss.resolve_positive_weight(dataclasses.replace(mapped, task='classification'), Classes(4))
 
 
 def test_a_run_learns_and_validation_tells_the_same(
@@ -365,7 +364,7 @@ def test_a_run_learns_and_validation_tells_the_same(
     out = {name: str(tmp_path / name) for name in ('rows.json', 'scores.npz', 'plots')}
     flags = ['--data-dir', label_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-b', '4',
              '-j', '0', '--device', 'cpu', '--mean', '0.5', '0.5', '0.5', '--std', '0.25', '0.25', '0.25']
-    row = validate(parse_args(validate_flags.build_parser, [
+    row = validate(read_validate([
         *flags, '--task', 'multi_label', '--checkpoint', path, '--predictions', out['scores.npz'],
         '--predictions-topk', '0', '--plots', out['plots']]))
     for name in ('map', 'micro_map', 'micro_f1', 'macro_recall', 'sample_f1', 'exact_match'):
@@ -378,7 +377,7 @@ def test_a_run_learns_and_validation_tells_the_same(
     assert row['exact_match'] == pytest.approx(100 * hits.mean(), abs=1e-4)
     assert sorted(each.name for each in Path(out['plots']).iterdir()) == ['per_class.png', 'precision_recall.png']
 
-    stricter = validate(parse_args(validate_flags.build_parser, [
+    stricter = validate(read_validate([
         *flags, '--task', 'multi_label', '--checkpoint', path, '--threshold', '0.999']))
     assert stricter['micro_recall'] < row['micro_recall'] and stricter['map'] == row['map']
 
@@ -387,7 +386,7 @@ def test_results_in_every_form(run: Callable[..., Any], label_root: str, tmp_pat
     folder = run('--epochs', '1', '--experiment', 'x')['folder']
     for kind in ('csv', 'json', 'md'):
         file = tmp_path / f'rows.{kind}'
-        args = parse_args(validate_flags.build_parser, [
+        args = read_validate([
             '--data-dir', label_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-j', '0',
             '--device', 'cpu', '--task', 'multi_label', '--checkpoint', folder, '--results-file', str(file),
             '--results-format', kind])
@@ -402,7 +401,7 @@ def test_another_task_than_that_of_the_checkpoint(run: Callable[..., Any], run_t
     folder = run_train('--epochs', '1', '--experiment', 'single')['folder']
     with pytest.raises(ConfigError, match='trained with --task classification, this is --task multi_label'):
         run('--epochs', '2', '--experiment', 'single', '--resume', 'auto')
-    validate(parse_args(validate_flags.build_parser, [
+    validate(read_validate([
         '--data-dir', label_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-j', '0',
         '--device', 'cpu', '--task', 'multi_label', '--checkpoint', f'{folder}/last.pth.tar']))
     assert 'was trained with --task classification' in caplog.text

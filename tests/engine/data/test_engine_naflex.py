@@ -1,5 +1,4 @@
 """Patch sequences of timm's NaFlex loader: effects of the flags, positions, training and validation."""
-import argparse
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from timm.models import create_model
 
 from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.data import naflex
-from cpool_vision.engine.device import Precision
+from cpool_vision.engine.data.multi_label import Classes
+from cpool_vision.engine.device import Precision, Runtime
 from cpool_vision.engine.tracking.support_log import keep_first_input, measure_supports
 from cpool_vision.errors import ConfigError, DatasetError
 
@@ -31,11 +31,13 @@ def tiny() -> Any:
 
 
 @pytest.fixture
-def build(image_root: str, train_args: Callable[..., argparse.Namespace]) -> Callable[..., Any]:
+def build(image_root: str, train_args: Callable[..., Any]) -> Callable[..., Any]:
     def make(*flags: str, rank: int = 0, world_size: int = 1) -> Any:
         args = train_args('--data-dir', image_root, *FLAGS, *flags)
-        args.rank, args.world_size, args.distributed = rank, world_size, world_size > 1
-        return naflex.build_naflex_loaders(args, tiny(), INPUT, CPU, PLAIN)
+        common = (args, Runtime(CPU, PLAIN, rank, world_size), INPUT, Classes(3), tiny())
+        loader = naflex.build_naflex_train_loader(*common)
+        return loader, naflex.build_naflex_eval_loader(
+            *common, args.val_split, args.validation_batch_size or args.batch_size, None) if args.val_split else None
     return make
 
 
@@ -131,7 +133,7 @@ def test_flags_that_do_not_fit(build: Callable[..., Any], flags: list[str], word
 
 
 @pytest.mark.parametrize('name', ['test_vit', 'vit_micro_cpool_patch4_32'])
-def test_models_of_whole_images_are_refused(train_args: Callable[..., argparse.Namespace], name: str) -> None:
+def test_models_of_whole_images_are_refused(train_args: Callable[..., Any], name: str) -> None:
     with torch.device('meta'):
         model = create_model(name)
     with pytest.raises(ConfigError, match='takes whole images.*naflexvit'):
@@ -139,10 +141,9 @@ def test_models_of_whole_images_are_refused(train_args: Callable[..., argparse.N
 
 
 @pytest.mark.parametrize('scale, expected', [('none', 1.), ('sqrt', 1.5), ('linear', 2.25)])
-def test_loss_scale(train_args: Callable[..., argparse.Namespace], scale: str, expected: float) -> None:
+def test_loss_scale(train_args: Callable[..., Any], scale: str, expected: float) -> None:
     args = train_args(*FLAGS, '--naflex-loss-scale', scale)
-    args.distributed = False
-    assert naflex.naflex_loss_scale(args, 9, CPU) == pytest.approx(expected)
+    assert naflex.naflex_loss_scale(args, Runtime(CPU, PLAIN), 9) == pytest.approx(expected)
     assert train_args().naflex_loss_scale == 'linear'
 
 
@@ -193,7 +194,7 @@ RUN = ['--model-kwargs', 'embed_dim=16', 'depth=2', 'num_heads=2', 'patch_size=8
 
 @pytest.mark.parametrize('name', ['naflexvit_base_patch16_gap', 'naflexvit_small_cpool_patch16_gap'])
 def test_a_run_trains_resumes_and_validates(name: str, run_train: Callable[..., Any], load: Callable[..., Any],
-                                            image_root: str, validate_args: Callable[..., argparse.Namespace]) -> None:
+                                            image_root: str, validate_args: Callable[..., Any]) -> None:
     from cpool_vision.engine.validate.run import validate
 
     flags = ['--model', name, *RUN, '--model-ema', '--mixup', '0.2', '--reprob', '0.5']

@@ -12,10 +12,12 @@ from process_tools import in_processes
 from torch.distributed.rendezvous import rendezvous
 
 from cpool_vision.engine.checkpoints.position import Position
-from cpool_vision.engine.checkpoints.resume import check_agreement
+from cpool_vision.engine.checkpoints.resume import Team, check_agreement
 from cpool_vision.engine.checkpoints.seal import save_sealed
+from cpool_vision.engine.device import Precision, Runtime
 from cpool_vision.engine.distributed.rendezvous import rendezvous_url
 from cpool_vision.engine.distributed.vote import Verdict, Vote, agree_on_failure
+from cpool_vision.engine.settings.train import TrainSettings
 from cpool_vision.engine.tracking.meter import LossMeter
 from cpool_vision.engine.train.checkpointer import Checkpointer, gather_process_state, load_process_state
 from cpool_vision.errors import CheckpointError, OutputError
@@ -36,24 +38,24 @@ def decide(folder: str, rank: int) -> None:
 
     assert agree_on_failure(bool(rank), cpu, True) and not agree_on_failure(False, cpu, True)
 
+    team = Team(2, cpu)
     save_sealed(f'{folder}/{rank}', {'rank': rank}, rank)
     dist.barrier()
-    check_agreement('', cpu, True)
-    check_agreement(f'{folder}/1', cpu, True)
+    check_agreement('', team)
+    check_agreement(f'{folder}/1', team)
     for path in (f'{folder}/{rank}', f'{folder}/1' if rank else ''):
         with pytest.raises(CheckpointError, match='--output must be a folder that all of them share'):
-            check_agreement(path, cpu, True)
+            check_agreement(path, team)
 
     norm, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     norm.running_mean.fill_(rank)
     average.running_var.fill_(rank + 2)
     meter = LossMeter(cpu)
     meter.sums.fill_(rank + 5)
-    args = types.SimpleNamespace(distributed=True, world_size=2, rank=rank, grad_accum_steps=1, seed=0, batch_size=1,
-                                 workers=0)
     task = types.SimpleNamespace(get_trainable_module=lambda ema=False: average if ema else norm)
     run: Any = types.SimpleNamespace(
-        args=args, task=task, meter=meter, device=cpu, loader=[1, 2], position=Position(1, 1))
+        settings=TrainSettings(), runtime=Runtime(cpu, Precision(None, None, 'cpu'), rank, 2), task=task, meter=meter,
+        loader=[1, 2], position=Position(1, 1), data=None)
     rows = gather_process_state(run)
     assert rows.tolist() == [[5, 5, 5, 5, 0, 0, 1, 1, 0, 0, 2, 2], [6, 6, 6, 6, 1, 1, 1, 1, 0, 0, 3, 3]]
     for value in (norm.running_mean, average.running_var, meter.sums):

@@ -1,17 +1,15 @@
 """Models divided among processes: the same training, and checkpoints of whole tensors."""
-import argparse
 import os
 import pathlib
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from divided_tools import prepare
 from loop_tools import make_batches
@@ -32,14 +30,6 @@ FLAGS = [
     '--model-ema-decay', '0.9', '--device', 'cpu', '--recovery-interval', '1', '--no-tensorboard']
 
 
-@pytest.fixture
-def process_group(tmp_path: pathlib.Path) -> Iterator[None]:
-    """A group of this process alone."""
-    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def content_of(state: TrainState) -> dict[str, Any]:
     state.gather(keep=True)
     return state.to_checkpoint(0)
@@ -52,7 +42,7 @@ def test_divided_training_equals_whole_training(process_group: None) -> None:
         divided = any(isinstance(each, sharding.DTensor) for each in run.task.get_trainable_module().parameters())
         assert divided is fsdp
         for epoch in range(2):
-            train_one_epoch(run, epoch, 2)
+            train_one_epoch(run, epoch)
         contents.append(content_of(state))
     assert unequal(*contents) == [] and len(contents[0]['state_dict_ema']) > 10
     assert not any(isinstance(value, sharding.DTensor) for value in contents[1]['state_dict'].values())
@@ -67,7 +57,7 @@ def test_a_run_may_begin_with_a_validation(process_group: None) -> None:
             for ema in (False, True):
                 with torch.inference_mode():
                     run.task.get_eval_model(ema=ema).eval()(make_batches(1)[0][0])
-        train_one_epoch(run, 0, 1)
+        train_one_epoch(run, 0)
         contents.append(content_of(state))
     assert unequal(*contents) == []
 
@@ -76,9 +66,9 @@ def test_a_run_may_begin_with_a_validation(process_group: None) -> None:
 def test_a_checkpoint_goes_on_with_and_without(process_group: None, tmp_path: pathlib.Path, before: bool, after: bool,
                                                ) -> None:
     run, state = prepare(before)
-    train_one_epoch(run, 0, 2)
+    train_one_epoch(run, 0)
     torch.save(content_of(state), tmp_path / 'a.pth.tar')
-    train_one_epoch(run, 1, 2)
+    train_one_epoch(run, 1)
     whole = content_of(state)
 
     content = torch.load(tmp_path / 'a.pth.tar', weights_only=True)
@@ -86,13 +76,13 @@ def test_a_checkpoint_goes_on_with_and_without(process_group: None, tmp_path: pa
     nn.init.zeros_(again.task.get_trainable_module()[3].weight)  # what must come from the file
     assert other.load_checkpoint(content, 'a') == 1
     other.load_ema(content, 'a')
-    train_one_epoch(again, 1, 2)
+    train_one_epoch(again, 1)
     assert unequal(whole, content_of(other)) == []
     content['optimizer']['state'][0]['exp_avg'] += 1
     wrong, third = prepare(after)
     third.load_checkpoint(content, 'a')
     third.load_ema(content, 'a')
-    train_one_epoch(wrong, 1, 2)
+    train_one_epoch(wrong, 1)
     assert unequal(whole, content_of(third)) != []  # control: the state of the optimizer matters
 
 
@@ -101,7 +91,7 @@ ENTRIES = ('optimizer', 'state_dict', 'state_dict_ema')
 
 def save(path: pathlib.Path, rank: int) -> None:
     run, state = prepare(True, world_size=2, rank=rank)
-    train_one_epoch(run, 0, 2)
+    train_one_epoch(run, 0)
     state.gather(keep=rank == 0)
     if rank == 0:
         torch.save(state.to_checkpoint(0), path)
@@ -139,10 +129,10 @@ def test_gradients_are_exchanged_once_per_update(process_group: None, monkeypatc
 
     monkeypatch.setattr(_fsdp_param_group, 'foreach_reduce', count)
     groups = 3  # two blocks and the rest
-    train_one_epoch(prepare(True)[0], 0, 1)
+    train_one_epoch(prepare(True)[0], 0)
     assert calls[0] == 3 * groups
     monkeypatch.setattr(sharding.FSDPModule, 'set_requires_gradient_sync', lambda *_, **__: None)
-    train_one_epoch(prepare(True)[0], 0, 1)
+    train_one_epoch(prepare(True)[0], 0)
     assert calls[0] == 3 * groups + 7 * groups  # control
 
 
@@ -168,17 +158,13 @@ def test_the_blocks_of_models_are_found() -> None:
     (['--dataset', 'wds/x'], '--dataset wds/x'),
     (['--opt', 'lamb'], '--opt lamb.*choose adam'),
 ])
-def test_what_cannot_be_divided_is_an_error(train_args: Callable[..., argparse.Namespace], flags: list[str], words: str,
+def test_what_cannot_be_divided_is_an_error(train_args: Callable[..., Any], flags: list[str], words: str,
                                             ) -> None:
-    args = train_args('--fsdp', *flags)
-    args.distributed = bool(flags)
     with pytest.raises(ConfigError, match=words):
-        sharding.check_fsdp(args)
-    args.fsdp = False
-    sharding.check_fsdp(args)
+        sharding.check_fsdp(train_args('--fsdp', *flags), bool(flags))
+    sharding.check_fsdp(train_args(*flags), bool(flags))
     fine = train_args('--fsdp', '--amp', '--amp-dtype', 'bfloat16', '--clip-grad', '1', '--opt', 'adamw')
-    fine.distributed = True
-    sharding.check_fsdp(fine)
+    sharding.check_fsdp(fine, True)
 
 
 @pytest.fixture(scope='module')
@@ -201,9 +187,9 @@ import sys
 import torch.distributed as dist
 from cpool_vision.cli import train
 from cpool_vision.engine.distributed import sharding
-from cpool_vision.engine.train import run as train_run
+from cpool_vision.engine.train import build as train_build
 
-real = train_run.shard_task
+real = train_build.shard_task
 
 def shard_task(task, *args):
     whole = sum(each.numel() for each in task.get_trainable_module().parameters())
@@ -211,7 +197,7 @@ def shard_task(task, *args):
     mine = sum(sharding.local_part(each).numel() for each in task.get_trainable_module().parameters())
     print(f'share {mine / whole:.3f}', flush=True)
 
-train_run.shard_task = shard_task
+train_build.shard_task = shard_task
 sys.exit(train.main())
 """
 

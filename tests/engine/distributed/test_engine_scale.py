@@ -3,7 +3,6 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,14 +23,6 @@ FLAGS = [
     '0.2', '--model-ema', '--model-ema-decay', '0.9', '--device', 'cpu', '--recovery-interval', '1', '--no-tensorboard']
 
 
-@pytest.fixture
-def process_group(tmp_path: pathlib.Path) -> Iterator[None]:
-    """A group of this process alone."""
-    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def count_exchanges(batches: int, accum: int, silence: bool = True) -> tuple[int, int]:
     """Exchanges of the gradient in an epoch under DDP, and updates."""
     run = make_run(make_batches(batches), accum)
@@ -47,7 +38,7 @@ def count_exchanges(batches: int, accum: int, silence: bool = True) -> tuple[int
         return future
 
     task.trainable_module.register_comm_hook(None, hook)
-    train_one_epoch(run, 0, 1)
+    train_one_epoch(run, 0)
     return calls[0], len(run.optimizer.seen)  # type: ignore[attr-defined]
 
 

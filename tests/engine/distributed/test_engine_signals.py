@@ -14,9 +14,8 @@ from resume_tools import rows, unequal
 from cpool_vision.cli import train as cli_train
 from cpool_vision.engine.distributed import signals
 from cpool_vision.engine.distributed.signals import StopRequested, StopSignals
-from cpool_vision.engine.train import checkpointer
+from cpool_vision.engine.train import checkpointer, fit
 from cpool_vision.engine.train import loop as train_loop
-from cpool_vision.engine.train import run as train_run
 
 Train = Callable[..., dict[str, Any]]
 Load = Callable[..., dict[str, Any]]
@@ -66,7 +65,7 @@ def test_a_signal_saves_after_the_update_and_the_run_goes_on_exactly(
 def test_a_signal_during_validation_is_obeyed_when_it_ends(
         run_train: Train, load: Load, flags: list[str], file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
 ) -> None:
-    real = train_run.current_lr
+    real = fit.current_lr
 
     def current_lr(*args: Any) -> float:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -74,7 +73,7 @@ def test_a_signal_during_validation_is_obeyed_when_it_ends(
 
     flags = ['-b', '4', '--epochs', '2', '--experiment', 'x', '--resume', 'auto', *flags]
     with monkeypatch.context() as patch:
-        patch.setattr(train_run, 'current_lr', current_lr)
+        patch.setattr(fit, 'current_lr', current_lr)
         with pytest.raises(StopRequested, match='before batch 0 of epoch 1'):
             run_train(*flags)
     assert (tmp_path / 'runs' / 'x' / f'{file}.pth.tar').exists()

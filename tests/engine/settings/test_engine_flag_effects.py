@@ -1,5 +1,4 @@
 """Each flag changes what it is there to change; `flag_cases.json` says what, and where else flags are tested."""
-import argparse
 import json
 import os
 from collections.abc import Callable
@@ -11,9 +10,8 @@ import torch
 from flag_probes import Probes
 from timm.models import create_model
 
-from cpool_vision.engine.settings import train_flags
-from cpool_vision.engine.settings.config import parse_args
-from cpool_vision.engine.train.run import train
+from cpool_vision.engine.settings.config import read_train
+from cpool_vision.engine.train.fit import train
 
 with open(os.path.join(os.path.dirname(__file__), '..', 'flag_cases.json'), encoding='utf-8') as file:
     CONTENT = json.load(file)
@@ -21,7 +19,7 @@ CASES = {name: case for command in ('validate', 'train') for name, case in CONTE
 
 
 @pytest.fixture
-def probes(image_root: str, base_flags: list[str], train_args: Callable[..., argparse.Namespace],
+def probes(image_root: str, base_flags: list[str], train_args: Callable[..., Any],
            run_train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Probes:
     return Probes(image_root, base_flags, train_args, run_train, monkeypatch, caplog)
 
@@ -49,4 +47,4 @@ def test_flag_has_its_effect(probes: Probes, image_root: str, tmp_path: Path, na
 
 def test_positional_folder(image_root: str, base_flags: list[str]) -> None:
     flags = [image_root, *base_flags[2:], '--epochs', '1']
-    assert len(train(parse_args(train_flags.build_parser, flags))['epochs']) == 1
+    assert len(train(read_train(flags))['epochs']) == 1

@@ -68,9 +68,9 @@ def test_supports_are_those_of_the_validated_weights(run_train: Train, load: Cal
         seen: list[Any] = []
         patch.setattr(track.Trackers, 'log_epoch', lambda self, row, update, supports: (
             seen.append(supports), real(self, row, update, supports)))
-        from cpool_vision.engine.train import run as train_run
-        measure = train_run.measure_supports
-        patch.setattr(train_run, 'measure_supports', lambda model, batch, precision: (
+        from cpool_vision.engine.train import validator
+        measure = validator.measure_supports
+        patch.setattr(validator, 'measure_supports', lambda model, batch, precision: (
             images.append(batch.clone()), measure(model, batch, precision))[1])
         folder = run_train(*POOLS, *PLAIN, '--epochs', '1')['folder']
     assert images[0].shape == (7, 3, 32, 32)
@@ -91,8 +91,8 @@ def test_models_without_pools_have_no_file_of_supports(run_train: Train) -> None
 def test_recording_leaves_the_run_alone(run_train: Train, load: Callable[..., Any],
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     with_tracks = run_train(*POOLS, '--experiment', 'a')['folder']
-    from cpool_vision.engine.train import run as train_run
-    monkeypatch.setattr(train_run, 'measure_supports', lambda *_: [])
+    from cpool_vision.engine.train import validator
+    monkeypatch.setattr(validator, 'measure_supports', lambda *_: [])
     without = run_train(*POOLS, '--no-tensorboard', '--experiment', 'b')['folder']
     one, two = (load(folder, 'last.pth.tar')['state_dict'] for folder in (with_tracks, without))
     assert all(torch.equal(one[name], two[name]) for name in one) and rows(with_tracks) == rows(without)

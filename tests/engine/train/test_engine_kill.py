@@ -202,9 +202,9 @@ def test_forks_after_collective_operations_do_not_hang(tmp_path: pathlib.Path) -
 LOSE = '''
 import sys
 from cpool_vision.cli import train
-from cpool_vision.engine.train import run as train_run
+from cpool_vision.engine.train import build as train_build
 
-train_run.load_process_state = lambda *_: None
+train_build.load_process_state = lambda *_: None
 sys.exit(train.main())
 '''
 

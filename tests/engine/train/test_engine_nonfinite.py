@@ -12,7 +12,8 @@ from resume_tools import break_off, rows, unequal
 
 from cpool_vision.engine.distributed.vote import Vote
 from cpool_vision.engine.train import loop as train_loop
-from cpool_vision.engine.train.loop import Run, train_one_epoch
+from cpool_vision.engine.train.loop import train_one_epoch
+from cpool_vision.engine.train.run import Run
 from cpool_vision.errors import ConfigError, NonFiniteLossError
 
 CPU = torch.device('cpu')
@@ -36,9 +37,9 @@ def test_non_finite_loss_stops_before_the_update(bad: float) -> None:
     data[3][0][0] = bad
     run = make_run(data, 2)
     clean = make_run(make_batches(6)[:2], 2)
-    train_one_epoch(clean, 0, 1)
+    train_one_epoch(clean, 0)
     with pytest.raises(NonFiniteLossError, match=r'the loss.*epoch 0, update 1 of 3 \(batch 3.*--clip-grad') as caught:
-        train_one_epoch(run, 0, 1)
+        train_one_epoch(run, 0)
     assert isinstance(caught.value, FloatingPointError)
     assert len(run.optimizer.seen) == 1
     for mine, theirs in zip(run.task.parameters(), clean.task.parameters(), strict=True):
@@ -51,7 +52,7 @@ def test_non_finite_gradient_stops_before_the_update(bad: float, flags: dict[str
     run = make_run(make_batches(4), 2, **flags)
     spoil_gradient(run, {3}, bad)
     with pytest.raises(NonFiniteLossError, match=r'the gradient is not finite at epoch 0, update 1 of 2'):
-        train_one_epoch(run, 0, 1)
+        train_one_epoch(run, 0)
     assert len(run.optimizer.seen) == 1
     assert all(torch.isfinite(value).all() for value in run.task.parameters())
 
@@ -78,7 +79,7 @@ def test_a_skipped_update_leaves_no_trace(kind: str, caplog: pytest.LogCaptureFi
         spoil_gradient(run, {3}, NAN)
     run.task.setup_ema(decay=0.5)
     with caplog.at_level('WARNING'):
-        metrics = train_one_epoch(run, 0, 1)
+        metrics = train_one_epoch(run, 0)
     assert metrics['skipped'] == 1 and f'The {kind} is not finite' in caplog.text and '1 so far' in caplog.text
 
     reference = make_run(batches, 2, model=net(), nonfinite='skip')
@@ -91,7 +92,7 @@ def test_a_skipped_update_leaves_no_trace(kind: str, caplog: pytest.LogCaptureFi
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_loop, '_judge', judge)
-        expected = train_one_epoch(reference, 0, 1)
+        expected = train_one_epoch(reference, 0)
     assert len(run.optimizer.seen) == len(reference.optimizer.seen) == 2
     assert metrics['loss'] == expected['loss'] == expected['loss']
     for mine, theirs in zip(state_of(run), state_of(reference), strict=True):
@@ -104,7 +105,7 @@ def test_statistics_would_keep_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make_batches(4)
     batches[1][0][0] = NAN
     run = make_run(batches, 1, model=net(), nonfinite='skip')
-    train_one_epoch(run, 0, 1)
+    train_one_epoch(run, 0)
     assert any(not torch.isfinite(value).all() for value in state_of(run))
 
 
@@ -113,9 +114,9 @@ def test_too_many_skipped_updates_end_the_run() -> None:
     for index in (1, 3, 4):
         batches[index][0][0] = INF
     run = make_run(batches, 1, nonfinite='skip', max_skipped=3)
-    assert train_one_epoch(run, 0, 2)['skipped'] == 3
+    assert train_one_epoch(run, 0)['skipped'] == 3
     with pytest.raises(NonFiniteLossError, match=r'after 3 skipped updates \(--max-skipped 3\) at epoch 1, update 1'):
-        train_one_epoch(run, 1, 2)
+        train_one_epoch(run, 1)
 
 
 class Faulty(nn.Module):
@@ -135,7 +136,7 @@ class Faulty(nn.Module):
 
 def test_overflow_of_float16_is_left_to_the_scaler() -> None:
     run = make_run(make_batches(6), 1, model=Faulty([1., INF, 1., 1., 1., 1.]), amp_dtype=torch.float16)
-    assert train_one_epoch(run, 0, 1)['skipped'] == 0
+    assert train_one_epoch(run, 0)['skipped'] == 0
     assert len(run.optimizer.seen) == 5 and run.loss_scaler.get_scale() == 2 ** 15
 
 
@@ -144,7 +145,7 @@ def test_what_the_scaler_cannot_help_is_not_left_to_it(policy: str) -> None:
     run = make_run(make_batches(24), 1, model=Faulty([NAN] * 24), amp_dtype=torch.float16, nonfinite=policy,
                    max_skipped=3)
     with pytest.raises(NonFiniteLossError, match='the gradient is not finite.*update (16|19) of 24'):
-        train_one_epoch(run, 0, 1)
+        train_one_epoch(run, 0)
     assert run.optimizer.seen == []
 
 
@@ -152,7 +153,7 @@ def test_a_non_finite_loss_is_skipped_under_a_scaler_too() -> None:
     batches = make_batches(6)
     batches[2][0][0] = NAN
     run = make_run(batches, 1, amp_dtype=torch.float16, nonfinite='skip', clip_grad=1.)
-    assert train_one_epoch(run, 0, 1)['skipped'] == 1
+    assert train_one_epoch(run, 0)['skipped'] == 1
     assert len(run.optimizer.seen) == 5
     assert all(torch.isfinite(value).all() for value in run.task.parameters())
 

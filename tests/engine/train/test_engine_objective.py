@@ -13,10 +13,11 @@ from timm.loss import AsymmetricLossSingleLabel, BinaryCrossEntropy, JsdCrossEnt
 from timm.scheduler import MultiStepLRScheduler
 from timm.scheduler.wsd_lr import WSDLRScheduler
 
+from cpool_vision.engine.data.multi_label import Classes
 from cpool_vision.engine.train import loss, objective
 from cpool_vision.errors import ConfigError
 
-Args = Callable[..., argparse.Namespace]
+Args = Callable[..., Any]
 LR = 0.4
 NOISE: Any = [0.2 * 12, 0.9 * 12]
 
@@ -144,7 +145,8 @@ TARGET = torch.tensor([0, 2, 1])
 
 
 def built(train_args: Args, *flags: str) -> torch.nn.Module:
-    return objective.build_loss(train_args('--num-classes', '3', *flags))
+    settings = train_args('--num-classes', '3', *flags)
+    return loss.build_loss(settings, Classes(settings.num_classes))
 
 
 @pytest.mark.parametrize('flags, kind', [
@@ -206,13 +208,14 @@ def test_weights_enter_binary_cross_entropy(train_args: Args, weight_file: str) 
 
 def test_computed_weights_follow_the_training_split(train_args: Args, image_root: str, tmp_path: Path) -> None:
     flags = ['--data-dir', image_root, '--train-split', 'validation', '--num-classes', '3']  # 3, 3 and 1 images
-    balanced = loss.resolve_weights(train_args(*flags, '--class-weights', 'balanced'))
+    balanced = loss.resolve_weights(train_args(*flags, '--class-weights', 'balanced'), Classes(3))
     assert balanced is not None and balanced.tolist() == pytest.approx([7 / 9, 7 / 9, 7 / 3])
-    number = loss.resolve_weights(train_args(*flags, '--class-weights', 'effective_num'))
+    number = loss.resolve_weights(train_args(*flags, '--class-weights', 'effective_num'), Classes(3))
     raw = torch.tensor([0.001 / (1 - 0.999 ** count) for count in (3, 3, 1)])
     torch.testing.assert_close(number, raw / raw.mean())
     shapes = loss.resolve_weights(train_args(
-        '--dataset', 'cpool/shapes', '--train-num-samples', '25', '--num-classes', '10', '--class-weights', 'balanced'))
+        '--dataset', 'cpool/shapes', '--train-num-samples', '25', '--num-classes', '10', '--class-weights', 'balanced'),
+        Classes(10))
     assert shapes is not None and shapes.tolist() == pytest.approx([25 / 30] * 5 + [25 / 20] * 5)
 
 

@@ -10,9 +10,9 @@ from resume_tools import break_off, rows, unequal
 from timm.data import IterableImageDataset
 
 from cpool_vision.engine.data import loaders as data
+from cpool_vision.engine.train import build as train_build
 from cpool_vision.engine.train import checkpointer
 from cpool_vision.engine.train import loop as train_loop
-from cpool_vision.engine.train import run as train_run
 from cpool_vision.errors import CheckpointError, ConfigError
 
 Train = Callable[..., dict[str, Any]]
@@ -102,15 +102,15 @@ def drop_offset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drop_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_run, 'load_process_state', lambda *_: None)
+    monkeypatch.setattr(train_build, 'load_process_state', lambda *_: None)
 
 
 def drop_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_run.TrainState, '_load_optimizer', lambda *_: None)
+    monkeypatch.setattr(train_build.TrainState, '_load_optimizer', lambda *_: None)
 
 
 def drop_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_run.TrainState, 'load_ema', lambda *_: None)
+    monkeypatch.setattr(train_build.TrainState, 'load_ema', lambda *_: None)
 
 
 @pytest.mark.parametrize('drop, part', [

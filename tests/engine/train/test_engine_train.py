@@ -12,10 +12,11 @@ from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEn
 from timm.models import create_model
 from timm.models import load_checkpoint as timm_load_checkpoint
 
+from cpool_vision.engine.data.multi_label import Classes
 from cpool_vision.engine.tracking import run_folder
+from cpool_vision.engine.train import fit, objective
 from cpool_vision.engine.train import loop as train_loop
-from cpool_vision.engine.train import objective
-from cpool_vision.engine.train import run as train_run
+from cpool_vision.engine.train.loss import build_loss
 from cpool_vision.errors import CheckpointError, ConfigError, DatasetError, OutputError, UnknownModelError
 
 Train = Callable[..., dict[str, Any]]
@@ -90,15 +91,15 @@ def test_the_comparison_of_resumed_runs_sees_what_is_lost(
 
 def test_epochs_are_shuffled_differently(run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     orders: list[list[int]] = []
-    real = train_run.train_one_epoch
+    real = fit.train_one_epoch
 
-    def spy(run: Any, epoch: int, num_epochs: int) -> Any:
+    def spy(run: Any, epoch: int) -> Any:
         state = torch.get_rng_state()
         orders.append(list(run.loader.sampler))
         torch.set_rng_state(state)
-        return real(run, epoch, num_epochs)
+        return real(run, epoch)
 
-    monkeypatch.setattr(train_run, 'train_one_epoch', spy)
+    monkeypatch.setattr(fit, 'train_one_epoch', spy)
     run_train('--experiment', 'a')
     run_train('--experiment', 'b')
     run_train('--experiment', 'c', '--seed', '7')
@@ -162,7 +163,7 @@ def test_an_existing_run_is_not_overwritten(run_train: Train) -> None:
 def test_unwritable_output_is_refused_before_training(run_train: Train, tmp_path: Any,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'file').write_text('mine')
-    monkeypatch.setattr(train_run, 'train_one_epoch', lambda *_: pytest.fail('trained'))
+    monkeypatch.setattr(fit, 'train_one_epoch', lambda *_: pytest.fail('trained'))
     with pytest.raises(OutputError, match='choose another --output') as caught:
         run_train('--output', str(tmp_path / 'file' / 'runs'))
     assert isinstance(caught.value, OSError)
@@ -220,12 +221,13 @@ def test_update_schedule_follows_updates(run_train: Train) -> None:
     (['--jsd-loss', '--aug-splits', '3'], JsdCrossEntropy),
 ])
 def test_loss_follows_the_flags(train_args: Any, flags: list[str], kind: type) -> None:
-    assert type(objective.build_loss(train_args('--num-classes', '3', *flags))) is kind
+    assert type(build_loss(train_args('--num-classes', '3', *flags), Classes(3))) is kind
 
 
 def test_bce_smooths_hard_targets_only(train_args: Any) -> None:
-    assert objective.build_loss(train_args('--bce-loss', '--smoothing', '0.2')).smoothing == 0.2
-    assert objective.build_loss(train_args('--bce-loss', '--smoothing', '0.2', '--mixup', '1')).smoothing == 0
+    flags = ['--bce-loss', '--smoothing', '0.2']
+    assert build_loss(train_args(*flags), Classes(3)).smoothing == 0.2
+    assert build_loss(train_args(*flags, '--mixup', '1'), Classes(3)).smoothing == 0
 
 
 @pytest.mark.parametrize('flags, expected', [
@@ -237,8 +239,7 @@ def test_bce_smooths_hard_targets_only(train_args: Any) -> None:
 ])
 def test_learning_rate_follows_the_batch(train_args: Any, flags: list[str], expected: float) -> None:
     args = train_args('-b', '64', '--grad-accum-steps', '4', *flags)
-    args.world_size = 2
-    assert objective.resolve_lr(args) == pytest.approx(expected)
+    assert objective.resolve_lr(args, 2) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize('flags, error, words', [

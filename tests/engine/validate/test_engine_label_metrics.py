@@ -20,6 +20,7 @@ from torchmetrics.classification import (
 )
 
 from cpool_vision.engine.data.unreadable import UNREADABLE
+from cpool_vision.engine.device import Runtime
 from cpool_vision.engine.validate.evaluate import evaluate
 from cpool_vision.engine.validate.multi_label import LabelFigures, LabelTally, average_precision, retrieved
 
@@ -189,8 +190,8 @@ def measure(output: torch.Tensor, target: torch.Tensor, rank: int = 0, world_siz
     """Everything that is measured, in a form that can be compared."""
     tally = LabelTally(CPU, LABELS, 0.4)
     result = evaluate(
-        torch.nn.Identity(), Shares(output, target, rank, world_size, padded), CPU, PLAIN, tally=tally,
-        distributed=world_size > 1, primary=rank == 0, log_interval=1)
+        torch.nn.Identity(), Shares(output, target, rank, world_size, padded), Runtime(CPU, PLAIN, rank, world_size),
+        tally=tally, log_interval=1)
     with torch.inference_mode():
         metrics, figures = tally.compute_all()
     assert repr(metrics) == repr(result.metrics)

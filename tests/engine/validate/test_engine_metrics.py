@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 )
 
 from cpool_vision.engine.data.unreadable import UNREADABLE
-from cpool_vision.engine.device import Precision
+from cpool_vision.engine.device import Precision, Runtime
 from cpool_vision.engine.validate import metrics as module
 from cpool_vision.engine.validate.evaluate import check_views, evaluate
 from cpool_vision.engine.validate.metrics import ClassTally, MultiLabelTally, Tally, wilson_interval
@@ -199,8 +199,8 @@ def measure(output: torch.Tensor, target: torch.Tensor, rank: int = 0, world_siz
     """Everything that is measured, in a form that can be compared."""
     tally, several = ClassTally(CPU, CLASSES), MultiLabelTally([[i % CLASSES, 3] for i in range(len(target) + 3)], CPU)
     result = evaluate(
-        torch.nn.Identity(), Shares(output, target, rank, world_size, padded), CPU, PLAIN, tally=tally,
-        distributed=world_size > 1, primary=rank == 0, log_interval=1,
+        torch.nn.Identity(), Shares(output, target, rank, world_size, padded), Runtime(CPU, PLAIN, rank, world_size),
+        tally=tally, log_interval=1,
         on_batch=several.update)
     with torch.inference_mode():
         metrics, figures = tally.compute_all()
@@ -240,7 +240,7 @@ def test_filled_batches_are_all_of_one_size() -> None:
             sizes: list[int] = []
             seen: list[torch.Tensor] = []
             loader: Any = [(pack(image), label) for image, label in zip(images.split(4), labels.split(4), strict=True)]
-            evaluate(Sized(), loader, CPU, PLAIN, fill=fill, on_batch=lambda output, *_: seen.append(output))  # noqa: B023
+            evaluate(Sized(), loader, Runtime(CPU, PLAIN), fill=fill, on_batch=lambda output, *_: seen.append(output))  # noqa: B023
             assert sizes == expected and [len(output) for output in seen] == [4, 4, 2]
             assert torch.equal(torch.cat(seen), images * 4) == (fill == 4)
 
@@ -255,7 +255,7 @@ def test_mirror_images() -> None:
     loader: Any = [(images, torch.zeros(4, dtype=torch.long))]
     seen: list[torch.Tensor] = []
     for views in (0, 1, 2):
-        evaluate(Left(), loader, CPU, PLAIN, views=views, on_batch=lambda output, *_: seen.append(output))
+        evaluate(Left(), loader, Runtime(CPU, PLAIN), views=views, on_batch=lambda output, *_: seen.append(output))
     assert torch.equal(seen[0], images[..., 0, 0]) and torch.equal(seen[0], seen[1])
     assert torch.equal(seen[2], (images[..., 0, 0] + images[..., 0, -1]) / 2)
     with pytest.raises(ConfigError, match='--tta 3'):

@@ -8,8 +8,7 @@ import pytest
 from benchmarks.release import release
 from benchmarks.results import format_table, measure
 from benchmarks.zoo import card
-from cpool_vision.engine.settings import validate_flags
-from cpool_vision.engine.settings.config import parse_args
+from cpool_vision.engine.settings.config import read_validate
 from cpool_vision.engine.validate.run import validate
 
 MODEL = ['--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]']
@@ -25,7 +24,7 @@ def test_a_run_becomes_a_row_and_an_entry_with_the_same_figures(
 
     entry = tmp_path / 'zoo' / 'tiny'
     release(run, entry, Path(image_root), 'random images', 'python train.py --drop 0.2', 'Good for nothing.')
-    again = validate(parse_args(validate_flags.build_parser, [
+    again = validate(read_validate([
         '--model', f'local-dir:{entry}', '--data-dir', image_root, '-j', '0', '--device', 'cpu']))
     assert again['loss'] == pytest.approx(row['loss'], abs=1e-3) and again['top1'] == row['top1']
     text = card(entry)

@@ -2,6 +2,7 @@
 import builtins
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import logging
@@ -244,20 +245,19 @@ class Streamed(torch.utils.data.IterableDataset):
 
 def test_several_processes_refuse_what_cannot_be_exact(validate_args: Callable[..., Any], base: list[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    from cpool_vision.engine.device import Precision, Runtime
     from cpool_vision.engine.validate import bulk
     from cpool_vision.engine.validate import run as validate_run
     args = validate_args(*base, '--retry')
-    args.distributed, args.rank, args.world_size = True, 0, 2
+    two = Runtime(torch.device('cpu'), Precision(None, None, 'cpu'), 0, 2)
     with pytest.raises(ConfigError, match='--retry works in one process'):
-        bulk._check(args, None)
-    args.num_gpu = 2
+        bulk._check(args, None, two)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(ConfigError, match='--num-gpu 2 splits batches within one process'):
-        validate_run.validate(args)
-    args.num_gpu = 1
+        validate_run.validate(dataclasses.replace(args, num_gpu=2), two)
     monkeypatch.setattr(validate_run, 'build_eval_loader', lambda *_, **__: Streamed())
     with pytest.raises(ConfigError, match='a streamed set cannot be shared between processes'):
-        validate_run.validate(args)
+        validate_run.validate(args, two)
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'resnet_micro_cpool_32', 'vit_micro_cpool_patch4_32',

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 
-from cpool_vision.engine.device import resolve_precision
-from cpool_vision.engine.settings import validate_flags
-from cpool_vision.engine.settings.config import parse_args
+from cpool_vision.engine.device import Precision, Runtime, resolve_precision
+from cpool_vision.engine.settings.config import read_validate
+from cpool_vision.engine.settings.validate import ValidateSettings
 from cpool_vision.engine.validate import bulk
 from cpool_vision.engine.validate.bulk import run_validation, write_results
 from cpool_vision.errors import (
@@ -108,7 +108,7 @@ def test_low_precision_stays_close(validate: Validate, flags: list[str]) -> None
 def test_emulated_half_precision_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
                                        capability: str, flags: list[str], named: str | None) -> None:
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
-    resolve_precision(parse_args(validate_flags.build_parser, ['--device', 'cpu', *flags]), torch.device('cpu'))
+    resolve_precision(read_validate(['--device', 'cpu', *flags]), torch.device('cpu'))
     assert named in caplog.text if named else not caplog.records
 
 
@@ -208,7 +208,7 @@ def test_folder_of_checkpoints(validate: Validate, weights: str, tmp_path: Path)
     torch.save({'epoch': 1}, folder / 'useless.pth')
     out = tmp_path / 'results.csv'
     rows = validate('--checkpoint', str(folder), '--results-file', str(out))
-    assert [os.path.basename(job) for _, job in bulk.plan(_namespace(checkpoint=str(folder), model='m'))] == [
+    assert [os.path.basename(job) for _, job in bulk.plan(ValidateSettings(checkpoint=str(folder), model='m'))] == [
         'checkpoint-2.pth.tar', 'checkpoint-10.pth.tar', 'other.pth', 'useless.pth']
     assert len(rows) == 3 and rows == sorted(rows, key=lambda row: -row['top1'])
     with open(out, newline='', encoding='utf-8') as file:
@@ -220,26 +220,21 @@ def test_folder_of_checkpoints(validate: Validate, weights: str, tmp_path: Path)
         validate('--checkpoint', str(empty))
 
 
-def _namespace(**values: Any) -> Any:
-    import argparse
-    return argparse.Namespace(**values)
-
-
 def test_wildcards_names_and_files_of_names(tmp_path: Path) -> None:
-    assert bulk.plan(_namespace(model='test_vit', checkpoint='')) is None
-    assert bulk.plan(_namespace(model='local-dir:x', checkpoint='')) is None
-    names = [name for name, _ in bulk.plan(_namespace(model='test_vit*', checkpoint='')) or []]
+    assert bulk.plan(ValidateSettings(model='test_vit')) is None
+    assert bulk.plan(ValidateSettings(model='local-dir:x')) is None
+    names = [name for name, _ in bulk.plan(ValidateSettings(model='test_vit*')) or []]
     assert any(name.startswith('test_vit.') for name in names) and all(name.startswith('test_vit') for name in names)
-    everything = [name for name, _ in bulk.plan(_namespace(model='all', checkpoint='')) or []]
+    everything = [name for name, _ in bulk.plan(ValidateSettings(model='all')) or []]
     assert len(everything) > 500 and not any(name.endswith('_in21k') for name in everything)
     (tmp_path / 'names.txt').write_text('test_vit\n\ntest_resnet\n')
-    assert bulk.plan(_namespace(model=str(tmp_path / 'names.txt'), checkpoint='')) == [
+    assert bulk.plan(ValidateSettings(model=str(tmp_path / 'names.txt'))) == [
         ('test_vit', ''), ('test_resnet', '')]
     (tmp_path / 'names.txt').write_text('\n')
     with pytest.raises(ConfigError, match='without names'):
-        bulk.plan(_namespace(model=str(tmp_path / 'names.txt'), checkpoint=''))
+        bulk.plan(ValidateSettings(model=str(tmp_path / 'names.txt')))
     with pytest.raises(ConfigError, match='matches no model'):
-        bulk.plan(_namespace(model='zzz*', checkpoint=''))
+        bulk.plan(ValidateSettings(model='zzz*'))
 
 
 def test_bulk_leaves_failures_out(validate_args: Callable[..., Any], image_root: str, tmp_path: Path) -> None:
@@ -268,16 +263,17 @@ def test_retry_halves_the_batch_until_it_fits(validate_args: Callable[..., Any],
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
-    def fake(args: Any) -> dict[str, Any]:
-        tried.append(args.batch_size)
-        if args.batch_size > 10:
+    def fake(settings: ValidateSettings, runtime: Runtime) -> dict[str, Any]:
+        tried.append(settings.batch_size)
+        if settings.batch_size > 10:
             raise RuntimeError('CUDA out of memory')
-        return {'model': args.model, 'top1': 1.}
+        return {'model': settings.model, 'top1': 1.}
 
     monkeypatch.setattr(bulk, 'validate', fake)
-    assert bulk.validate_with_retry(validate_args('-b', '32', '--device', 'cpu'))['top1'] == 1.
+    alone = Runtime(torch.device('cpu'), Precision(None, None, 'cpu'))
+    assert bulk.validate_with_retry(validate_args('-b', '32', '--device', 'cpu'), alone)['top1'] == 1.
     assert tried[0] == 32 and tried[-1] <= 10 and tried == sorted(tried, reverse=True)
-    monkeypatch.setattr(bulk, 'validate', lambda args: (_ for _ in ()).throw(RuntimeError('illegal memory access')))
+    monkeypatch.setattr(bulk, 'validate', lambda *_: (_ for _ in ()).throw(RuntimeError('illegal memory access')))
     with pytest.raises(ConfigError, match='illegal memory access'):
         run_validation(validate_args('--retry', '--device', 'cpu'))
 

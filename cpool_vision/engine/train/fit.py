@@ -1,0 +1,135 @@
+"""Trains a run to its end: epochs, validation, records and checkpoints."""
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..data import loaders
+from ..data.unreadable import LIST_NAME
+from ..data.worker import explained_deaths
+from ..device import Precision, leave_processes, settle_threads, start_runtime
+from ..distributed.agent import AgentWatch
+from ..settings.train import TrainSettings
+from ..tracking.progress import silence_logging
+from ..tracking.run_lock import RunLock
+from ..validate.evaluate import Evaluation
+from .build import build
+from .loop import train_one_epoch
+from .report import current_lr
+from .run import Run
+from .validator import average_statistics, columns_of
+
+_logger = logging.getLogger(__name__)
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Trains as the settings say.
+
+    Under torchrun every process calls this function; the first one writes the run folder.
+
+    Args:
+        settings: as `config.read_train` gives them.
+
+    Returns:
+        `folder`, `metric`, `best_metric`, `best_epoch`, and `epochs`: the rows of summary.csv that this call added.
+        Empty on other processes than the first.
+
+    Raises:
+        UserError: bad input; see `cpool_vision.errors`.
+        StopRequested: a signal asked to stop, and the run is saved.
+    """
+    runtime = start_runtime(settings)
+    if not runtime.primary:
+        silence_logging()
+    try:
+        with AgentWatch(), explained_deaths(), RunLock() as lock:
+            return fit(build(settings, runtime, lock))
+    finally:
+        leave_processes()
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Trains a run from its position to its last epoch; every process must call it.
+
+    Returns:
+        See `train`.
+
+    Raises:
+        UserError: bad data, a loss that is not finite, a checkpoint that cannot be written.
+        StopRequested: a signal asked to stop, and the run is saved.
+    """
+    _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', run.folder, run.position.epoch,
+                 run.epochs - 1, run.updates_per_epoch, _describe(run.runtime.precision))
+    rows: list[dict[str, Any]] = []
+    with _closing(run.loader), run.trackers, run.vote.signals:
+        first, batch = run.position.epoch, run.position.batch
+        for epoch in range(first, run.epochs):
+            loaders.set_position(run.loader, epoch, batch if epoch == first else 0)
+            settle_threads(run.runtime.distributed)
+            metrics = train_one_epoch(run, epoch)
+            _share_training(run)
+            final = epoch + 1 == run.epochs
+            due = (epoch + 1) % run.settings.val_interval == 0 or final
+            result, supports = run.validator.measure(run.task) if due and run.validator else (None, [])
+            columns = _columns(run, metrics, result)
+            latest = columns.get(f'eval_{run.metric}', columns['train_loss']) if due else None
+            if run.scheduler is not None:
+                run.scheduler.step(epoch + 1, latest)
+            if run.record is not None:
+                rows.append(run.record.add_epoch(epoch, columns))
+                run.trackers.log_epoch(rows[-1], run.updates_before(run.position), supports)
+                _logger.info('Epoch %d: %s', epoch, '  '.join(f'{key} {value:.5g}' for key, value in columns.items()))
+            run.after_epoch(None if latest is None else float(latest), final)
+            if result is not None and run.validator is not None:  # once the epoch is saved
+                run.validator.refuse_unreadable(result)
+    return _finish(run, rows)
+
+
+def _share_training(run: Run) -> None:
+    """What the processes tell each other at the end of an epoch: unreadable images, statistics of batch norm."""
+    unreadable = loaders.share_unreadable(run.loader, run.runtime.device)
+    if unreadable:
+        _logger.warning('%d training images so far could not be read and were replaced: see %s.', unreadable,
+                        LIST_NAME)
+    average_statistics(run.settings, run.runtime, run.task.get_trainable_module())
+
+
+def _columns(run: Run, metrics: dict[str, float], result: Evaluation | None) -> dict[str, float]:
+    """The row of an epoch in summary.csv."""
+    columns = {'train_loss': metrics['loss']}
+    if result is not None:
+        columns.update({f'eval_{name}': result.metrics[name] for name in columns_of(run.settings)})
+    columns['lr'] = current_lr(run.optimizer)
+    columns['train_images_per_sec'] = metrics['images_per_sec']
+    if run.settings.nonfinite == 'skip':
+        columns['skipped_updates'] = metrics['skipped']
+    return columns
+
+
+def _finish(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tidies up the checkpoints of a run that is complete, and gives its result."""
+    saver = run.saver
+    if saver is None:
+        return {}
+    saver.finish()
+    if saver.best_metric is not None:
+        _logger.info('Best %s %.5g at epoch %s: %s', run.metric, saver.best_metric, saver.best_epoch,
+                     saver.path('model_best'))
+    return {'folder': run.folder, 'metric': run.metric, 'best_metric': saver.best_metric,
+            'best_epoch': saver.best_epoch, 'epochs': rows}
+
+
+@contextmanager
+def _closing(loader: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        loaders.close_workers(loader)
+
+
+def _describe(precision: Precision) -> str:
+    if precision.amp_dtype is not None:
+        return f'mixed precision in {str(precision.amp_dtype).split(".")[-1]}'
+    return str(precision.model_dtype or torch.float32).split('.')[-1]

@@ -1,0 +1,85 @@
+"""What an epoch reports while it runs: loss, rate, speed and the time left."""
+import logging
+import os
+import time
+
+import torch
+import torchvision.utils
+
+from ..tracking.progress import Progress, format_time
+from .run import Run
+
+_logger = logging.getLogger(__name__)
+
+
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Mean learning rate over the parameter groups."""
+    rates = [float(group['lr']) for group in optimizer.param_groups]
+    return sum(rates) / len(rates)
+
+
+class Reporter:
+    """Times the batches of an epoch and tells how it goes.
+
+    Args:
+        run: the run, at the position where the epoch begins or goes on.
+        shown: bar or log.
+        epoch: which one.
+    """
+
+    def __init__(self, run: Run, shown: Progress, epoch: int) -> None:
+        self.run, self.shown, self.epoch = run, shown, epoch
+        self._before = epoch * run.updates_per_epoch
+        self._begun = self.updates
+        self._started = self._reported = self._waited = time.perf_counter()
+        self._waiting, self._images, self._recent_images = 0., 0, 0
+
+    @property
+    def updates(self) -> int:
+        """Updates of this epoch so far."""
+        return self.run.updates_before(self.run.position) - self._before
+
+    def wait_for_batch(self) -> None:
+        """From now on the run waits for data."""
+        self._waited = time.perf_counter()
+
+    def begin_batch(self) -> None:
+        """A batch is on the device."""
+        self._waiting += time.perf_counter() - self._waited
+
+    def end_batch(self, images: int) -> None:
+        """A batch went forward and backward."""
+        self._images += images * self.run.runtime.world_size
+        self._recent_images += images * self.run.runtime.world_size
+        self.shown.advance()
+
+    def images_per_sec(self) -> float:
+        """Images of all processes per second since the epoch began or went on."""
+        return self._images / max(time.perf_counter() - self._started, 1e-9)
+
+    def report(self, image: torch.Tensor, step: int, last: bool) -> None:
+        """Tells how the epoch goes, if that is due; every process must call it.
+
+        Args:
+            image: the last batch, for `--save-images`.
+            step: its number.
+            last: whether the epoch has no more.
+        """
+        run, now = self.run, time.perf_counter()
+        if not self.shown.due(self.updates - 1, last):
+            return
+        mean, recent = run.meter.read(run.runtime.distributed)
+        done, rate = run.updates_before(run.position), self._recent_images / max(now - self._reported, 1e-9)
+        per_update = (now - self._started) / (self.updates - self._begun)
+        left = format_time(per_update * (run.epochs * run.updates_per_epoch - done))
+        lr, data_share = current_lr(run.optimizer), 100 * self._waiting / max(now - self._started, 1e-9)
+        self.shown.report(
+            _logger,
+            f'Train: {self.epoch} [{self.updates:>4d}/{run.updates_per_epoch}]  loss {recent:.4f} (mean {mean:.4f})  '
+            f'lr {lr:.3e}  {rate:.1f} img/s  data {data_share:.0f}%  left {left}',
+            f'loss {recent:.4f} lr {lr:.2e} {rate:.0f} img/s, run {left} left')
+        run.on_report(done, self.epoch, {'loss': recent, 'lr': lr, 'images_per_sec': rate})
+        if run.settings.save_images and run.folder:
+            torchvision.utils.save_image(
+                image, os.path.join(run.folder, f'train-batch-{step}.jpg'), padding=0, normalize=True)
+        self._reported, self._recent_images = now, 0
