@@ -1,5 +1,6 @@
 """Stacked studies: a stack equals its nets, interruptions change nothing, scores are what they say."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from benchmarks.study.report import contrast, format_contrasts
 from benchmarks.study.spec import Arm, read_study
 from benchmarks.study.stacked import __main__ as command
 from benchmarks.study.stacked.nets import build_net, run_stack
+from benchmarks.study.stacked.runs import recipe_of
 from benchmarks.study.stacked.score import score_stack
 from benchmarks.study.stacked.tasks import Recipe, Split, augment, load_split, normalise
 from benchmarks.study.stacked.train import Stack, epoch_order, learning_rate, stack_loss, train
 
 CPU = torch.device('cpu')
+STUDIES = Path(__file__).parents[1] / 'benchmarks' / 'studies'
 TEXT = '''
 title: Tiny
 flags: {task: shapes-seg, image_size: 32, train_samples: 24, selection_samples: 8, test_samples: 8, epochs: 2,
@@ -233,3 +236,18 @@ def test_bad_recipes(flags, message):
 def test_images_from_a_folder_need_one(tmp_path):
     with pytest.raises(ValueError, match="'cifar10' needs --data-dir"):
         load_split(Recipe(), 'train', tmp_path)
+
+
+@pytest.mark.parametrize('name', ['dose_response', 'dose_response_gpu', 'forms_gpu', 'mixer_gpu'])
+def test_arms_of_committed_studies_stack(name):
+    study = read_study(STUDIES / f'{name}.yaml')
+    seen = set()
+    for arm in study.arms.values():
+        recipe = recipe_of(study, arm)
+        if (key := repr(arm.model_kwargs)) in seen:
+            continue
+        seen.add(key)
+        stack = Stack(arm, recipe, [0, 1], CPU)
+        images = torch.randint(256, (2, 2, 3, recipe.image_size, recipe.image_size), dtype=torch.uint8)
+        outputs = stack.outputs(images)
+        assert outputs.shape[:3] == (2, 2, recipe.num_classes) and outputs.isfinite().all()

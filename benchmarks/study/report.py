@@ -128,3 +128,24 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path, metric: str = '
     figure.legend(handles, labels, loc='outside lower center', ncols=5, frameon=False, fontsize='small')
     figure.suptitle(title)
     save_figure(figure, str(path), dpi=130)
+
+
+def draw_contrasts(study: Study, results: Sequence[dict[str, Any]], path: Path, metric: str = 'top1') -> None:
+    """The differences that the study names, one line each, with their intervals.
+
+    Raises:
+        PlotDependencyError: matplotlib is not installed.
+    """
+    found = [(f'{a} - {b}', contrast(results, a, b, metric)[1]) for a, b in study.contrasts]
+    rows = [(name, interval) for name, interval in found if interval is not None]
+    figure = new_figure(6.5, 1.2 + .35 * len(rows), layout='constrained')
+    axes = figure.subplots()
+    for i, (_, (mean, half)) in enumerate(rows):
+        axes.errorbar(mean, i, xerr=half, fmt='o', color='C0' if abs(mean) > half else '0.5', capsize=3)
+    axes.set_yticks(range(len(rows)), [name.replace('_', ' ') for name, _ in rows])
+    axes.invert_yaxis()
+    axes.axvline(0, color='0.3', linewidth=.8)
+    axes.set_xlabel(f'difference in {SCORES[metric]}, 95 % interval; grey holds zero')
+    axes.spines[['top', 'right']].set_visible(False)
+    figure.suptitle(study.title)
+    save_figure(figure, str(path), dpi=130)

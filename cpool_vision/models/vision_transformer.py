@@ -18,7 +18,7 @@ from ._family import Family, PoolConfig
 
 __all__ = ['ContextPoolVisionTransformer']
 
-FAMILY = Family(  # the ratio at which docs/evidence.md measures position and groups
+FAMILY = Family(  # the ratio at which docs/evidence_details.md measures position and groups
     'vision_transformer', positions=('pre_attn', 'pre_kv', 'post_block'), ratio=0.25, groups=16)
 
 

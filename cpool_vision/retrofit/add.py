@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 ARCHITECTURE = 'contextpool_retrofit'
 # Maps of finer stages hold so many pixels that a pool can cost more than the rest of the stage.
 MIN_REDUCTION = 8
-# What docs/evidence.md measures in vision transformers, and what is unmeasured elsewhere.
+# What docs/evidence_details.md measures in vision transformers, and what is unmeasured elsewhere.
 COLUMNAR_RATIO, STAGED_RATIO = 0.25, 0.1
 COLUMNAR_GROUPS, STAGED_GROUPS = 16, 1
 

@@ -17,7 +17,7 @@ import torch
 from cpool_vision.profile.measure import machine
 
 from ...markers import write_between
-from ..report import draw, format_contrasts, format_table, summarise
+from ..report import draw, draw_contrasts, format_contrasts, format_table, summarise
 from ..runner import read_results, restore, write_text
 from ..spec import read_study
 from .runs import Data, recipe_of, run_stack_of, score_test, stacks, step_ratios
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--test', action='store_true', help='score the test images, once, when all runs are done')
     parser.add_argument('--time', action='store_true', help='time training steps of all arms, on an idle machine')
     parser.add_argument('--results', type=Path, help='JSON file that keeps the figures, as in benchmarks.study')
-    parser.add_argument('--plot', type=Path, help='accuracy against cost goes here')
+    parser.add_argument('--plot', type=Path, help='accuracy against cost goes here, the contrasts to *_contrasts.png')
     parser.add_argument(
         '--write', type=Path, help='Markdown file with the markers of benchmarks.study, and STEM contrasts')
     return parser
@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             {**kept, 'timing': timed, 'runs': results, 'final': final}, indent=1) + '\n')
     if args.plot:
         draw(study.title, summarise(study, results, timed.get('ratios', {}), metric), args.plot, metric)
+        if study.contrasts:
+            draw_contrasts(study, results, args.plot.with_name(f'{args.plot.stem}_contrasts.png'), metric)
     if args.write:
         for name, text in tables.items():
             write_between(args.write, f'<!-- study {name} -->', f'<!-- /study {name} -->', text)

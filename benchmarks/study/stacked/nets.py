@@ -1,8 +1,7 @@
 """Nets of a stacked study: models of the zoo, with a linear head per pixel where the task is dense, and their stacks.
 
 A stack is one net per seed with parameters of one more dimension. Its forward is that of the zoo's own modules under
-`torch.func.vmap`, which turns a product per seed into a batched product. The pooling operator takes seeds as further
-groups of channels.
+`torch.func.vmap`, which turns a product per seed into a batched product.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -95,24 +94,9 @@ def run_stack(net: nn.Module, parameters: dict[str, Tensor], images: Tensor) -> 
     return torch.func.vmap(call, (0, 0 if images.ndim == 5 else None), randomness='different')(parameters, images)
 
 
-def _fold(value: Any, dim: int | None, seeds: int) -> Any:
-    """A tensor `(B, channels, ...)` with the dimension `dim` of seeds moved in front of its channels."""
-    if not isinstance(value, Tensor):
-        return value
-    if dim is None:
-        value, dim = value[None].expand(seeds, *value.shape), 0
-    return value.movedim(dim, 1).flatten(1, 2)
-
-
-def _pool_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    folded = (_fold(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True))
-    return torch.ops.cpool_vision.context_pool2d(*folded).unflatten(1, (info.batch_size, -1)), 1
-
-
 def _elementwise_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
     return torch.ops.cpool_vision.support_size(*args), in_dims[0]
 
 
-# `vmap` learns that seeds are further groups of channels of the pool, and mean nothing to what is elementwise.
-torch.library.register_vmap('cpool_vision::context_pool2d', _pool_rule)
+# Seeds mean nothing to what is elementwise. The pool has its own rule: they join the batch.
 torch.library.register_vmap('cpool_vision::support_size', _elementwise_rule)
