@@ -10,6 +10,7 @@ from benchmarks.study.report import contrast, format_contrasts
 from benchmarks.study.spec import Arm, read_study
 from benchmarks.study.stacked import __main__ as command
 from benchmarks.study.stacked.nets import build_net, run_stack
+from benchmarks.study.stacked.probes import EXCHANGES, exchange_maps, format_probes, pools_of, radius_correlations
 from benchmarks.study.stacked.runs import recipe_of
 from benchmarks.study.stacked.score import score_stack
 from benchmarks.study.stacked.tasks import Recipe, Split, augment, load_split, normalise
@@ -251,3 +252,45 @@ def test_arms_of_committed_studies_stack(name):
         images = torch.randint(256, (2, 2, 3, recipe.image_size, recipe.image_size), dtype=torch.uint8)
         outputs = stack.outputs(images)
         assert outputs.shape[:3] == (2, 2, recipe.num_classes) and outputs.isfinite().all()
+
+
+def test_exchanged_parts_are_undone_and_change_what_they_should(cache):
+    split = load_split(DENSE, 'selection', cache)
+    images = normalise(split.images)
+    scores = {}
+    for name in ('predicted', 'constant'):
+        net = build_net(make_arm(name, cpool_ratio=0.5), DENSE, 0).eval()
+        with torch.no_grad():
+            for pool in pools_of(net):  # a fresh predictor says next to nothing
+                pool.predict.weight.normal_()
+                pool.reduce.weight.normal_()
+            plain = net(images)
+            for what, exchange in EXCHANGES.items():
+                undo = exchange_maps(net, exchange)
+                scores[name, what] = (net(images) - plain).abs().max().item()
+                undo()
+            assert torch.equal(net(images), plain)
+    assert scores['predicted', 'none'] == scores['constant', 'none'] == 0
+    assert scores['constant', 'supports of another image'] == 0
+    assert scores['constant', 'weights of another image'] > 1e-4
+    assert all(scores['predicted', what] > 1e-4 for what in EXCHANGES if what != 'none')
+
+
+def test_correlation_with_the_radius(cache, monkeypatch):
+    split = load_split(DENSE, 'selection', cache)
+    net = build_net(make_arm(), DENSE, 0).eval()
+    pool, = pools_of(net)
+    radii = split.radii[:, 2::4, 2::4].float()
+    predict = pool.predict_maps
+
+    def follow(x):
+        weights, sigma = predict(x)
+        return weights, (1 + radii[:, None]).expand_as(sigma)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pool), 'predict_maps', lambda self, x, present=None: follow(x))
+        assert radius_correlations(net, split) == [pytest.approx(1, abs=1e-3)]
+    assert abs(radius_correlations(net, split)[0]) < 0.9
+    assert radius_correlations(build_net(make_arm('constant'), DENSE, 0).eval(), split) == [None]
+    row = dict(arm='a', none=50., correlations=[None, 0.5], **{k: 40. for k in EXCHANGES if k != 'none'})
+    text = format_probes([dict(row, seed=0), {**row, 'seed': 1, 'mean supports': 49.}])
+    assert '| a | 2 | 50.00 | -10.00 ± 0.00 | -5.50 ± 57.18, no effect | -10.00 ± 0.00 | -, +0.50 |' in text

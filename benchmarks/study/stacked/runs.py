@@ -70,7 +70,7 @@ def weights_file(output: Path, name: str) -> Path:
 def load_net(study: Study, output: Path, arm: Arm, seed: int, device: torch.device) -> torch.nn.Module:
     """The trained net of a run, for evaluation."""
     net = build_net(arm, recipe_of(study, arm), seed)
-    net.load_state_dict(load_file(weights_file(output, run_name(arm.name, seed))), strict=False)
+    net.load_state_dict(load_file(weights_file(output, run_name(arm.name, seed))))
     return net.to(device).eval()
 
 
