@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--stack', type=int, default=1, help='seeds that train side by side')
     parser.add_argument('--only', default='*', metavar='PATTERN', help='train these arms only')
-    parser.add_argument('--minutes', type=float, help='begin no epoch after so many minutes')
+    parser.add_argument('--minutes', type=float, help='begin no arm after so many minutes')
     parser.add_argument('--report', action='store_true', help='train nothing')
     parser.add_argument('--test', action='store_true', help='score the test images, once, when all runs are done')
     parser.add_argument('--time', action='store_true', help='time training steps of all arms, on an idle machine')
