@@ -93,19 +93,20 @@ class Machine:
     def hot(self, loops: list[Loop]) -> list[Loop]:
         """The loops that do the work: copies of one that was unrolled weigh alike.
 
-        Where weights are formed in two ways, that which forms fewer exponentials is meant: models take no other.
+        Where weights are formed in two ways, that which takes less arithmetic is meant: models take no other.
         """
         products = [loop for loop in loops if self.count(loop, 'mma')]
         if products:
-            few = min(self.count(loop, 'mufu') for loop in products)
-            loops = [loop for loop in products if self.count(loop, 'mufu') <= 1.3 * few]
+            work = [8 * self.count(loop, 'mufu') + self.count(loop, 'fp') for loop in products]
+            loops = [loop for loop, n in zip(products, work, strict=True) if n <= 1.05 * min(work)]
         weights = [loop.last - loop.first + 20 * self.count(loop, 'mma') + 4 * self.count(loop, 'mufu')
                    for loop in loops]
         return [loop for loop, weight in zip(loops, weights, strict=True) if 2 * weight > max(weights)]
 
     def path(self) -> list[int]:
         """Indices of the instructions that a program passes over: without branches to loops that are not hot."""
-        cold = [loop for loop in self.loops if loop not in self.hot(self.loops) and self.count(loop, 'mma')]
+        hot = self.hot(self.loops)
+        cold = [loop for loop in self.loops if loop not in hot and self.count(loop, 'mma')]
         out, n = [], 0
         while n < len(self.code):
             out.append(n)
@@ -113,8 +114,8 @@ class Machine:
             if instruction.base == 'EXIT' and not instruction.predicated:
                 break
             if target is not None and target > n:
-                skipped = any(n < loop.first < target for loop in cold)
-                if not instruction.predicated or skipped:
+                skips_cold, skips_hot = (any(n < loop.first < target for loop in loops) for loops in (cold, hot))
+                if not instruction.predicated or skips_cold and not skips_hot:
                     n = target
                     continue
             n += 1

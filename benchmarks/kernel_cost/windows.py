@@ -28,7 +28,7 @@ class Windows:
         a = launch.args
         if launch.name == 'prepare':
             return [1.0]
-        blocks = 1 if a['TAIL'] else -(-a['CHANNELS'] // a['BLOCK_C'])
+        blocks = 1 if a.get('TAIL') else -(-a['CHANNELS'] // a['BLOCK_C'])
         if launch.name == 'grad_keys':
             return self._chunks_of_queries(a)
         outer = self._chunks_of_keys(a)

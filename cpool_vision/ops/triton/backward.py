@@ -81,10 +81,11 @@ def sums_of_queries(
                     v = tl.load(p_chunk + at_c, mask=m_k[None, :], other=0.0)
                 else:
                     v = tl.load(p_chunk + at_c, mask=m_k[None, :] & (c < CHANNELS)[:, None], other=0.0)
+                if TAIL:
+                    v_t = tl.load(p_chunk + at_t, mask=m_k[None, :] & m_t[:, None], other=0.0)
                 products = dot(g, v, products, PRECISION)
                 if TAIL:
-                    v = tl.load(p_chunk + at_t, mask=m_k[None, :] & m_t[:, None], other=0.0)
-                    products = dot(g_t, v, products, PRECISION)
+                    products = dot(g_t, v_t, products, PRECISION)
             else:
                 for n in range(0, BLOCKS):
                     first = offset(n * BLOCK_C, INDEX)
@@ -178,7 +179,7 @@ def grad_queries(
     # Padded queries weigh nothing.
     tl.store(p_sums + q_cell, tl.where(m_q, norm + tl.log2(a), float('inf')), mask=m_cell)
     tl.store(p_sums + queries + q_cell, tl.where(m_q, d, 0.0), mask=m_cell)
-    sigma = tl.load(p_sigma + batch * s_sb + group // shared * s_sg + q_row * s_sh + q_col * s_sw, mask=m_q,
+    sigma = tl.load(p_sigma + batch * s_sb + (group.to(tl.int32) // shared).to(tl.int64) * s_sg + q_row * s_sh + q_col * s_sw, mask=m_q,
                     other=1.0).to(tl.float32)
     # One division at a time: the cube of a small support underflows.
     dsigma = (a_ds - d * a_d) * inverse / sigma / sigma / sigma
@@ -202,12 +203,12 @@ def query_rows(p_radius, block, y0, x0, out_height, rows, size,
 
 @triton.jit
 def sums_of_keys(
-        p_g, p_scale, p_sums, p_top, s_gc, s_gh, s_gw, x, x_t, w, log_w, k_row, k_col, y0, x0, block,
+        p_g, p_scale, p_sums, p_top, s_gc, s_gh, s_gw, x, w, log_w, k_row, k_col, y0, x0, block,
         height, width, out_height, out_width, q_rows, queries,
-        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
         CHUNK: tl.constexpr, XW: tl.constexpr, Q_BLOCKS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
         STRIDE: tl.constexpr, IN_LOGS: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
-    """`dx_j` of the channels of a block and of a tail, and `dl_j`, over the queries that read a key tile.
+    """`dx_j` of a block of channels, and `dl_j`, over the queries that read a key tile.
 
     Weights are formed without the key's own, which multiplies the sums; or, IN_LOGS, from logarithms. For fp16, whose
     range is small, they are formed whole and `2^SHIFT` times as large.
@@ -222,12 +223,6 @@ def sums_of_keys(
     at = qr.to(INDEX) * s_gh + qc.to(INDEX) * s_gw
     at_c = at[:, None] + (c.to(INDEX) * s_gc)[None, :]
     dx = tl.zeros((KEYS, BLOCK_C), tl.float32)
-    if TAIL:
-        t = BLOCK_C + tl.arange(0, TAIL)
-        at_t = at[:, None] + (t.to(INDEX) * s_gc)[None, :]
-        dx_t = tl.zeros((KEYS, TAIL), tl.float32)
-    else:
-        dx_t = dx
     dlogits = tl.zeros((KEYS, QUERIES), tl.float32)
     for b in range(0, Q_BLOCKS):
         if WHOLE:
@@ -242,7 +237,7 @@ def sums_of_keys(
         for y in range(ya, yb, CHUNK):
             p_chunk = p_g + offset(y, INDEX) * s_gh + offset(b, INDEX) * (XW * s_gw)
             m_q = m_x & (qr < out_height - y)
-            if CHANNELS % BLOCK_C == 0 or TAIL:
+            if CHANNELS % BLOCK_C == 0:
                 g = tl.load(p_chunk + at_c, mask=m_q[:, None], other=0.0)
             else:
                 g = tl.load(p_chunk + at_c, mask=m_q[:, None] & (c < CHANNELS)[None, :], other=0.0)
@@ -255,30 +250,22 @@ def sums_of_keys(
                 a = exponents(log_w[:, None], scale[None, :], dx2, dy2) - tl.load(p_top + n)[None, :]
                 a = tl.exp2(a - (norm[None, :] - SHIFT))
             else:
-                a = tl.exp2(-scale[None, :] * dx2 - (scale[None, :] * dy2 + norm[None, :]))
+                a = tl.exp2(exponents(-norm[None, :], scale[None, :], dy2, dx2))
                 if SHIFT:
                     a *= (w * (1 << SHIFT))[:, None]
             products = dot(x, tl.trans(g), tl.zeros((KEYS, QUERIES), tl.float32), PRECISION)
-            if TAIL:
-                g_t = tl.load(p_chunk + at_t, mask=m_q[:, None] & (t < CHANNELS)[None, :], other=0.0)
-                products = dot(x_t, tl.trans(g_t), products, PRECISION)
             a = follow(a, products)
             if block == 0:
                 products -= tl.load(p_sums + queries + n)[None, :]
             dlogits += a * products
-            a = a.to(dtype)
-            dx = dot(a, g, dx, PRECISION)
-            if TAIL:
-                dx_t = dot(a, g_t, dx_t, PRECISION)
+            dx = dot(a.to(dtype), g, dx, PRECISION)
     if SHIFT:
         rest = tl.full((KEYS,), 1.0 / (1 << SHIFT), tl.float32)
     elif IN_LOGS:
         rest = tl.full((KEYS,), 1.0, tl.float32)
     else:
         rest = w
-    if TAIL:
-        dx_t *= rest[:, None]
-    return dx * rest[:, None], dx_t, tl.sum(dlogits, 1) * rest
+    return dx * rest[:, None], tl.sum(dlogits, 1) * rest
 
 
 @triton.jit
@@ -286,11 +273,11 @@ def grad_keys(
         p_g, p_x, p_dx, p_kept, p_sums, p_dlogits,
         s_gb, s_gc, s_gh, s_gw, s_xb, s_xc, s_xh, s_xw, s_db, s_dc, s_dh, s_dw,
         height, width, out_height, out_width, groups, kept_size, planes,
-        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+        CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
         CHUNK: tl.constexpr, XW: tl.constexpr, X_BLOCKS: tl.constexpr, Q_BLOCKS: tl.constexpr, ROWS: tl.constexpr,
         WHOLE: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
     """One program makes `dx_j` of a channel block of a key tile, and that block's part of `dl_j`."""
-    BLOCKS: tl.constexpr = 1 if TAIL else (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     block, plane, batch, group, y0, x0 = locate(
         tl.program_id(0), BLOCKS, height, width, groups, TILE_H, TILE_W, XW)
     i = tl.arange(0, TILE_H * TILE_W)
@@ -313,26 +300,19 @@ def grad_keys(
     m_c = m_k[:, None] & (c < CHANNELS)[None, :]
     x_at = k_row.to(INDEX) * s_xh + k_col.to(INDEX) * s_xw
     x = tl.load(p_x + x_at[:, None] + (c.to(INDEX) * s_xc)[None, :], mask=m_c, other=0.0)
-    x_t = x
-    if TAIL:
-        t = BLOCK_C + tl.arange(0, TAIL)
-        m_t = m_k[:, None] & (t < CHANNELS)[None, :]
-        x_t = tl.load(p_x + x_at[:, None] + (t.to(INDEX) * s_xc)[None, :], mask=m_t, other=0.0)
     # The flag lies behind the radii of rows of blocks.
     if tl.load(p_scale + 3 * queries + Q_BLOCKS * q_rows) > 0:
         log_w = tl.load(p_kept + keys + k_cell, mask=m_k, other=-float('inf'))
-        dx, dx_t, dlogits = sums_of_keys(
-            p_g, p_scale, p_sums, p_scale + 2 * queries, s_gc, s_gh, s_gw, x, x_t, w, log_w, k_row, k_col, y0, x0,
-            block, height, width, out_height, out_width, q_rows, queries, CHANNELS, BLOCK_C, TAIL, TILE_H, TILE_W,
+        dx, dlogits = sums_of_keys(
+            p_g, p_scale, p_sums, p_scale + 2 * queries, s_gc, s_gh, s_gw, x, w, log_w, k_row, k_col, y0, x0,
+            block, height, width, out_height, out_width, q_rows, queries, CHANNELS, BLOCK_C, TILE_H, TILE_W,
             CHUNK, XW, Q_BLOCKS, ROWS, WHOLE, STRIDE, True, SHIFT, PRECISION, INDEX)
     else:
-        dx, dx_t, dlogits = sums_of_keys(
-            p_g, p_scale, p_sums, p_scale, s_gc, s_gh, s_gw, x, x_t, w, w, k_row, k_col, y0, x0,
-            block, height, width, out_height, out_width, q_rows, queries, CHANNELS, BLOCK_C, TAIL, TILE_H, TILE_W,
+        dx, dlogits = sums_of_keys(
+            p_g, p_scale, p_sums, p_scale, s_gc, s_gh, s_gw, x, w, w, k_row, k_col, y0, x0,
+            block, height, width, out_height, out_width, q_rows, queries, CHANNELS, BLOCK_C, TILE_H, TILE_W,
             CHUNK, XW, Q_BLOCKS, ROWS, WHOLE, STRIDE, False, SHIFT, PRECISION, INDEX)
     d_at = k_row.to(INDEX) * s_dh + k_col.to(INDEX) * s_dw
     tl.store(p_dx + d_at[:, None] + (c.to(INDEX) * s_dc)[None, :], dx.to(p_dx.dtype.element_ty), mask=m_c)
-    if TAIL:
-        tl.store(p_dx + d_at[:, None] + (t.to(INDEX) * s_dc)[None, :], dx_t.to(p_dx.dtype.element_ty), mask=m_t)
     p_dlogits += (block * planes + plane) * height * width + k_row * width + k_col
     tl.store(p_dlogits, dlogits.to(p_dlogits.dtype.element_ty), mask=m_k)

@@ -41,8 +41,11 @@ def locate(pid, BLOCKS: tl.constexpr, height, width, groups, TILE_H: tl.constexp
     tiles_w = tl.cdiv(tl.cdiv(width, XW) * XW, TILE_W)
     tiles = tl.cdiv(height, TILE_H) * tiles_w
     tile = pid // BLOCKS % tiles
-    plane = (pid // BLOCKS // tiles).to(tl.int64)
-    return pid % BLOCKS, plane, plane // groups, plane % groups, tile // tiles_w * TILE_H, tile % tiles_w * TILE_W
+    plane = pid // BLOCKS // tiles
+    # Divided in 32 bits, multiplied by strides in 64.
+    batch = (plane // groups).to(tl.int64)
+    group = (plane % groups).to(tl.int64)
+    return pid % BLOCKS, plane.to(tl.int64), batch, group, tile // tiles_w * TILE_H, tile % tiles_w * TILE_W
 
 
 @triton.jit

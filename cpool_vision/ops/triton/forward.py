@@ -79,6 +79,8 @@ def pool_window(
                 v = tl.load(p_chunk + at_c, mask=m_k[:, None], other=0.0)
             else:
                 v = tl.load(p_chunk + at_c, mask=m_k[:, None] & (c < CHANNELS)[None, :], other=0.0)
+            if TAIL:
+                v_t = tl.load(p_chunk + at_t, mask=m_k[:, None] & (t < CHANNELS)[None, :], other=0.0)
             w = tl.load(p_w + (b * rows + y) * XW + k)
             dy2 = squares(row[:, None], (y + kr).to(tl.float32)[None, :], least_y[:, None], STRIDE)
             if IN_LOGS:
@@ -90,8 +92,7 @@ def pool_window(
             sums = dot(a, ones, sums, PRECISION)
             acc = dot(a, v, acc, PRECISION)
             if TAIL:
-                v = tl.load(p_chunk + at_t, mask=m_k[:, None] & (t < CHANNELS)[None, :], other=0.0)
-                tail = dot(a, v, tail, PRECISION)
+                tail = dot(a, v_t, tail, PRECISION)
     return acc, tail, tl.max(sums, 1)
 
 

@@ -37,25 +37,38 @@ class Config(NamedTuple):
 
 
 def split_channels(channels: int, widest: int) -> tuple[int, int]:
-    """Channels of a block and of the rest that the same program takes: 48 = 32 + 16."""
-    block = max(16, triton.next_power_of_2(channels))
-    if block <= widest or channels < widest:
-        half = block // 2
-        rest = max(16, triton.next_power_of_2(channels - half)) if channels > half else 0
-        return (half, rest) if half >= 32 and 0 < rest < half else (block, 0)
-    rest = channels - widest
-    if 0 < rest < widest and rest == triton.next_power_of_2(rest) >= 16:
-        return widest, rest
-    return widest, 0
+    """Channels of a block and of the rest that the same program takes: 96 = 64 + 32, 768 = 12 * 64 + 0."""
+    for block in (32, 64, 128):
+        rest = channels - block
+        if block <= widest and 16 <= rest < block and rest == triton.next_power_of_2(rest):
+            return block, rest
+    return min(max(16, triton.next_power_of_2(channels)), widest), 0
+
+
+# Rows, columns and chunk of a tile by the width of a block of columns; of maps that are read whole and of larger ones.
+_TILES: dict[tuple[Any, int, bool], tuple[int, int, int]] = {
+    (pool, 16, True): (8, 16, 2), (grad_queries, 16, True): (8, 16, 2), (grad_keys, 16, True): (8, 16, 1),
+    (pool, 16, False): (4, 16, 4), (grad_queries, 16, False): (4, 16, 2), (grad_keys, 16, False): (4, 16, 2),
+    (pool, 8, True): (8, 8, 8), (grad_queries, 8, True): (8, 8, 4), (grad_keys, 8, True): (8, 8, 4),
+    (pool, 8, False): (8, 8, 8), (grad_queries, 8, False): (8, 8, 4), (grad_keys, 8, False): (8, 8, 4),
+}
 
 
 def choose_config(kernel: Any, height: int, width: int, channels: int, dtype: torch.dtype) -> Config:
-    """The configuration for maps of so many pixels and channels per group; fixed, so that results never vary."""
+    """The configuration for maps of so many pixels and channels per group; fixed, so that results never vary.
+
+    Chosen by simulated time among those that spill no registers, see `benchmarks.kernel_cost`.
+    """
     half = dtype != torch.float32
-    tile_w = block_width(width)
-    tile_h = 64 // tile_w
-    chunk = 32 // tile_w
-    return Config(tile_h, tile_w, chunk, *split_channels(channels, 64 if half else 32), 4, 1)
+    block = block_width(width)
+    tile = _TILES[kernel, block, height * width <= WHOLE_UP_TO]
+    if not half or channels > 64 and block == 16:
+        tile = (64 // block, block, 32 // block)
+    if kernel is grad_keys:
+        # A rest would cost two more products an iteration, and gain nothing.
+        widest = 128 if half else 64
+        return Config(*tile, min(max(16, triton.next_power_of_2(channels)), widest), 0, 4, 1)
+    return Config(*tile, *split_channels(channels, 64 if half else 32), 4, 1)
 
 
 def _sizes(x: Tensor, weight_logits: Tensor, sigma: Tensor) -> tuple[int, ...]:
@@ -74,7 +87,7 @@ def _constants(kernel: Any, config: Config, x: Tensor, groups: int, stride: int,
     channels = x.shape[1] // groups
     xw = block_width(width)
     return {
-        'CHANNELS': channels, 'BLOCK_C': config.block_c, 'TAIL': config.tail,
+        'CHANNELS': channels, 'BLOCK_C': config.block_c, **({} if kernel is grad_keys else {'TAIL': config.tail}),
         'TILE_H': config.tile_h, 'TILE_W': config.tile_w, 'CHUNK': config.chunk,
         'XW': xw, 'X_BLOCKS': -(-width // xw), 'WHOLE': height * width <= WHOLE_UP_TO, 'STRIDE': stride,
         'PRECISION': 'tf32x3' if x.dtype == torch.float32 else 'ieee',

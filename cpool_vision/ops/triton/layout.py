@@ -43,5 +43,5 @@ class Kept(NamedTuple):
         queries = round_up(out_height, ROWS) * round_up(out_width, block)
         scale, radius = 2 * keys, 2 * keys + 3 * queries
         wide = radius + queries // block
-        # A multiple of 4, so that every plane is aligned.
-        return cls(0, keys, scale, scale + queries, scale + 2 * queries, radius, wide, wide + 4)
+        # A multiple of 16, which lets compilers load several elements at once.
+        return cls(0, keys, scale, scale + queries, scale + 2 * queries, radius, wide, round_up(wide + 1, 16))

@@ -18,12 +18,11 @@ def prepare(
     is at most its integral plus its largest term, and L > 12.5. The radius makes this the tolerance, times `sigma^3`
     for supports below one pixel, since the gradient of a support multiplies by `sigma^-3`.
     """
-    plane = tl.program_id(0).to(tl.int64)
-    batch = plane // groups
-    group = plane % groups
-    p_logits += batch * s_lb + group * s_lg
-    p_sigma += batch * s_sb + group // shared * s_sg
-    p_kept += plane * kept_size
+    plane = tl.program_id(0)
+    batch = (plane // groups).to(tl.int64)
+    p_logits += batch * s_lb + (plane % groups).to(tl.int64) * s_lg
+    p_sigma += batch * s_sb + (plane % groups // shared).to(tl.int64) * s_sg
+    p_kept += plane.to(tl.int64) * kept_size
     i = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), -float('inf'), tl.float32)
     for start in range(0, height * width, BLOCK):
@@ -82,6 +81,7 @@ def prepare(
         radius = tl.max(tl.reshape(tl.where(m, radius, -EVERYTHING), (BLOCK // XW, XW)), 1)
         line = start // XW + tl.arange(0, BLOCK // XW)
         tl.store(p_kept + 3 * queries + line, radius, mask=line < queries // XW)
-    # Four of them: the next plane begins aligned.
-    i = tl.arange(0, 4)
-    tl.store(p_kept + 3 * queries + queries // XW + i, tl.zeros((4,), tl.float32) + tl.max(wide, 0))
+    # As many as make the next plane begin aligned.
+    pad = (kept_size - 2 * keys) - (3 * queries + queries // XW)
+    i = tl.arange(0, 16)
+    tl.store(p_kept + (3 * queries + queries // XW) + i, tl.zeros((16,), tl.float32) + tl.max(wide, 0), mask=i < pad)

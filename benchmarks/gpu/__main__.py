@@ -1,0 +1,158 @@
+"""Measures the operator and its variants on a CUDA device: `python -m benchmarks.gpu -o OUT.json`.
+
+Needs torch, triton, timm and this checkout, and downloads nothing. What matters most comes first, every result is
+written as soon as it is there, and what the time allowed (`--budget`) does not suffice for is listed as skipped:
+
+1. the kernels' tests, in parallel where pytest-xdist is installed;
+2. the operator and a depthwise convolution on every case;
+3. training steps in eager mode, against the base and against a depthwise convolution in the same slot, and their
+   kernels, from which the tables show where a variant's time goes;
+4. what else could stand in the operator's place: dense eager, attention, FlexAttention, deformable convolution;
+5. compiled training steps.
+
+`python -m benchmarks.gpu.tables OUT.json --write` puts the tables into docs/performance.md.
+"""
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpool_vision.profile.cases import Case
+from cpool_vision.profile.measure import device_info, machine
+
+from . import operator, steps
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ('tests/ops/test_triton_kernels.py',)
+# Seconds that one measurement is expected to take at most: none begins with less left.
+_SECONDS = {'operator': 3.0, 'other': 12.0, 'step': 12.0, 'compiled': 70.0}
+
+
+def run_tests(seconds: float, device: str) -> dict[str, Any]:
+    """The kernels' tests in a process of their own: the last line of what they say, and the failures."""
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *TESTS]
+    if importlib.util.find_spec('xdist') is not None:
+        command += ['-n', str(min(8, os.cpu_count() or 1)), '--dist', 'worksteal']
+    try:
+        out = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, cwd=ROOT, timeout=seconds).stdout
+    except subprocess.TimeoutExpired:
+        return {'summary': f'not finished after {seconds:.0f} s', 'failures': []}
+    lines = out.strip().splitlines() or ['no output']
+    return {'summary': lines[-1], 'failures': re.findall(r'^(?:FAILED|ERROR) (.*)', out, re.MULTILINE)[:20]}
+
+
+def _release(device: str) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if torch.device(device).type == 'cuda':
+        torch.cuda.empty_cache()
+
+
+class Session:
+    """Results so far, in a file that is whole after every measurement."""
+
+    def __init__(self, path: Path, device: str, budget_s: float):
+        self.path, self.device, self.budget_s, self.start = path, device, budget_s, time.monotonic()
+        self.results: dict[str, Any] = {
+            'machine': machine() | device_info(device), 'operator': {}, 'steps': {}, 'skipped': []}
+        self.save()
+
+    def left(self) -> float:
+        return self.budget_s - (time.monotonic() - self.start)
+
+    def save(self) -> None:
+        whole = self.path.with_name(self.path.name + '.part')
+        whole.write_text(json.dumps(self.results, indent=1) + '\n', encoding='utf-8')
+        whole.replace(self.path)
+
+    def measure(self, what: str, expected_s: float, rows: list[dict[str, Any]], run: Callable[[], dict[str, Any]]) -> None:
+        """Adds a row, or says what went wrong in it; or lists it as skipped."""
+        if self.left() < expected_s:
+            self.results['skipped'].append(what)
+            self.save()
+            return
+        try:
+            rows.append(run())
+        except Exception as error:  # one that cannot run must not cost the others their figures
+            rows.append({'implementation': what, 'failed': f'{type(error).__name__}: {error}'[:300]})
+        print(f'{time.monotonic() - self.start:5.0f} s  {what}', flush=True)
+        self.save()
+
+
+def _operators(session: Session, cases: dict[str, Case], names: tuple[str, ...], expected: float, repeats: int) -> None:
+    for title, case in cases.items():
+        rows = session.results['operator'].setdefault(title, [])
+        if session.left() < expected:
+            session.results['skipped'] += [f'{title}: {name}' for name in names]
+            continue
+        prepared = operator.Prepared.make(case)
+        for name in names:
+            session.measure(f'{title}: {name}', expected, rows,
+                            lambda name=name, prepared=prepared: operator.measure(prepared, name, repeats))
+        del prepared
+        _release(session.device)
+
+
+def _steps(session: Session, models: tuple[tuple[str, int, float], ...], arms: tuple[str, ...], compiled: bool,
+           repeats: int) -> None:
+    for name, batch, _ in models:
+        mode = 'compiled' if compiled else 'eager'
+        rows = session.results['steps'].setdefault(f'{name} {mode}', [])
+        for arm in arms:
+            session.measure(
+                f'{name} {mode}: {arm}', _SECONDS['compiled' if compiled else 'step'], rows,
+                lambda arm=arm: steps.measure(name, arm, batch, session.device, repeats, compiled) | {'batch': batch})
+            _release(session.device)
+
+
+def on_device(cases: dict[str, Case], device: str) -> Iterator[tuple[str, Case]]:
+    """The cases on another device than the CPU, which they are made for."""
+    for title, case in cases.items():
+        yield title, Case(**{**vars(case), 'device': device})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs everything that the time allows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('-o', '--output', type=Path, required=True, help='JSON file for the figures')
+    parser.add_argument('--budget', type=float, default=340.0, help='seconds in all')
+    parser.add_argument('--device', default='cuda', help='cuda, cuda:N, or cpu with --tiny')
+    parser.add_argument('--tiny', action='store_true', help='one small case and model: tries the command itself')
+    parser.add_argument('--repeats', type=int, default=10, help='counted runs of each')
+    args = parser.parse_args(argv)
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        parser.error(f'--device {args.device}: torch {torch.__version__} sees no CUDA device; '
+                     'use --tiny --device cpu to try the command without one')
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.backends.cudnn.benchmark = True
+    cases = dict(on_device(operator.TINY_CASES if args.tiny else operator.CASES, args.device))
+    models = steps.TINY_MODELS if args.tiny else steps.MODELS
+    session = Session(args.output, args.device, args.budget)
+    if args.device.startswith('cuda'):
+        session.results['tests'] = run_tests(min(90.0, session.left() / 3), args.device)
+        print(session.results['tests']['summary'], flush=True)
+        session.save()
+    scale = 0.0 if args.tiny else 1.0
+    _operators(session, cases, operator.FIRST, scale * _SECONDS['operator'], args.repeats)
+    _steps(session, models, tuple(steps.ARMS), False, args.repeats)
+    _operators(session, cases, operator.OTHERS, scale * _SECONDS['other'], args.repeats)
+    _steps(session, models, ('base', 'variant'), True, args.repeats)
+    session.results['seconds'] = time.monotonic() - session.start
+    session.save()
+    print(f'figures in {args.output}; {len(session.results["skipped"])} measurements skipped')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
