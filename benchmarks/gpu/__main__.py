@@ -3,7 +3,7 @@
 Needs torch, triton, timm and this checkout, and downloads nothing. What matters most comes first, every result is
 written as soon as it is there, and what the time allowed (`--budget`) does not suffice for is listed as skipped:
 
-1. the kernels' tests, in parallel where pytest-xdist is installed;
+1. the kernels' tests, in parallel where pytest-xdist is installed, while the kernels of all cases are compiled;
 2. the operator and a depthwise convolution on every case;
 3. training steps in eager mode, against the base and against a depthwise convolution in the same slot, and their
    kernels, from which the tables show where a variant's time goes;
@@ -13,20 +13,24 @@ written as soon as it is there, and what the time allowed (`--budget`) does not 
 `python -m benchmarks.gpu.tables OUT.json --write` puts the tables into docs/performance.md.
 """
 import argparse
+import functools
 import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.kernel_cost.launches import Call, compile_call
 from cpool_vision.profile.cases import Case
 from cpool_vision.profile.measure import device_info, machine
 
@@ -38,7 +42,7 @@ TESTS = ('tests/ops/test_triton_kernels.py',)
 _SECONDS = {'operator': 3.0, 'other': 12.0, 'step': 12.0, 'compiled': 70.0}
 
 
-def run_tests(seconds: float, device: str) -> dict[str, Any]:
+def run_tests(seconds: float) -> dict[str, Any]:
     """The kernels' tests in a process of their own: the last line of what they say, and the failures."""
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *TESTS]
     if importlib.util.find_spec('xdist') is not None:
@@ -50,6 +54,20 @@ def run_tests(seconds: float, device: str) -> dict[str, Any]:
         return {'summary': f'not finished after {seconds:.0f} s', 'failures': []}
     lines = out.strip().splitlines() or ['no output']
     return {'summary': lines[-1], 'failures': re.findall(r'^(?:FAILED|ERROR) (.*)', out, re.MULTILINE)[:20]}
+
+
+def compile_kernels(cases: dict[str, Case], device: str) -> Executor:
+    """Starts to compile the operator's kernels of all cases in processes of their own, into Triton's cache."""
+    major, minor = torch.cuda.get_device_capability(device)
+    workers = ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context('spawn'))
+    for case in cases.values():
+        call = Call(*case.shape, case.groups, case.sigma[1], case.torch_dtype, case.channels_last, case.stride)
+        workers.submit(_compile, call, 10 * major + minor)
+    return workers
+
+
+def _compile(call: Call, arch: int) -> None:
+    compile_call(call, arch)
 
 
 def _release(device: str) -> None:
@@ -76,7 +94,8 @@ class Session:
         whole.write_text(json.dumps(self.results, indent=1) + '\n', encoding='utf-8')
         whole.replace(self.path)
 
-    def measure(self, what: str, expected_s: float, rows: list[dict[str, Any]], run: Callable[[], dict[str, Any]]) -> None:
+    def measure(self, what: str, expected_s: float, rows: list[dict[str, Any]],
+                run: Callable[[], dict[str, Any]]) -> None:
         """Adds a row, or says what went wrong in it; or lists it as skipped."""
         if self.left() < expected_s:
             self.results['skipped'].append(what)
@@ -99,7 +118,7 @@ def _operators(session: Session, cases: dict[str, Case], names: tuple[str, ...],
         prepared = operator.Prepared.make(case)
         for name in names:
             session.measure(f'{title}: {name}', expected, rows,
-                            lambda name=name, prepared=prepared: operator.measure(prepared, name, repeats))
+                            functools.partial(operator.measure, prepared, name, repeats))
         del prepared
         _release(session.device)
 
@@ -112,7 +131,7 @@ def _steps(session: Session, models: tuple[tuple[str, int, float], ...], arms: t
         for arm in arms:
             session.measure(
                 f'{name} {mode}: {arm}', _SECONDS['compiled' if compiled else 'step'], rows,
-                lambda arm=arm: steps.measure(name, arm, batch, session.device, repeats, compiled) | {'batch': batch})
+                functools.partial(steps.measure, name, arm, batch, session.device, repeats, compiled))
             _release(session.device)
 
 
@@ -140,7 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     models = steps.TINY_MODELS if args.tiny else steps.MODELS
     session = Session(args.output, args.device, args.budget)
     if args.device.startswith('cuda'):
-        session.results['tests'] = run_tests(min(90.0, session.left() / 3), args.device)
+        workers = compile_kernels(cases, args.device)
+        session.results['tests'] = run_tests(min(100.0, session.left() / 3))
+        workers.shutdown(cancel_futures=True)
         print(session.results['tests']['summary'], flush=True)
         session.save()
     scale = 0.0 if args.tiny else 1.0

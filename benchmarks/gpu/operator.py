@@ -18,7 +18,8 @@ from .timing import call_ms, graph_ms, kernels_ms
 _CHECKED = 2
 
 
-def _case(b: int, c: int, h: int, w: int, groups: int, sigma: float, dtype: str = 'bfloat16', last: bool = True) -> Case:
+def _case(
+        b: int, c: int, h: int, w: int, groups: int, sigma: float, dtype: str = 'bfloat16', last: bool = True) -> Case:
     return Case((b, c, h, w), (0.1, sigma), groups, dtype=dtype, channels_last=last, backward=True)
 
 

@@ -46,7 +46,7 @@ def make_step(name: str, arm: str, batch: int, device: str, compiled: bool) -> C
 def measure(name: str, arm: str, batch: int, device: str, repeats: int, compiled: bool) -> dict[str, Any]:
     """Time of a step in ms and, in eager mode, of its kernels by name."""
     step = make_step(name, arm, batch, device, compiled)
-    row: dict[str, Any] = {'arm': arm, 'step_ms': call_ms(step, device, repeats, warm_up=3)}
+    row: dict[str, Any] = {'arm': arm, 'batch': batch, 'step_ms': call_ms(step, device, repeats, warm_up=3)}
     if torch.device(device).type == 'cuda':
         row['peak_gib'] = torch.cuda.max_memory_allocated(device) / 2 ** 30
         torch.cuda.reset_peak_memory_stats(device)

@@ -67,6 +67,20 @@ def _counts(machine: Machine, trips: list[float]) -> tuple[_Counted, _Counted]:
     return ([(machine.code[k], times[k]) for k in path], [(machine.code[k], times[k]) for k in path if inside[k]])
 
 
+def by_pair(launch: Launch, trips: list[float]) -> tuple[float, float]:
+    """Instructions and exponentials of the loop nest that makes the pairs, lanes' by pair."""
+    machine = disassemble(launch.compiled.asm['cubin'])
+    _, nest = _counts(machine, _trips_in_code(machine, trips))
+    lanes = 32 * launch.compiled.metadata.num_warps / _pairs(launch, trips)
+    return sum(n for _, n in nest) * lanes, sum(n for i, n in nest if i.base == 'MUFU') * lanes
+
+
+def _pairs(launch: Launch, trips: list[float]) -> float:
+    """(Query, key) pairs of a program, those of padding among them."""
+    a = launch.args
+    return a['TILE_H'] * a['TILE_W'] * a['CHUNK'] * a['XW'] * math.prod(trips[:2])
+
+
 def cost(launch: Launch, trips: list[float]) -> Cost:
     """The cost of one launch whose loops run `trips` times, the outermost first."""
     meta = launch.compiled.metadata
@@ -74,10 +88,10 @@ def cost(launch: Launch, trips: list[float]) -> Cost:
     warps = meta.num_warps
     ctas = occupancy(machine.registers, warps, meta.shared)
     seen = _trips_in_code(machine, trips)
-    program, nest = _counts(machine, seen)
+    program, _ = _counts(machine, seen)
     a = launch.args
-    pairs = a['TILE_H'] * a['TILE_W'] * a['CHUNK'] * a['XW'] * math.prod(trips[:2]) if 'TILE_H' in a else 0.0
-    by_pair = 32 * warps / pairs if pairs else 0.0
+    has_pairs = 'TILE_H' in a
+    instructions, exponentials = by_pair(launch, trips) if has_pairs else (0.0, 0.0)
     resident = max(1, math.ceil(min(ctas, -(-launch.grid // SMS)) * warps / SCHEDULERS))
     rounds = max(1.0, launch.grid * warps / (SMS * SCHEDULERS * resident))
     tensors = [t for name, t in a.items() if isinstance(t, torch.Tensor) and name != 'p_kept']
@@ -85,8 +99,7 @@ def cost(launch: Launch, trips: list[float]) -> Cost:
     busy = simulate.clocks(machine, seen, resident) * rounds / CLOCK_HZ * 1e3
     return Cost(
         launch.name, machine.registers, machine.stack, meta.shared, warps, ctas,
-        sum(n for _, n in nest) * by_pair, sum(n for i, n in nest if i.base == 'MUFU') * by_pair,
-        pairs * launch.grid, max(busy, bytes_ms) + LAUNCH_MS, bytes_ms,
+        instructions, exponentials, _pairs(launch, trips) * launch.grid if has_pairs else 0.0, max(busy, bytes_ms) + LAUNCH_MS, bytes_ms,
         sum(n for _, n in program) * launch.grid * warps / (SMS * SCHEDULERS * CLOCK_HZ) * 1e3)
 
 

@@ -179,8 +179,8 @@ def grad_queries(
     # Padded queries weigh nothing.
     tl.store(p_sums + q_cell, tl.where(m_q, norm + tl.log2(a), float('inf')), mask=m_cell)
     tl.store(p_sums + queries + q_cell, tl.where(m_q, d, 0.0), mask=m_cell)
-    sigma = tl.load(p_sigma + batch * s_sb + (group.to(tl.int32) // shared).to(tl.int64) * s_sg + q_row * s_sh + q_col * s_sw, mask=m_q,
-                    other=1.0).to(tl.float32)
+    p_sigma += batch * s_sb + (group.to(tl.int32) // shared).to(tl.int64) * s_sg
+    sigma = tl.load(p_sigma + q_row * s_sh + q_col * s_sw, mask=m_q, other=1.0).to(tl.float32)
     # One division at a time: the cube of a small support underflows.
     dsigma = (a_ds - d * a_d) * inverse / sigma / sigma / sigma
     p_dsigma += (plane * out_height + q_row) * out_width + q_col

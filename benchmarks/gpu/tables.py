@@ -1,0 +1,116 @@
+"""Tables of what `python -m benchmarks.gpu` measured: `python -m benchmarks.gpu.tables FILE.json [--write]`.
+
+They go between the markers `gpu-tables` of docs/performance.md.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markers import write_between
+
+from .operator import AIMS
+from .steps import COMPILED_AIM, MODELS
+
+DEFAULT = Path(__file__).resolve().parents[2] / 'docs' / 'performance.md'
+BEGIN, END = '<!-- gpu-tables -->', '<!-- /gpu-tables -->'
+_KERNELS = 12
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return '' if value is None else f'{value:.{digits}f}'
+
+
+def _error(errors: dict[str, float] | None) -> str:
+    return '' if not errors else ', '.join(f'{value:.1e}' for value in errors.values())
+
+
+def operator_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """One line for each implementation and case; those that failed or cannot run say why."""
+    lines = [
+        '| case | implementation | kernels (ms) | aim | with launches (ms) | CUDA graph (ms) | times the bytes\' floor '
+        '| errors of y, dx, dlogits, dsigma | peak memory / x |',
+        '|---|---|---|---|---|---|---|---|---|']
+    for title, rows in results.items():
+        for row in rows:
+            name = row['implementation']
+            why = row.get('refused') or row.get('failed')
+            if why:
+                lines.append(f'| {title} | {name} | {" ".join(why.split())[:80].replace("|", "/")} | | | | | | |')
+                continue
+            aim = AIMS.get(title) if name == 'triton' else None
+            lines.append(
+                f'| {title} | {name} | {_number(row["kernel_ms"])} | {"" if aim is None else f"{aim:g}"} '
+                f'| {_number(row["both_ms"])} | {_number(row.get("graph_ms"))} '
+                f'| {row["kernel_ms"] / row["floor_ms"]:.1f} | {_error(row.get("errors"))} '
+                f'| {_number(row["peak_memory_per_x"], 1)} |')
+    return lines
+
+
+def step_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Ratios of the steps' times to the base's."""
+    aims = {f'{name} eager': aim for name, _, aim in MODELS} | {f'{name} compiled': COMPILED_AIM for name, *_ in MODELS}
+    lines = ['| model | batch | base (ms) | variant / base | aim | depthwise 7x7 / base |', '|---|---|---|---|---|---|']
+    for title, rows in results.items():
+        times = {row['arm']: row['step_ms'] for row in rows if 'arm' in row}
+        if 'base' not in times:
+            continue
+        ratios = [_number(times[arm] / times['base'], 2) if arm in times else ''
+                  for arm in ('variant', 'depthwise_7x7')]
+        aim = aims.get(title)
+        lines.append(f'| `{title}` | {rows[0].get("batch", "")} | {times["base"]:.1f} | {ratios[0]} '
+                     f'| {"" if aim is None else f"{aim:.2f}"} | {ratios[1]} |')
+    return lines
+
+
+def kernel_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The kernels that cost a variant's step most beyond the base's, in ms."""
+    lines = ['| model | kernel | variant - base (ms) | share of the base\'s kernels |', '|---|---|---|---|']
+    for title, rows in results.items():
+        arms = {row['arm']: row for row in rows if 'kernels_ms' in row}
+        if not {'base', 'variant'} <= set(arms):
+            continue
+        base, variant = arms['base'], arms['variant']
+        names = {*base['kernels_ms'], *variant['kernels_ms']}
+        differences = {n: variant['kernels_ms'].get(n, 0.0) - base['kernels_ms'].get(n, 0.0) for n in names}
+        differences['all kernels'] = variant['kernel_ms'] - base['kernel_ms']
+        for name, ms in sorted(differences.items(), key=lambda item: -item[1])[:_KERNELS]:
+            lines.append(f'| `{title}` | `{name[:60].replace("|", "/")}` | {ms:.2f} '
+                         f'| {100 * ms / base["kernel_ms"]:.1f} % |')
+    return lines
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Everything that was measured, as Markdown."""
+    machine = results['machine']
+    names = ('torch', 'triton', 'cuda', 'cpool_vision')
+    versions = ', '.join(f'{name} {machine[name]}' for name in names if machine.get(name))
+    parts = [f'{machine.get("gpu", machine["cpu"])}; {versions}; commit {machine.get("commit") or "unknown"}.']
+    if 'tests' in results:
+        parts += ['', f'Tests of the kernels there: {results["tests"]["summary"].strip("= ")}.']
+    for table in (operator_table(results['operator']), step_table(results['steps']), kernel_table(results['steps'])):
+        if len(table) > 2:
+            parts += ['', *table]
+    if results['skipped']:
+        parts += ['', f'Not measured for want of time: {", ".join(results["skipped"])}.']
+    return '\n'.join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the tables, or writes them between the markers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('results', type=Path, help='JSON file of benchmarks.gpu')
+    parser.add_argument('--write', action='store_true', help='write into the file')
+    parser.add_argument('--file', type=Path, default=DEFAULT, help='file with the markers (docs/performance.md)')
+    args = parser.parse_args(argv)
+    text = tables(json.loads(args.results.read_text(encoding='utf-8')))
+    if args.write:
+        write_between(args.file, BEGIN, END, text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
