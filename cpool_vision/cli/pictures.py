@@ -166,7 +166,8 @@ def load_maps(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     try:
         return context_maps(loaded.model, loaded.batch)
     except ValueError as error:
-        raise UnknownModelError(f'model {args.model!r}: {error}') from error
+        raise UnknownModelError(f'model {args.model!r}: {error}, or put pools into this one with cpool-retrofit') \
+            from error
 
 
 @contextmanager

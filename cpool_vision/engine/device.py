@@ -18,6 +18,7 @@ from timm.layers import set_fast_norm
 from timm.utils.distributed import init_distributed_device_so
 
 from cpool_vision.errors import ConfigError
+from cpool_vision.reading import reason
 
 from .distributed.rendezvous import rendezvous_url
 from .settings.shared import DeviceSettings
@@ -133,6 +134,11 @@ def start_runtime(settings: DeviceSettings, join: bool = True) -> Runtime:
         raise ConfigError(f'--device {settings.device!r} is unknown: use cpu, cuda or cuda:INDEX') from error
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ConfigError(f'--device {settings.device!r}: no CUDA device is available; use --device cpu')
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(
+            f'--device {settings.device!r} cannot be used here ({reason(error, 120)}): use --device cpu') from error
     if settings.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)

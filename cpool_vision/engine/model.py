@@ -2,7 +2,11 @@
 import difflib
 import logging
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import safetensors
@@ -14,6 +18,7 @@ from timm.models import create_model, is_model, list_models, resolve_model_input
 from timm.models import load_checkpoint as load_numpy_checkpoint
 
 from cpool_vision.errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnknownModelError
+from cpool_vision.reading import reason
 
 from .checkpoints.checkpoint import load_weights, read_checkpoint, weights_of
 from .device import Runtime
@@ -21,6 +26,21 @@ from .settings.shared import ModelSettings
 from .settings.train import NetworkSettings, TrainSettings
 
 _logger = logging.getLogger(__name__)
+
+
+@cache
+def settle_hub() -> None:
+    """Looks once whether the hub of weights answers; if not, only its cache is asked, instead of waiting each time."""
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    host = urllib.parse.urlparse(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname or '', host.port or 443), timeout=5).close()
+    except OSError as error:
+        constants.HF_HUB_OFFLINE = True
+        _logger.warning('%s cannot be reached (%s): pretrained weights come from the cache only.', host.hostname,
+                        reason(error))
 
 
 def check_model_name(name: str) -> None:
@@ -53,6 +73,8 @@ def _build(settings: ModelSettings, **kwargs: Any) -> Any:
     clash = sorted(set(settings.model_kwargs) & set(kwargs))
     if clash:
         raise ConfigError(f'--model-kwargs {clash[0]!r} has a flag of its own: use that')
+    if settings.pretrained or settings.model.startswith(('hf-hub:', 'hf_hub:')):
+        settle_hub()
     try:
         # models of a fixed input size must be built for the size that they will be fed with
         size = resolve_model_input_args(settings.model, settings.as_dict(), **settings.model_kwargs).get('img_size')
@@ -60,18 +82,17 @@ def _build(settings: ModelSettings, **kwargs: Any) -> Any:
     except ValueError as error:
         raise UnknownModelError(f'model {settings.model!r} cannot be built as requested ({error}): '
                                 'check --img-size, --input-size, --in-chans and --model-kwargs') from error
-    except TypeError as error:
-        if 'argument' not in str(error):
-            raise
-        raise UnknownModelError(f'model {settings.model!r} cannot be built as requested ({error}): '
-                                'check --model-kwargs, the --bn- and the --drop- flags') from error
+    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError,
+            ZeroDivisionError) as error:
+        raise UnknownModelError(f'model {settings.model!r} cannot be built as requested ({reason(error)}): '
+                                'check --model-kwargs, --gp, the --bn- and the --drop- flags') from error
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         if not settings.pretrained and ':' not in settings.model:
-            raise
-        reason = ' '.join(str(error).split())[:300]
+            raise UnknownModelError(f'model {settings.model!r} cannot be built as requested ({reason(error)}): check '
+                                    '--model-kwargs') from error
         raise UnknownModelError(
-            f'pretrained weights of {settings.model!r} cannot be loaded ({reason}): drop --pretrained, or name a '
-            'local-dir: folder or a checkpoint') from error
+            f'pretrained weights of {settings.model!r} cannot be loaded ({reason(error, 300)}): drop --pretrained, or '
+            'name a local-dir: folder or a checkpoint') from error
 
 
 def resolve_input(model: nn.Module, settings: ModelSettings, use_test_size: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import cpool_vision.ops  # noqa: F401  (registers torch.ops.cpool_vision)
+from cpool_vision.ops.backends import BACKENDS
 
 from .mixer import Mixer2d
 
@@ -103,6 +104,8 @@ class ContextPool2d(Mixer2d):
             raise ValueError(f'depthwise must be an odd side of a convolution, or 0 for none, got {depthwise}')
         if hidden_dim is not None and hidden_dim < 1:
             raise ValueError(f'hidden_dim must be at least 1 or None, got {hidden_dim}')
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f'unknown {backend=}: choose one of {", ".join(BACKENDS)}, or None')
         hidden_dim = hidden_dim or default_hidden_dim(dim)
         self.groups = groups
         self.ratio = float(ratio)

@@ -58,6 +58,19 @@ def split_folder(root: str, split: str) -> str:
     return next((path for path in paths if os.path.exists(path)), root)
 
 
+def check_source(settings: DataSettings, split: str) -> None:
+    """Looks whether a split can be there, without opening it.
+
+    Raises:
+        DatasetError, DatasetNotFoundError: see `build_dataset`.
+    """
+    name, root = settings.dataset, settings.data_dir
+    _check_name(name)
+    if name in _FOLDER_NAMES or name.lower() in _TORCH_FOLDERS:
+        # a label file may list the images of a split that has no folder
+        _check_folder(root, '' if settings.multi_label and settings.label_file else split)
+
+
 def build_dataset(
         settings: DataSettings,
         classes: Classes,
@@ -74,10 +87,7 @@ def build_dataset(
         DatasetNotFoundError: its folder does not exist.
     """
     name, root = settings.dataset, settings.data_dir
-    _check_name(name)
-    if name in _FOLDER_NAMES or name.lower() in _TORCH_FOLDERS:
-        # a label file may list the images of a split that has no folder
-        _check_folder(root, '' if settings.multi_label and settings.label_file else split)
+    check_source(settings, split)
     # a mapping comes from --class-subset
     if settings.class_map == synsets.NAME and not os.path.exists(synsets.NAME):
         settings = replace(settings, class_map=synsets.synset_numbers())

@@ -13,6 +13,7 @@ from cpool_vision import reading
 from cpool_vision.errors import ConfigError
 
 from . import train_flags, validate_flags
+from .limits import check_limits
 from .train import TrainSettings
 from .validate import ValidateSettings
 
@@ -140,7 +141,7 @@ def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequen
         The namespace, without `config`.
 
     Raises:
-        ConfigError: see `yaml_defaults`.
+        ConfigError: see `yaml_defaults` and `limits.check_limits`.
     """
     parser = build_parser()
     has_config = any(action.dest == 'config' for action in parser._actions)
@@ -161,6 +162,7 @@ def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequen
         args.device = 'cpu'
     if has_config:
         del args.config
+    check_limits(args)
     return args
 
 

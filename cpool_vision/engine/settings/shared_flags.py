@@ -45,7 +45,7 @@ def add_input_args(group: SupportsAddArgument) -> None:
     """What the model is fed with; whatever is left out comes from the model's own configuration."""
     add = group.add_argument
     add('--num-classes', type=int, default=None, metavar='N', help='number of classes (model default if left out)')
-    add('--gp', default=None, type=str, metavar='POOL', help='global pooling: fast, avg, max, avgmax, avgmaxc')
+    add('--gp', default=None, type=str, metavar='POOL', help='global pooling of the model')
     add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
     add('--in-chans', type=int, default=None, metavar='N', help='number of image channels (3 if left out)')
     add('--input-size', default=None, nargs=3, type=int, metavar='N',

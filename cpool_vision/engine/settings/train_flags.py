@@ -4,6 +4,7 @@ import argparse
 from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
+from .limits import show_limits
 from .shared_flags import (
     SupportsAddArgument,
     add_config_arg,
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sized_batch_args(parser.add_argument_group('batches of several image sizes'))
     _add_naflex_args(parser.add_argument_group('NaFlex loader'))
     _add_distillation_args(parser.add_argument_group('knowledge distillation'))
+    show_limits(parser)
     return parser
 
 

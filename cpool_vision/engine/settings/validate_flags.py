@@ -1,6 +1,7 @@
 """Parser of validate.py: timm's flags by the same name, default and meaning."""
 import argparse
 
+from .limits import show_limits
 from .shared_flags import (
     SupportsAddArgument,
     add_dataset_args,
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('NaFlex loader')
     switch(group, '--naflex-loader', help='sequences of patches at native aspect ratio')
     group.add_argument('--naflex-max-seq-len', type=int, default=576, help='patches per image at most')
+    show_limits(parser)
     return parser
 
 

@@ -19,6 +19,7 @@ from ..data.multi_label import CLASS_NAMES, Classes, check_task, names_of
 from ..device import Runtime, seed_everything
 from ..distributed.sharding import check_fsdp, shard_task
 from ..model import create_train_model, place_model, resolve_input
+from ..settings.limits import check_limits
 from ..settings.train import LossSettings, TrainSettings
 from ..tracking.run_folder import RunFolder, check_free, claim, run_path, settings_text
 from ..tracking.run_lock import RunLock
@@ -39,21 +40,12 @@ def check(settings: TrainSettings, runtime: Runtime) -> None:
     Raises:
         ConfigError: names the flag.
     """
-    for name, least in (('grad_accum_steps', 1), ('epochs', 1), ('val_interval', 1), ('log_interval', 1),
-                        ('checkpoint_hist', 1), ('seed', 0), ('workers', 0), ('max_skipped', 0),
-                        ('recovery_interval', 0)):
-        value = getattr(settings, name)
-        if value < least:
-            raise ConfigError(f'--{name.replace("_", "-")} must be >= {least}, got {value}')
+    check_limits(settings)
     check_task(settings)
     known = columns_of(settings)
     if settings.eval_metric not in known:
         raise ConfigError(f'--eval-metric {settings.eval_metric!r} is unknown: choose {", ".join(known)}')
-    if settings.clip_mode not in ('norm', 'value', 'agc'):
-        raise ConfigError(f'--clip-mode {settings.clip_mode!r} is unknown: choose norm, value or agc')
     check_views(settings.tta, settings.naflex_loader)
-    if settings.dist_bn not in ('', 'reduce', 'broadcast'):
-        raise ConfigError(f"--dist-bn {settings.dist_bn!r} is unknown: choose reduce, broadcast or ''")
     check_fsdp(settings, runtime.distributed)
     if runtime.primary:
         check_services(settings)

@@ -24,6 +24,17 @@ _logger = logging.getLogger(__name__)
 _OTHER_CLASSES = ['*_in21k', '*_in22k', '*in12k', '*_dino', '*fcmae', '*seer']
 
 
+def _distinct(paths: Sequence[str]) -> list[str]:
+    """Files without further names of the same file, such as the numbered one that is also the last and the best."""
+    known: dict[tuple[int, int], str] = {}
+    for path in paths:
+        status = os.stat(path)
+        first = known.setdefault((status.st_dev, status.st_ino), path)
+        if first != path:
+            _logger.info('%s is the same file as %s: measured once.', path, first)
+    return list(known.values())
+
+
 def plan(settings: ValidateSettings) -> list[tuple[str, str]] | None:
     """Models and checkpoints to measure one after the other; None for a single validation.
 
@@ -40,7 +51,7 @@ def plan(settings: ValidateSettings) -> list[tuple[str, str]] | None:
         found = [path for ending in ('*.pth.tar', '*.pth') for path in glob.glob(os.path.join(folder, ending))]
         if not found:
             raise CheckpointNotFoundError(f'--checkpoint {settings.checkpoint!r} holds no .pth.tar or .pth')
-        return [(name, path) for path in sorted(found, key=natural_key)]
+        return [(name, path) for path in _distinct(sorted(found, key=natural_key))]
     if name == 'all':
         return [(each, '') for each in list_models(pretrained=True, exclude_filters=_OTHER_CLASSES)]
     if ':' in name or is_model(name.split('.', 1)[0]):

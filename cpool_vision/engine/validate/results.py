@@ -22,6 +22,10 @@ FORMATS = ('csv', 'json', 'md')
 Row = dict[str, Any]
 
 
+# suffixes by which other programs would expect another format
+_FOREIGN = frozenset('xlsx xls ods parquet feather html htm tex yaml yml xml pdf pkl npz npy h5 db sqlite tsv'.split())
+
+
 def results_format(path: str, kind: str) -> str:
     """Format of a results file: that of its suffix if it is .csv, .json or .md, else `kind`.
 
@@ -31,6 +35,8 @@ def results_format(path: str, kind: str) -> str:
     if kind not in FORMATS:
         raise ConfigError(f'--results-format {kind!r} is unknown: choose {", ".join(FORMATS)}')
     suffix = os.path.splitext(path)[1][1:].lower()
+    if suffix in _FOREIGN:
+        raise ConfigError(f'--results-file {path!r}: .{suffix} is not written; use .{", .".join(FORMATS)}')
     if suffix not in FORMATS:
         return kind
     if kind not in ('csv', suffix):  # csv is the default and may stand for no choice

@@ -1,6 +1,5 @@
 """Validation of one model: on one split, or on a folder of corrupted copies of it."""
 import logging
-import math
 import os
 import time
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ import cpool_vision  # noqa: F401 - registers the variants
 from cpool_vision.errors import ConfigError, DatasetError
 
 from ..data import synsets
-from ..data.dataset import numbers_folders
+from ..data.dataset import check_source, numbers_folders
 from ..data.fingerprint import check_classes, classes_in, classes_of
 from ..data.loaders import base_dataset, build_eval_loader
 from ..data.multi_label import Classes, check_task, names_of
@@ -27,6 +26,7 @@ from ..data.naflex import build_naflex_eval_loader
 from ..data.unreadable import refuse_unreadable, sample_name
 from ..device import Runtime, seed_everything, settle_threads, start_runtime
 from ..model import load_eval_model, resolve_input
+from ..settings.limits import check_limits
 from ..settings.shared import settings_of
 from ..settings.validate import ValidateSettings
 from . import corruption, results, results_plots
@@ -50,20 +50,13 @@ _logger = logging.getLogger(__name__)
 
 
 def _check(settings: ValidateSettings, runtime: Runtime) -> None:
-    if settings.batch_size < 1:
-        raise ConfigError(f'--batch-size must be >= 1, got {settings.batch_size}')
-    if settings.seed < 0:
-        raise ConfigError(f'--seed must be >= 0, got {settings.seed}')
+    check_limits(settings)
     if settings.num_gpu < 1 or settings.num_gpu > 1 and torch.cuda.device_count() < settings.num_gpu:
         raise ConfigError(f'--num-gpu {settings.num_gpu}: {torch.cuda.device_count()} CUDA devices are available')
     if settings.num_gpu > 1 and runtime.distributed:
         raise ConfigError(f'--num-gpu {settings.num_gpu} splits batches within one process: drop it under torchrun')
     check_task(settings)
     check_views(settings.tta, settings.naflex_loader)
-    for value, name in ((settings.max_bad_samples, '--max-bad-samples'),
-                        (settings.predictions_topk, '--predictions-topk')):
-        if value < 0 or not math.isfinite(value):
-            raise ConfigError(f'{name} must be >= 0, got {value}')
     for one, other in (('real_labels', 'valid_labels'), ('class_subset', 'valid_labels'), ('class_subset', 'class_map'),
                        ('corruptions', 'real_labels'), ('corruptions', 'predictions'), ('corruptions', 'plots'),
                        ('corruptions', 'dataset'), ('class_subset', 'dataset')):
@@ -96,6 +89,11 @@ def _warn_of_mismatch(settings: ValidateSettings, content: dict[str, Any], data_
     if settings.use_ema and content and not averaged:
         _logger.warning('--use-ema: %s has no averaged weights; its plain weights are measured.', settings.checkpoint)
     trained = settings_of(content)
+    size = trained.get('input_size') or trained.get('img_size')
+    side = size[-1] if isinstance(size, (list, tuple)) and size else size
+    if isinstance(side, int) and side != data_config['input_size'][-1]:
+        _logger.warning('%s was trained on images of %d pixels and is measured on %d: pass --img-size %d to measure '
+                        'it as it was trained.', settings.checkpoint, side, data_config['input_size'][-1], side)
     for key in ('mean', 'std'):
         values = trained.get(key)
         if values and list(values) != list(data_config[key]):
@@ -292,12 +290,14 @@ def _measure(subject: Subject, settings: ValidateSettings, loader: Any, title: s
         for observer in observers:
             observer.update(output, target, positions)
 
+    # the same for any number of processes; a small set is not padded to many times its size
+    fill = min(settings.batch_size, len(dataset)) if hasattr(dataset, '__len__') else settings.batch_size
     settle_threads(runtime.distributed)
     started = time.perf_counter()
     result = evaluate(
         subject.model, loader, runtime, prefetched=not settings.no_prefetcher, channels_last=settings.channels_last,
         log_interval=settings.log_freq, title=title, valid_labels=subject.valid_labels, views=settings.tta,
-        fill=settings.batch_size, tally=tally, on_batch=on_batch)
+        fill=fill, tally=tally, on_batch=on_batch)
     total = int(result.metrics['images'] + result.metrics['unreadable'])
     _logger.info('%d images in %.1f s.', total, time.perf_counter() - started)
     refuse_unreadable(dataset, result.unreadable_positions, total, settings.max_bad_samples)
@@ -367,6 +367,8 @@ def validate(settings: ValidateSettings, runtime: Runtime | None = None) -> dict
     """
     runtime = runtime or start_runtime(settings, join=False)
     _check(settings, runtime)
+    if not settings.corruptions:
+        check_source(settings, settings.split)  # before weights are looked for
     subject = _prepare(settings, runtime)
     about = head_of_row(settings.model, subject.parameters, subject.data_config, subject.crop_pct)
     if settings.corruptions:
