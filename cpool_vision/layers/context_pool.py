@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import cpool_vision.ops  # noqa: F401  (registers torch.ops.cpool_vision)
-from cpool_vision.ops.backends import BACKENDS
-
+from ..ops import BACKENDS
 from .mixer import Mixer2d
+
+OFFSETS = ('none', 'group', 'cell')
 
 
 def default_hidden_dim(dim: int) -> int:
@@ -36,8 +36,13 @@ class ContextPool2d(Mixer2d):
     `y_i = sum_j softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2)) x_j` (Huang et al., ICML 2022,
     https://arxiv.org/abs/2207.01844).
 
+    A weight logit is `b * tanh(raw / b)` with `b = logit_bound`, so that weights of a map differ by at most `exp(2 b)`.
+    The bound travels with the weights (the buffer `logit_bound`): a state dict without it was trained with unbounded
+    logits, and makes the layer that loads it unbounded.
+
     With `h = hidden_dim` and `G = groups` the layer has `dim * h + h + 18 * h * G + 2 * G` parameters (and `dim` more
-    with a gate, `(k * k + 1) * dim` more with `depthwise=k`); its predictor costs `H * W * (dim * h + 18 * h * G)`
+    with a gate, `(k * k + 1) * dim` more with `depthwise=k`; with `support_groups=S` the factor `2 * G` becomes
+    `G + S`); its predictor costs `H * W * (dim * h + 18 * h * G)`
     multiply-adds, the pool itself up to `dim * (H * W) * (Ho * Wo)`, less where supports are small.
 
     Weight logits and supports are handed to the operator in the parameters' dtype or better (the supports never below
@@ -54,11 +59,18 @@ class ContextPool2d(Mixer2d):
             per channel that starts at zero, so that a fresh layer returns exactly `base(x)`.
         gate: Adds the gate with `init='paper'` too, where it starts at one and is free in sign: from a mean over the
             neighbourhood (`gamma = 1`) to unsharp masking (`gamma < 0`).
+        support_groups: Supports per cell; each is shared by `groups / support_groups` groups in a row, whose masks are
+            then made once. `groups` if None.
         support_init: Mean support of a fresh layer relative to the largest, between 0 and 1. At 0.5 the raw supports
             start at zero; a small value starts near the identity and leaves room to grow. A pair spreads the groups
             geometrically from the first value to the second, as ALiBi does with the slopes of its heads.
         depthwise: Side of a depthwise convolution beside the pool, whose output is added to the pool's: the pool takes
             means, the convolution can look to one side and subtract. It starts at zero; 0 for none.
+        offset: Where a group looks relative to its cell, within `ratio` times the side of the map in each direction:
+            `none` round the cell itself; `group` at an offset that each group learns, as in dilated convolutions with
+            learnable spacings; `cell` at offsets that the predictor gives to every cell (`18 * h * G + 2 * G` more
+            parameters). Offsets start at zero, those of `cell` near it.
+        logit_bound: Bound b of the weight logits in nats; 0 leaves them unbounded.
         hidden_dim: Width of the predictor; `max(16, dim // 16)` rounded to a multiple of 8 if None.
         base: What `identity` starts from; the identity itself at stride 1 if None. Not kept with `init='paper'`.
         act_layer: Activation of the predictor.
@@ -67,10 +79,13 @@ class ContextPool2d(Mixer2d):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: An argument is out of range, or `init='identity'` with `stride > 1` has no `base`.
+        ValueError: An argument is out of range, or a gate with `stride > 1` has no `base`. On call, outside TorchScript
+            and fx: the input is no `(B, C, H, W)` with `dim` channels.
+        TypeError: `act_layer` makes no module.
     """
 
     backend: str | None
+    logit_bound: Tensor
     mixer = 'context'
 
     def __init__(
@@ -84,6 +99,9 @@ class ContextPool2d(Mixer2d):
             gate: bool = False,
             support_init: float | Sequence[float] = 0.5,
             depthwise: int = 0,
+            support_groups: int | None = None,
+            offset: str = 'none',
+            logit_bound: float = 8.0,
             hidden_dim: int | None = None,
             base: nn.Module | None = None,
             act_layer: Callable[..., nn.Module] = nn.GELU,
@@ -104,19 +122,34 @@ class ContextPool2d(Mixer2d):
             raise ValueError(f'depthwise must be an odd side of a convolution, or 0 for none, got {depthwise}')
         if hidden_dim is not None and hidden_dim < 1:
             raise ValueError(f'hidden_dim must be at least 1 or None, got {hidden_dim}')
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f'unknown {backend=}: choose one of {", ".join(BACKENDS)}, or None')
         hidden_dim = hidden_dim or default_hidden_dim(dim)
+        support_groups = groups if support_groups is None else support_groups
+        if support_groups < 1 or groups % support_groups:
+            raise ValueError(f'support_groups must divide groups, got {support_groups=} for {groups=}: choose one of '
+                             f'{[n for n in range(1, groups + 1) if groups % n == 0]}')
+        if offset not in OFFSETS:
+            raise ValueError(f'offset must be one of {OFFSETS}, got {offset!r}')
+        if not 0 <= logit_bound < math.inf:
+            raise ValueError(f'logit_bound must be >= 0 (nats; 0 for no bound), got {logit_bound}')
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f'backend must be one of {BACKENDS}, or None for the best that can run, got {backend!r}')
         self.groups = groups
+        self.support_groups = support_groups
         self.ratio = float(ratio)
         self.floor = float(floor)
-        as_fractions(support_init, groups)
+        self.bound = float(logit_bound)
+        as_fractions(support_init, support_groups)
         self.support_init = float(support_init) if isinstance(support_init, (int, float)) else tuple(support_init)
         self.backend = backend
 
         self.reduce = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.act = act_layer()
-        self.predict = nn.Conv2d(hidden_dim, 2 * groups, 3, padding=1, **dd)
+        if not isinstance(self.act, nn.Module):
+            raise TypeError(f'act_layer must make a module, such as nn.GELU, got {act_layer!r}')
+        outputs = groups + support_groups + (2 * groups if offset == 'cell' else 0)
+        self.predict = nn.Conv2d(hidden_dim, outputs, 3, padding=1, **dd)
+        self.offset = nn.Parameter(torch.empty(groups, 2, **dd)) if offset == 'group' else None
+        self.register_buffer('logit_bound', torch.tensor(self.bound, device=device))
         self.depthwise = nn.Conv2d(
             dim, dim, depthwise, stride, depthwise // 2, groups=dim, **dd) if depthwise else None
         self.reset_parameters()
@@ -129,39 +162,67 @@ class ContextPool2d(Mixer2d):
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
         if self.predict.bias is not None:
-            self.set_initial_supports(self.predict.bias[self.groups:])
+            self.set_initial_supports(self.predict.bias[self.groups:self.groups + self.support_groups])
+        if self.offset is not None:
+            nn.init.zeros_(self.offset)
+        self.logit_bound.fill_(self.bound)
         if self.depthwise is not None:
             for parameter in self.depthwise.parameters():
                 nn.init.zeros_(parameter)
 
     def set_initial_supports(self, raw: Tensor) -> None:
-        """Fills `raw`, one value per group, with what the activation maps to `support_init` of the largest support."""
+        """Fills `raw`, one value per support, with what the activation maps to `support_init` of the largest."""
         with torch.no_grad():
             raw.copy_(torch.tensor([math.log(f / (1 - f)) for f in as_fractions(self.support_init, len(raw))]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f'{prefix}predict.weight' in state_dict:
+            self.bound = float(state_dict.setdefault(f'{prefix}logit_bound', torch.zeros(())))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def predict_maps(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels of the map `x`.
 
         Pixels where the boolean `(B, 1, H, W)` `present` is false count as outside the map.
         """
+        return self.read_maps(self.raw_maps(x, present), x)
+
+    def raw_maps(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """The predictor's output `(B, K, H, W)`: rows of the weight logits, of the supports, of offsets per cell."""
         hidden = self.act(self.reduce(x))
         if present is not None:
             hidden = hidden.masked_fill(~present, 0.)
-        maps = self.predict(hidden)
-        weight_logits = maps[:, :self.groups].type_as(self.predict.weight)
-        raw = maps[:, self.groups:, ::self.stride, ::self.stride]
-        sigma = torch.ops.cpool_vision.support_size(raw, x, self.ratio, self.floor)
-        return weight_logits, sigma
+        return self.predict(hidden)
+
+    def read_maps(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight logits and supports from the predictor's output `raw` for the map `x`."""
+        weight_logits = raw[:, :self.groups].type_as(self.predict.weight)
+        if self.bound > 0:
+            weight_logits = self.bound * (weight_logits / self.bound).tanh()
+        raw = raw[:, self.groups:self.groups + self.support_groups, ::self.stride, ::self.stride]
+        return weight_logits, torch.ops.cpool_vision.support_size(raw, x, self.ratio, self.floor)
+
+    def read_offset(self, raw: Tensor, x: Tensor) -> Tensor | None:
+        """Offsets in pixels of the map `x`, rows before columns: `(B or 1, G, 2, Ho or 1, Wo or 1)`, or None."""
+        reach = self.ratio * (x.shape[-2] * x.shape[-1]) ** .5
+        if self.offset is not None:
+            return reach * self.offset.tanh().view(1, -1, 2, 1, 1)
+        if raw.shape[1] == self.groups + self.support_groups:
+            return None
+        cells = raw[:, self.groups + self.support_groups:, ::self.stride, ::self.stride]
+        return reach * cells.type_as(self.predict.weight).tanh().unflatten(1, (self.groups, 2))
 
     def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """The pool of the map `x` alone, without base and gate: `(B, C, H, W)` to `(B, C, Ho, Wo)`.
 
         Pixels where the boolean `(B, 1, H, W)` `present` is false weigh nothing; they must be zero in `x`.
         """
-        weight_logits, sigma = self.predict_maps(x, present)
+        raw = self.raw_maps(x, present)
+        weight_logits, sigma = self.read_maps(raw, x)
         if present is not None:
             weight_logits = weight_logits.masked_fill(~present, -float('inf'))
-        y = torch.ops.cpool_vision.context_pool2d(x, weight_logits, sigma, self.stride, self.backend)
+        y = torch.ops.cpool_vision.context_pool2d(
+            x, weight_logits, sigma, self.stride, self.backend, self.read_offset(raw, x))
         if self.depthwise is not None:
             y = y + self.depthwise(x).type_as(y)
         return y
@@ -171,8 +232,8 @@ class ContextPool2d(Mixer2d):
         return self.predict_maps(x)
 
     def extra_repr(self) -> str:
-        return (f'{super().extra_repr()}, groups={self.groups}, ratio={self.ratio}, floor={self.floor}, '
-                f'support_init={self.support_init}')
+        return (f'{super().extra_repr()}, groups={self.groups}, support_groups={self.support_groups}, '
+                f'ratio={self.ratio}, floor={self.floor}, support_init={self.support_init}, logit_bound={self.bound:g}')
 
 
 def context_pools(model: nn.Module) -> dict[str, ContextPool2d]:

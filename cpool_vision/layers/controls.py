@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from .context_pool import ContextPool2d
 from .mixer import Mixer2d, Subsample2d
 from .naflex_context_pool import NaFlexContextPool, NaFlexMixer
+from .rivals import DeformableDepthwise2d, GaussianBlur2d, dilated_with_learned_spacings, selective_kernel
 from .token_context_pool import TokenContextPool, TokenMixer
 
 ABLATIONS = ('uniform', 'fixed', 'layer')
-# Mixers without a predictor, by the side of their kernel.
-KERNELS = {'identity': 1, 'average': 3, 'depthwise3': 3, 'depthwise7': 7}
+# Mixers that are no context pool.
+LOCAL = ('identity', 'average', 'depthwise3', 'depthwise7', 'gaussian', 'deform', 'dcls', 'selective')
 
 
 class AblatedPool2d(ContextPool2d):
@@ -32,7 +33,7 @@ class AblatedPool2d(ContextPool2d):
             raise ValueError(f'mixer of an ablated pool must be one of {ABLATIONS}, got {mixer!r}')
         super().__init__(dim, **kwargs)
         self.mixer = mixer
-        support = torch.empty_like(self.reduce.weight[0, :self.groups].view(1, -1, 1, 1)).detach()
+        support = torch.empty_like(self.predict.bias[:self.support_groups]).detach().view(1, -1, 1, 1)
         if mixer == 'layer':
             self.support = nn.Parameter(support)
         else:
@@ -45,25 +46,29 @@ class AblatedPool2d(ContextPool2d):
         if hasattr(self, 'support'):
             self.set_initial_supports(self.support.view(-1))
 
-    def predict_maps(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def read_maps(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """As in `ContextPool2d`, without the part that does not adapt."""
-        weight_logits, sigma = super().predict_maps(x, present)
+        weight_logits, sigma = super().read_maps(raw, x)
         if self.mixer == 'uniform':
             return torch.zeros_like(weight_logits), sigma
-        raw = self.support.expand_as(sigma)
-        return weight_logits, torch.ops.cpool_vision.support_size(raw, x, self.ratio, self.floor)
+        support = self.support.expand_as(sigma)
+        return weight_logits, torch.ops.cpool_vision.support_size(support, x, self.ratio, self.floor)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, mixer={self.mixer!r}'
 
 
 class LocalMixer2d(Mixer2d):
-    """A mixer of fixed reach, without a predictor: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
+    """A mixer that is no context pool: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
 
     Args:
         dim: Channels C.
         mixer: `identity`: the input itself, every `stride`-th pixel. `average`: the mean of 3 x 3 pixels.
-            `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity.
+            `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity. `gaussian`: a separable
+            Gaussian of constant width without parameters. `deform`: a deformable depthwise 3x3 convolution that starts
+            as the identity. `dcls`: a depthwise convolution of nine Gaussian taps at learned places (needs the package
+            `dcls`). `selective`: timm's `SelectiveKernel` of depthwise convolutions.
+        ratio, floor, support_init: The width of `gaussian`, as in a context pool whose supports stay as they start.
         stride, init, gate, base, device, dtype: As in `Mixer2d`.
 
     Raises:
@@ -79,33 +84,47 @@ class LocalMixer2d(Mixer2d):
             init: str = 'paper',
             gate: bool = False,
             base: nn.Module | None = None,
+            ratio: float = 0.1,
+            floor: float = 0.1,
+            support_init: float = 0.5,
             device: Any = None,
             dtype: Any = None,
     ) -> None:
-        if mixer not in KERNELS:
-            raise ValueError(f'mixer of a local mixer must be one of {tuple(KERNELS)}, got {mixer!r}')
+        if mixer not in LOCAL:
+            raise ValueError(f'mixer of a local mixer must be one of {LOCAL}, got {mixer!r}')
         super().__init__(dim, stride=stride, init=init, gate=gate, base=base, device=device, dtype=dtype)
         self.mixer = mixer
-        size = KERNELS[mixer]
+        dd = {'device': device, 'dtype': dtype}
         if mixer == 'identity':
             self.local: nn.Module = Subsample2d(stride)
         elif mixer == 'average':
-            self.local = nn.AvgPool2d(size, stride, size // 2, count_include_pad=False)
+            self.local = nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+        elif mixer == 'gaussian':
+            self.local = GaussianBlur2d(stride, ratio * support_init, floor)
+        elif mixer == 'deform':
+            self.local = DeformableDepthwise2d(dim, stride, **dd)
+        elif mixer == 'dcls':
+            self.local = dilated_with_learned_spacings(dim, stride, **dd)
+        elif mixer == 'selective':
+            self.local = selective_kernel(dim, stride, **dd)
         else:
-            self.local = nn.Conv2d(dim, dim, size, stride, size // 2, groups=dim, device=device, dtype=dtype)
+            size = int(mixer[-1])
+            self.local = nn.Conv2d(dim, dim, size, stride, size // 2, groups=dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Makes a convolution the identity, and closes the gate."""
+        """Sets the gate, and gives the mixer its initial parameters: convolutions are the identity."""
         super().reset_parameters()
-        if isinstance(self.local, nn.Conv2d):
+        if isinstance(self.local, DeformableDepthwise2d):
+            self.local.reset_parameters()
+        elif isinstance(self.local, nn.Conv2d):
             nn.init.dirac_(self.local.weight, groups=self.dim)
             if self.local.bias is not None:
                 nn.init.zeros_(self.local.bias)
 
     def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         y = self.local(x)
-        if self.mixer == 'average' and present is not None:
+        if present is not None and self.mixer in ('average', 'gaussian'):
             y = y / self.local(present.type_as(x)).clamp(min=1e-3)
         return y
 

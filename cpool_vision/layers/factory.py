@@ -5,7 +5,7 @@ from typing import Any
 from .context_pool import ContextPool2d
 from .controls import (
     ABLATIONS,
-    KERNELS,
+    LOCAL,
     AblatedPool2d,
     LocalMixer2d,
     NaFlexAblatedPool,
@@ -17,15 +17,15 @@ from .mixer import Mixer2d
 from .naflex_context_pool import NaFlexContextPool
 from .token_context_pool import TokenContextPool
 
-MIXERS = ('context', *ABLATIONS, *KERNELS)
+MIXERS = ('context', *ABLATIONS, *LOCAL)
 
-# By layout: the pool, the pool with a part that does not adapt, the mixer without a predictor.
+# By layout: the pool, the pool with a part that does not adapt, the mixer that is no context pool.
 _LAYOUTS: dict[str, tuple[type[ContextPool2d], type[AblatedPool2d], type[LocalMixer2d]]] = {
     'map': (ContextPool2d, AblatedPool2d, LocalMixer2d),
     'tokens': (TokenContextPool, TokenAblatedPool, TokenLocalMixer),
     'naflex': (NaFlexContextPool, NaFlexAblatedPool, NaFlexLocalMixer),
 }
-_POOL_ARGS = frozenset(inspect.signature(ContextPool2d).parameters) - set(inspect.signature(Mixer2d).parameters)
+_POOL_ARGS = frozenset(inspect.signature(ContextPool2d).parameters) - set(inspect.signature(LocalMixer2d).parameters)
 
 
 def create_mixer(dim: int, mixer: str = 'context', layout: str = 'map', **kwargs: Any) -> Mixer2d:
@@ -37,7 +37,7 @@ def create_mixer(dim: int, mixer: str = 'context', layout: str = 'map', **kwargs
         layout: `map` for `(B, C, H, W)`; `tokens` for `(B, P + H * W, C)`; `naflex` for `(B, P + N, C)` of images on
             grids of their own.
         **kwargs: Arguments of `ContextPool2d`, `TokenContextPool` or `NaFlexContextPool`. Mixers without a predictor
-            leave those of the predictor and the supports aside.
+            leave those of the predictor aside.
 
     Raises:
         ValueError: Unknown `mixer` or `layout`, or an argument is out of range.

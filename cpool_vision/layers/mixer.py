@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 INITS = ('paper', 'identity')
 
@@ -26,6 +26,16 @@ class Subsample2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f'stride={self.stride}'
+
+
+def check_map(x: Tensor, dim: int) -> None:
+    """Raises ValueError where `x` is no `(B, C, H, W)` with `dim` channels."""
+    if x.ndim != 4:
+        remedy = 'add a batch dimension, x[None]' if x.ndim == 3 else 'reshape it'
+        raise ValueError(f'expected a map (B, {dim}, H, W), got shape {tuple(x.shape)}: {remedy}')
+    if x.shape[1] != dim:
+        raise ValueError(f'expected {dim} channels, got a map of shape {tuple(x.shape)}: build the layer with '
+                         f'dim={x.shape[1]}')
 
 
 class Mixer2d(nn.Module):
@@ -95,6 +105,9 @@ class Mixer2d(nn.Module):
 
     def mix_gated(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """The mixed map behind the gate, `(B, C, H, W)` to `(B, C, Ho, Wo)`; `present` as in `mix`."""
+        if not torch.jit.is_scripting():
+            if not isinstance(x, fx.Proxy):
+                check_map(x, self.dim)
         y = self.mix(x, present)
         if self.gamma is not None:
             base = self.base(x)

@@ -41,7 +41,7 @@ class PoolConfig:
         positions: A position or a sequence of them; `'none'` or an empty sequence gives the plain base architecture.
         stages: Index or indices of the stages that pool (staged families only).
         ratio, groups: As in `ContextPool2d`; those of the family if None.
-        floor, init, gate, support_init, depthwise, backend: As in `ContextPool2d`.
+        floor, init, gate, support_init, support_groups, offset, depthwise, logit_bound, backend: As in `ContextPool2d`.
         mixer: What stands in the pools' places, for comparisons; one of `cpool_vision.layers.MIXERS`.
 
     Raises:
@@ -56,7 +56,10 @@ class PoolConfig:
     init: str = 'paper'
     gate: bool = False
     support_init: Any = 0.5
+    support_groups: int | None = None
+    offset: str = 'none'
     depthwise: int = 0
+    logit_bound: float = 8.0
     backend: str | None = None
     mixer: str = 'context'
 
