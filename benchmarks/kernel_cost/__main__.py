@@ -1,9 +1,10 @@
 """Static cost of the operator's Triton kernels on an H100 or H200: `python -m benchmarks.kernel_cost [--write]`.
 
-Every kernel of a forward and a backward pass is compiled for sm_90 as the call would compile it, and its machine code is
-read and played on one scheduler with as many warps as fit (`simulate`). No device is needed, and none is used: these are
-forecasts. The same simulation of the kernels of version 0.1 came to 0.83 of their time on an H200 (median), and to
-0.69 for kernels like these, so that a time between `simulated / 0.83` and `simulated / 0.69` is to be expected.
+Every kernel of a forward and a backward pass is compiled for sm_90 as the call would compile it, and its machine code
+is read and played on one scheduler with as many warps as fit (`simulate`). No device is needed, and none is used:
+these are forecasts. The same simulation of the kernels of version 0.1 came to 0.83 of their time on an H200 (median),
+and to 0.69 for kernels like these, so that a time between `simulated / 0.83` and `simulated / 0.69` is to be
+expected.
 """
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ def table_of_kernels(rows: dict[str, list[Cost]]) -> str:
 
 def table_of_cases(rows: dict[str, list[Cost]]) -> str:
     """A line for each case: forecast and aim of a forward and backward pass."""
-    lines = ['| case | version 0.1, measured (ms) | simulated (ms) | forecast (ms) | aim (ms) |', '|---|---|---|---|---|']
+    lines = ['| case | version 0.1, measured (ms) | simulated (ms) | forecast (ms) | aim (ms) |',
+             '|---|---|---|---|---|']
     for title, kernels in rows.items():
         total = sum(k.simulated_ms for k in kernels)
         _, aim, before = CASES[title]

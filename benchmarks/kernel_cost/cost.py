@@ -99,7 +99,8 @@ def cost(launch: Launch, trips: list[float]) -> Cost:
     busy = simulate.clocks(machine, seen, resident) * rounds / CLOCK_HZ * 1e3
     return Cost(
         launch.name, machine.registers, machine.stack, meta.shared, warps, ctas,
-        instructions, exponentials, _pairs(launch, trips) * launch.grid if has_pairs else 0.0, max(busy, bytes_ms) + LAUNCH_MS, bytes_ms,
+        instructions, exponentials, _pairs(launch, trips) * launch.grid if has_pairs else 0.0,
+        max(busy, bytes_ms) + LAUNCH_MS, bytes_ms,
         sum(n for _, n in program) * launch.grid * warps / (SMS * SCHEDULERS * CLOCK_HZ) * 1e3)
 
 

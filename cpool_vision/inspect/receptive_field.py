@@ -66,6 +66,8 @@ def without_pools(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f'{type(model).__name__} holds no context pool: build a cpool variant with at least one position')
 
+    on_tokens = {pool: pool.on_tokens for pool in pools}
+
     def off(pool: Mixer2d) -> Any:
         if pool.gamma is not None:
             return pool.base
@@ -74,11 +76,12 @@ def without_pools(model: nn.Module) -> Iterator[None]:
     try:
         for pool in pools:
             # of the instance: tokens and maps of both layouts all go through it
-            object.__setattr__(pool, 'mix_gated', off(pool))
+            pool.__dict__.update(mix_gated=off(pool), on_tokens=False)
         yield
     finally:
         for pool in pools:
             pool.__dict__.pop('mix_gated', None)
+            pool.on_tokens = on_tokens[pool]
 
 
 def _features(model: nn.Module, images: Tensor, layer: str | int | None) -> Tensor:

@@ -207,7 +207,7 @@ class ContextPool2d(Mixer2d):
         reach = self.ratio * (x.shape[-2] * x.shape[-1]) ** .5
         if self.offset is not None:
             return reach * self.offset.tanh().view(1, -1, 2, 1, 1)
-        if raw.shape[1] == self.groups + self.support_groups:
+        if self.predict.out_channels == self.groups + self.support_groups:
             return None
         cells = raw[:, self.groups + self.support_groups:, ::self.stride, ::self.stride]
         return reach * cells.type_as(self.predict.weight).tanh().unflatten(1, (self.groups, 2))

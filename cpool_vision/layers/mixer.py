@@ -42,6 +42,7 @@ class Mixer2d(nn.Module):
     """Base of the modules that mix the places of a map: context pools, and the controls they are compared with.
 
     A subclass defines `mix`. With a gate the output is `base(x) + gamma * (mix(x) - base(x))`, else `mix(x)`.
+    `on_tokens` says whether it works on tokens as they lie, without `mix_gated`.
 
     Args:
         dim: Channels C of the input `(B, C, H, W)`.
@@ -57,6 +58,8 @@ class Mixer2d(nn.Module):
     Raises:
         ValueError: An argument is out of range, or a gate with `stride > 1` has no `base`.
     """
+
+    on_tokens = False
 
     def __init__(
             self,

@@ -2,16 +2,24 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .context_pool import ContextPool2d
 from .mixer import Mixer2d
 
 
-def _check_tokens(num_tokens: int, num_prefix_tokens: int, height: int, width: int) -> None:
-    if num_tokens != num_prefix_tokens + height * width:
+def check_tokens(x: Tensor, dim: int, num_prefix_tokens: int, height: int, width: int) -> None:
+    """Raises ValueError where `x` is no `(B, P + H * W, C)` with `dim` channels."""
+    if x.ndim != 3:
+        remedy = 'add a batch dimension, x[None]' if x.ndim == 2 else 'flatten the map, x.flatten(2).transpose(1, 2)'
+        raise ValueError(f'expected tokens (B, N, {dim}), got shape {tuple(x.shape)}: {remedy}')
+    if x.shape[2] != dim:
+        raise ValueError(f'expected {dim} channels, got tokens of shape {tuple(x.shape)}: build the layer with '
+                         f'dim={x.shape[2]}')
+    if x.shape[1] != num_prefix_tokens + height * width:
         raise ValueError(
-            f'expected {num_prefix_tokens} prefix tokens and a {height} x {width} grid, got {num_tokens} tokens: '
+            f'expected {num_prefix_tokens} prefix tokens and a {height} x {width} grid, got {x.shape[1]} tokens: '
             f'pass the height and width of the grid, or set grid_size')
 
 
@@ -33,7 +41,7 @@ class SequenceMixer(Mixer2d):
         """The grid tokens of `x` as a map `(B, C, H, W)`, a view."""
         if not torch.jit.is_scripting():
             if not isinstance(x, fx.Proxy):
-                _check_tokens(x.shape[1], self.num_prefix_tokens, height, width)
+                check_tokens(x, x.shape[-1], self.num_prefix_tokens, height, width)
         return x[:, self.num_prefix_tokens:].transpose(1, 2).unflatten(2, (height, width))
 
     def from_map(self, x: Tensor, pooled: Tensor) -> Tensor:
@@ -69,12 +77,17 @@ class TokenMixer(SequenceMixer):
     def grid_size(self, grid_size: tuple[int, int]) -> None:
         self.grid_height, self.grid_width = grid_size
 
-    def to_map(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
-        """The grid tokens of `x` as a map `(B, C, H, W)`, a view."""
+    def call_grid(self, x: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
+        """The grid of a call with the tokens `x`."""
         if height is None:
             height = self.grid_height
         if width is None:
             width = self.grid_width
+        return height, width
+
+    def to_map(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
+        """The grid tokens of `x` as a map `(B, C, H, W)`, a view."""
+        height, width = self.call_grid(x, height, width)
         return self.grid_map(x, height, width)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
@@ -87,8 +100,9 @@ class TokenMixer(SequenceMixer):
 class TokenContextPool(TokenMixer, ContextPool2d):
     """`ContextPool2d` (stride 1) for tokens `(B, P + H * W, C)`: prefix tokens pass untouched, the grid is pooled.
 
-    The grid of a call is `(height, width)` where given, else `grid_size`, which may be set at any time. The map handed
-    to the operator is a channels-last view of the tokens. With `init='identity'` a fresh layer returns its input.
+    The grid of a call is `(height, width)` where given, else `grid_size`, which may be set at any time. The predictor
+    reads the tokens as they lie, and the operator reads and writes behind the prefix tokens, without a concatenation.
+    With `init='identity'` a fresh layer returns its input.
 
     Args:
         dim: Channels C.
@@ -101,6 +115,34 @@ class TokenContextPool(TokenMixer, ContextPool2d):
             fit the grid, or no grid is known.
     """
 
+    def __init__(self, dim: int, num_prefix_tokens: int = 0, **kwargs: Any) -> None:
+        super().__init__(dim, num_prefix_tokens, **kwargs)
+        # a base or a convolution works on maps
+        self.on_tokens = self.depthwise is None and kwargs.get('base') is None
+
     def maps(self, x: Tensor, height: int | None = None, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Weight logits and supports (in tokens), both `(B, G, H, W)`, for tokens `x`. Stores nothing."""
-        return self.predict_maps(self.to_map(x, height, width))
+        height, width = self.call_grid(x, height, width)
+        raw = self.raw_token_maps(x, height, width)
+        return self.read_maps(raw, raw)
+
+    def raw_token_maps(self, x: Tensor, height: int, width: int) -> Tensor:
+        """`raw_maps` of the grid tokens of `x`. Prefix tokens go through the first product too: they cost less than a
+        copy of the others."""
+        hidden = self.act(F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias))
+        return self.predict(self.grid_map(hidden, height, width))
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        if not self.on_tokens:
+            return self.from_map(x, self.mix_gated(self.to_map(x, height, width)))
+        height, width = self.call_grid(x, height, width)
+        if not torch.jit.is_scripting():
+            if not isinstance(x, fx.Proxy):
+                check_tokens(x, self.dim, self.num_prefix_tokens, height, width)
+        raw = self.raw_token_maps(x, height, width)
+        weight_logits, sigma = self.read_maps(raw, raw)
+        y = torch.ops.cpool_vision.context_pool_tokens(
+            x, weight_logits, sigma, self.num_prefix_tokens, self.backend, self.read_offset(raw, raw))
+        if self.gamma is not None:
+            y = torch.lerp(x, y.type_as(x), self.gamma.type_as(x))
+        return y

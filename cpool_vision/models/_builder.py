@@ -3,9 +3,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..layers import mixers
+from ..layers import context_pools, mixers
 from ._compat import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -42,6 +43,9 @@ def _filter_weights(state_dict: dict[str, Any], model: nn.Module, base_filter: C
     """
     if base_filter is not None:
         state_dict = base_filter(state_dict, model)
+    # weights from before there was a bound are those of unbounded logits
+    former = {f'{name}.logit_bound' for name in context_pools(model) if f'{name}.predict.weight' in state_dict}
+    state_dict = {**{key: torch.zeros(()) for key in former}, **state_dict}
     expected = pool_keys(model)
     present = {k for k in state_dict if k in expected or k.endswith(_PREDICTOR_KEYS)}
     if present and present != expected:

@@ -19,6 +19,7 @@ from .layout import empty_maps, is_channels_last
 from .native import native_backward, native_forward
 from .reference import context_pool2d_reference
 from .tiled import tiled_backward, tiled_forward
+from .tokens import backward_on_tokens, context_pool_tokens, grid_map, on_tokens
 from .triton.layout import Kept
 
 _lib = torch.library.Library('cpool_vision', 'DEF')
@@ -29,6 +30,16 @@ _lib.define(
 _lib.define(
     'context_pool2d_reference(Tensor x, Tensor weight_logits, Tensor sigma, int stride=1, '
     'Tensor? offset=None) -> Tensor')
+_lib.define(
+    'context_pool_tokens(Tensor x, Tensor weight_logits, Tensor sigma, int num_prefix_tokens, str? backend=None, '
+    'Tensor? offset=None) -> Tensor')
+for _backend, _outputs in (('native', 'Tensor'), ('triton', '(Tensor, Tensor)')):
+    _lib.define(
+        f'context_pool_tokens_{_backend}(Tensor x, Tensor weight_logits, Tensor sigma, int num_prefix_tokens) '
+        f'-> {_outputs}')
+    _lib.define(
+        f'context_pool_tokens_{_backend}_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, '
+        f"{'Tensor kept, ' if _backend == 'triton' else ''}int num_prefix_tokens) -> (Tensor, Tensor, Tensor)")
 _lib.define('support_size(Tensor raw, Tensor like, float ratio, float floor) -> Tensor')
 _lib.define(
     'context_pool2d_tiled(Tensor x, Tensor weight_logits, Tensor sigma, int stride, Tensor? offset=None) '
@@ -90,17 +101,20 @@ def _tiled_backward(*args: Any) -> tuple[Tensor, ...]:
     return *grads, args[0].new_empty(0) if doffset is None else doffset
 
 
-def _triton_forward(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> tuple[Tensor, ...]:
+def _triton_forward(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, out: Tensor | None = None) -> tuple[Tensor, ...]:
     check_arguments(x, weight_logits, sigma, stride)
     from .triton.launch import triton_forward
-    return triton_forward(x, weight_logits, sigma, stride)
+    return triton_forward(x, weight_logits, sigma, stride, out)
 
 
-def _triton_backward(grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    check_arguments(x, weight_logits, sigma, args[-1])
+def _triton_backward(
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, kept: Tensor, stride: int,
+        dx: Tensor | None = None) -> tuple[Tensor, ...]:
+    check_arguments(x, weight_logits, sigma, stride)
     check_gradient(grad, x, sigma)
     from .triton.launch import triton_backward
-    return triton_backward(grad, x, weight_logits, sigma, *args)
+    return triton_backward(grad, x, weight_logits, sigma, kept, stride, dx)
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,22 +145,28 @@ def _entry(function: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _function in (
         ('context_pool2d', _context_pool2d),
         ('context_pool2d_reference', _without_autocast(context_pool2d_reference)),
+        ('context_pool_tokens', context_pool_tokens),
         ('support_size', _support_size),
 ):
     _lib.impl(_name, _function, 'CompositeImplicitAutograd')
 torch.library.register_vmap('cpool_vision::context_pool2d', _vmap, lib=_lib)
 for _name, _function, _key in (
-        ('tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd'),
-        ('tiled_backward', _without_autocast(_tiled_backward), 'CompositeExplicitAutograd'),
-        ('native', native_forward, 'CPU'),
-        ('native_backward', native_backward, 'CPU'),
-        ('triton', _triton_forward, 'CompositeExplicitAutograd'),
-        ('triton_backward', _triton_backward, 'CompositeExplicitAutograd'),
+        ('2d_tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd'),
+        ('2d_tiled_backward', _without_autocast(_tiled_backward), 'CompositeExplicitAutograd'),
+        ('2d_native', native_forward, 'CPU'),
+        ('2d_native_backward', native_backward, 'CPU'),
+        ('2d_triton', _triton_forward, 'CompositeExplicitAutograd'),
+        ('2d_triton_backward', _triton_backward, 'CompositeExplicitAutograd'),
+        ('_tokens_native', on_tokens(native_forward), 'CPU'),
+        ('_tokens_native_backward', backward_on_tokens(native_backward), 'CPU'),
+        ('_tokens_triton', on_tokens(_triton_forward), 'CompositeExplicitAutograd'),
+        ('_tokens_triton_backward', backward_on_tokens(_triton_backward), 'CompositeExplicitAutograd'),
 ):
-    _lib.impl(f'context_pool2d_{_name}', _entry(_function), _key)
+    _lib.impl(f'context_pool{_name}', _entry(_function), _key)
 
 
 register_autocast(_lib, 'context_pool2d', torch.ops.cpool_vision.context_pool2d.default)
+register_autocast(_lib, 'context_pool_tokens', torch.ops.cpool_vision.context_pool_tokens.default)
 
 
 def _tiled_fake(
@@ -205,9 +225,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Ten
     ctx.optional = len(offset)
 
 
-def _register_autograd(backend: str, fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> None:
-    name = f'cpool_vision::context_pool2d_{backend}'
-    run_backward = getattr(torch.ops.cpool_vision, f'context_pool2d_{backend}_backward').default
+def _register_autograd(form: str, backend: str, fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> None:
+    name = f'cpool_vision::{form}_{backend}'
+    run_backward = getattr(torch.ops.cpool_vision, f'{form}_{backend}_backward').default
 
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors  # which checkpointing lets be read but once
@@ -228,9 +248,25 @@ def _register_autograd(backend: str, fake: Callable[..., Any], backward_fake: Ca
     torch.library.register_autograd(f'{name}_backward', no_double_backward, lib=_lib)
 
 
-_register_autograd('tiled', _tiled_fake, _tiled_backward_fake)
-_register_autograd('native', _native_fake, _kernel_backward_fake)
-_register_autograd('triton', _triton_fake, _kernel_backward_fake)
+def _tokens_fake(backend_fake: Callable[..., Any]) -> Callable[..., Any]:
+    def fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, num_prefix_tokens: int) -> Any:
+        result = backend_fake(grid_map(x, num_prefix_tokens, weight_logits), weight_logits, sigma, 1)
+        y = x.new_empty(x.shape)
+        return y if isinstance(result, Tensor) else (y, *result[1:])
+    return fake
+
+
+def _tokens_backward_fake(
+        grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    maps = (grid_map(t, args[-1], weight_logits) for t in (grad, x))
+    return x.new_empty(x.shape), *_kernel_backward_fake(*maps, weight_logits, sigma, 1)[1:]
+
+
+_register_autograd('context_pool2d', 'tiled', _tiled_fake, _tiled_backward_fake)
+_register_autograd('context_pool2d', 'native', _native_fake, _kernel_backward_fake)
+_register_autograd('context_pool2d', 'triton', _triton_fake, _kernel_backward_fake)
+_register_autograd('context_pool_tokens', 'native', _tokens_fake(_native_fake), _tokens_backward_fake)
+_register_autograd('context_pool_tokens', 'triton', _tokens_fake(_triton_fake), _tokens_backward_fake)
 
 
 def _pair_flops(x_shape: Sequence[int], sigma_shape: Sequence[int]) -> int:
@@ -253,3 +289,17 @@ def _backward_flops(
         grad_shape: Sequence[int], x_shape: Sequence[int], logits_shape: Sequence[int], sigma_shape: Sequence[int],
         *_: Any, **__: Any) -> int:
     return 2 * _pair_flops(x_shape, sigma_shape)
+
+
+@register_flop_formula([
+    torch.ops.cpool_vision.context_pool_tokens_native, torch.ops.cpool_vision.context_pool_tokens_triton])
+def _tokens_flops(
+        x_shape: Sequence[int], logits_shape: Sequence[int], sigma_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return _pair_flops((x_shape[0], x_shape[2], *sigma_shape[2:]), sigma_shape)
+
+
+@register_flop_formula([
+    torch.ops.cpool_vision.context_pool_tokens_native_backward,
+    torch.ops.cpool_vision.context_pool_tokens_triton_backward])
+def _tokens_backward_flops(grad_shape: Sequence[int], *shapes: Sequence[int], **_: Any) -> int:
+    return 2 * _tokens_flops(*shapes[:3])

@@ -70,10 +70,10 @@ class GridContextPool(TokenContextPool):
                              'grid_size of the pool, and image_size to None, for a grid of another kind')
         return grid
 
-    def to_map(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
+    def call_grid(self, x: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
         if height is None and width is None and not isinstance(x, fx.Proxy):
             height, width = self.grid_of(x.shape[1])
-        return super().to_map(x, height, width)
+        return super().call_grid(x, height, width)
 
 
 def _tell_image_size(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -153,6 +155,8 @@ def test_channels_last_equals_contiguous():
     dict(stride=2, groups=2),
     dict(stride=2, init='identity', base=nn.MaxPool2d(3, 2, 1)),
     dict(groups=2, gate=True, support_init=(.1, .5), depthwise=3),
+    dict(groups=4, support_groups=2, offset='group', logit_bound=0),
+    dict(groups=2, support_groups=1, offset='cell', stride=2),
 ])
 @pytest.mark.filterwarnings('ignore')
 def test_torchscript_and_fx_equal_eager(kwargs):
@@ -218,6 +222,12 @@ def test_maps_stores_nothing():
     (dict(dim=32, support_init=1.), r'support_init must lie between 0 and 1 .*, got 1.0'),
     (dict(dim=32, support_init=(.1, 1.)), r'support_init must lie between 0 and 1 .*, got \(0.1, 1.0\)'),
     (dict(dim=32, support_init=[.1]), r'or be a pair of such fractions, got \[0.1\]'),
+    (dict(dim=32, groups=8, support_groups=3), r'support_groups must divide groups, got support_groups=3 for groups=8: '
+                                               r'choose one of \[1, 2, 4, 8\]'),
+    (dict(dim=32, offset='pixel'), r"offset must be one of \('none', 'group', 'cell'\), got 'pixel'"),
+    (dict(dim=32, logit_bound=-1.), r'logit_bound must be >= 0 .*, got -1.0'),
+    (dict(dim=32, logit_bound=float('nan')), r'logit_bound must be >= 0 .*, got nan'),
+    (dict(dim=32, backend='cuda'), r"backend must be one of .* or None .*, got 'cuda'"),
     (dict(dim=32, depthwise=2), r'depthwise must be an odd side of a convolution, or 0 for none, got 2'),
     (dict(dim=32, gate=True, stride=2), r"gate=True with stride=2 needs base"),
     (dict(dim=32, hidden_dim=0), r'hidden_dim must be at least 1 or None, got 0'),
@@ -276,3 +286,78 @@ def test_a_depthwise_convolution_beside_the_pool_starts_at_zero_and_adds():
             pool(x), plain(x) + nn.functional.conv2d(x, pool.depthwise.weight, None, stride, 1, groups=32))
     assert sum(p.numel() for p in pool.parameters()) - sum(p.numel() for p in plain.parameters()) == 10 * 32
     assert torch.equal(make(depthwise=3, init='identity')(x), x)
+
+
+def test_logits_are_bounded_smoothly():
+    pool, free = spread(make(groups=2, logit_bound=3.), std=9.), spread(make(groups=2, logit_bound=0), std=9.)
+    x = torch.randn(2, 32, 6, 6)
+    raw, bounded = free.maps(x)[0], pool.maps(x)[0]
+    assert raw.abs().max() > 6
+    torch.testing.assert_close(bounded, 3 * torch.tanh(raw / 3))
+    assert bounded.abs().max() <= 3
+
+
+def test_a_state_dict_without_a_bound_makes_the_layer_unbounded():
+    free = spread(make(logit_bound=0), std=9.)
+    former = {k: v for k, v in free.state_dict().items() if k != 'logit_bound'}
+    x = torch.randn(1, 32, 6, 6)
+    for state in (former, {f'0.{k}': v for k, v in former.items()}, free.state_dict()):
+        pool = make()
+        (nn.Sequential(pool) if '0.predict.weight' in state else pool).load_state_dict(state)
+        assert torch.equal(pool(x), free(x)) and pool.bound == 0 == pool.logit_bound
+        pool.reset_parameters()
+        assert pool.logit_bound == 0
+    assert 'logit_bound' not in former  # what was passed stays as it was
+    bounded = make()
+    bounded.load_state_dict(spread(make(logit_bound=3.), std=9.).state_dict())
+    assert bounded.bound == 3 and not torch.allclose(bounded(x), free(x))
+    # weights of a network that has no pool yet change nothing
+    bounded.load_state_dict({}, strict=False)
+    assert bounded.bound == 3
+
+
+def test_shared_supports_serve_neighbouring_groups():
+    pool = spread(make(groups=4, support_groups=2, ratio=.5), std=3.)
+    x = torch.randn(2, 32, 6, 5)
+    weight_logits, sigma = pool.maps(x)
+    assert weight_logits.shape == (2, 4, 6, 5) and sigma.shape == (2, 2, 6, 5)
+    expected = context_pool2d_reference(x, weight_logits, sigma.repeat_interleave(2, 1))
+    torch.testing.assert_close(pool(x), expected, rtol=1e-4, atol=1e-5)
+    assert pool.predict.out_channels == 6
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('offset', ['group', 'cell'])
+def test_offsets_start_near_zero_and_move_where_a_group_looks(offset, stride):
+    kwargs = dict(groups=2, ratio=.25, support_init=.01, hidden_dim=4, stride=stride)
+    pool = make(offset=offset, **kwargs)
+    x = torch.randn(2, 32, 8, 8)
+    plain = make(**kwargs)
+    nn.init.zeros_(pool.predict.weight)
+    nn.init.zeros_(plain.predict.weight)
+    torch.testing.assert_close(pool(x), plain(x))
+    raw = math.atanh(.5)  # one pixel of the two that the ratio allows
+    with torch.no_grad():
+        if offset == 'group':
+            pool.offset[1, 1] = raw  # the second group looks one column to the right
+        else:
+            pool.predict.bias[4 + 3] = raw
+    y = pool(x)
+    assert torch.equal(y[:, :16], pool(x)[:, :16])
+    torch.testing.assert_close(y[:, :16], plain(x)[:, :16])
+    if stride == 1:
+        torch.testing.assert_close(y[:, 16:, :, :-1], x[:, 16:, :, 1:], atol=1e-3, rtol=1e-3)
+    y.square().sum().backward()
+    gradient = pool.offset.grad if offset == 'group' else pool.predict.bias.grad[4:]
+    assert gradient.abs().max() > 0
+    assert torch.equal(make(offset=offset, init='identity')(x), x)
+
+
+def test_bad_inputs_are_named():
+    pool = make()
+    with pytest.raises(ValueError, match=r'expected a map \(B, 32, H, W\), got shape \(32, 5, 5\): add a batch dim'):
+        pool(torch.randn(32, 5, 5))
+    with pytest.raises(ValueError, match=r'expected 32 channels, got a map of shape \(1, 8, 5, 5\): build .* dim=8'):
+        pool(torch.randn(1, 8, 5, 5))
+    with pytest.raises(TypeError, match='act_layer must make a module, such as nn.GELU, got'):
+        make(act_layer=lambda: nn.functional.gelu)

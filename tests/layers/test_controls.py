@@ -23,6 +23,7 @@ def test_context_is_the_pool_itself():
     assert type(create_mixer(8, layout='tokens')) is TokenContextPool
 
 
+@pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('mixer', MIXERS)
 def test_maps_and_tokens_agree(mixer):
     pool, token_pool = make(mixer), make(mixer, layout='tokens', num_prefix_tokens=1, grid_size=(11, 9))

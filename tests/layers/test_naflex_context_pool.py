@@ -82,7 +82,8 @@ def test_missing_tokens_are_as_the_border(kept):
                 maps[i] = maps[i] + pool.predict.weight[:, :, dy, dx] @ hidden[j]
     sigma = .1 + .6 * (height * width) ** .5 * maps[:, 1].sigmoid()
     distances = torch.cdist(here.double(), here.double()).square()
-    expected = (maps[:, 0] - distances / (2 * sigma[:, None].square())).softmax(1) @ tokens
+    logits = 8 * (maps[:, 0] / 8).tanh()
+    expected = (logits - distances / (2 * sigma[:, None].square())).softmax(1) @ tokens
     torch.testing.assert_close(y[0, :len(kept)], expected)
     assert y[0, len(kept):].isnan().all() and y[1].isfinite().all()
 

@@ -126,7 +126,9 @@ def test_keys_and_values_of_pooled_tokens_leave_the_queries_sharp():
 
 
 def test_options_of_the_pools_reach_them_and_start_as_the_base():
-    options = dict(cpool_gate=True, cpool_support_init=[.06, .6], cpool_depthwise=3, cpool_init='identity')
+    options = dict(
+        cpool_gate=True, cpool_support_init=[.06, .6], cpool_depthwise=3, cpool_init='identity', cpool_groups=8,
+        cpool_support_groups=4, cpool_offset='group', cpool_logit_bound=6.)
     for name, _, size in MODELS:
         model, plain = timm.create_model(name, **options).eval(), timm.create_model(name, cpool_positions='none').eval()
         plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
@@ -134,6 +136,7 @@ def test_options_of_the_pools_reach_them_and_start_as_the_base():
         assert torch.equal(model(x), plain(x))
         pools = [pool for _, pool in mixers(model)]
         assert all(pool.depthwise.kernel_size == (3, 3) and pool.support_init == (.06, .6) for pool in pools)
+        assert {(pool.support_groups, pool.bound, pool.offset.shape) for pool in pools} == {(4, 6., (8, 2))}
         assert {k: model._model_args[k] for k in options} == options
 
 

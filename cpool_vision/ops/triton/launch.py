@@ -66,7 +66,7 @@ def choose_config(kernel: Any, height: int, width: int, channels: int, dtype: to
         tile = (64 // block, block, 32 // block)
     if kernel is grad_keys:
         # A rest would cost two more products an iteration, and gain nothing.
-        widest = 128 if half else 64
+        widest = 128 if half else 32
         return Config(*tile, min(max(16, triton.next_power_of_2(channels)), widest), 0, 4, 1)
     return Config(*tile, *split_channels(channels, 64 if half else 32), 4, 1)
 
