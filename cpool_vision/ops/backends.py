@@ -94,6 +94,8 @@ def available_backends(
 ) -> dict[str, str | None]:
     """Says for every backend whether it can take these arguments, which are those of `context_pool2d`.
 
+    Nothing is compiled for the answer: that the C compiler fails is known after the first call that needs it.
+
     Returns:
         By backend, in order of preference: None if it can, else the reason why not.
 
@@ -122,10 +124,13 @@ def choose_backend(
         for name, predicate in _PREDICATES.items():
             # The interpreter of Triton's kernels is for tests, far slower than any other backend.
             if not (name == 'triton' and not x.is_cuda) and predicate(x, weight_logits, sigma, stride, offset) is None:
-                return name
+                if name != 'native' or native.prepare() is None:
+                    return name
     if backend not in _PREDICATES:
         raise ValueError(f'unknown {backend=}; choose one of {", ".join(BACKENDS)}, or None for the best that can run')
     reason = _PREDICATES[backend](x, weight_logits, sigma, stride, offset)
+    if reason is None and backend == 'native':
+        reason = native.prepare()
     if reason is not None:
         raise NotImplementedError(f"backend='{backend}' cannot run: {reason}; pass backend=None to use another")
     return backend

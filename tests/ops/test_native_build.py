@@ -1,6 +1,9 @@
 """Building the kernels in C: the cache, and machines where they cannot be had."""
+import errno
+import os
 import platform
 import shlex
+import time
 
 import pytest
 import torch
@@ -30,6 +33,8 @@ def quick_build(monkeypatch):
 
 
 def _reason() -> str | None:
+    """Why the kernels cannot be had once a call has asked for them: another backend served it."""
+    assert context_pool2d(*CASE[:3]).isfinite().all()
     return available_backends(*CASE[:3])['native']
 
 
@@ -78,11 +83,114 @@ def test_folder_that_cannot_be_written_is_named(cache):
 
 
 @needs_compiler
-def test_damaged_library_is_a_reason_not_a_crash(cache, quick_build):
+@pytest.mark.parametrize('damage', [lambda data: b'', lambda data: data[:len(data) // 2], lambda data: b'no library'])
+def test_damaged_library_is_built_again_and_said(cache, quick_build, caplog, damage):
     path = build.build()
-    path.write_bytes(b'not a library')
-    build.load.cache_clear()
-    assert 'does not load' in _reason()
+    path.write_bytes(damage(path.read_bytes()))
+    assert _reason() is None
+    line, = caplog.messages
+    assert line == f'the compiled library {path} is damaged and is built again'
+    made, = cache.iterdir()
+    assert made.stat().st_size > 10_000
+
+
+@needs_compiler
+def test_folder_and_library_are_the_users_alone(cache, quick_build):
+    made = build.build()
+    assert cache.stat().st_mode & 0o777 == made.stat().st_mode & 0o777 == 0o700
+
+
+@needs_compiler
+@pytest.mark.parametrize('what', ['folder', 'library'])
+def test_what_others_may_write_is_not_loaded(cache, quick_build, what):
+    made = build.build()
+    path = cache if what == 'folder' else made
+    path.chmod(0o777)
+    assert f'{path} may be written by others (chmod go-w)' in _reason()
+    assert made.exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize('what', ['folder', 'library'])
+def test_what_another_user_owns_is_not_loaded(cache, quick_build, monkeypatch, what):
+    made = build.build()
+    path, lstat = cache if what == 'folder' else made, type(cache).lstat
+
+    def foreign(self):
+        facts = lstat(self)
+        return os.stat_result((*facts[:4], facts.st_uid + 1, *facts[5:10])) if self == path else facts
+
+    monkeypatch.setattr(type(cache), 'lstat', foreign)
+    assert f'{path} belongs to another user' in _reason()
+
+
+@needs_compiler
+@pytest.mark.parametrize('what', ['folder', 'library'])
+def test_symbolic_links_are_not_followed(cache, quick_build, tmp_path, what):
+    made = build.build()
+    path = cache if what == 'folder' else made
+    path.rename(tmp_path / 'elsewhere')
+    path.symlink_to(tmp_path / 'elsewhere')
+    assert f'{path} is a symbolic link' in _reason()
+
+
+@needs_compiler
+def test_what_a_killed_compilation_left_is_swept(cache, quick_build):
+    cache.mkdir(mode=0o700)
+    for name, age in (('build-old', 2 * build.SCRATCH_AGE_S), ('build-new', 0)):
+        folder = cache / name
+        folder.mkdir()
+        (folder / 'cc1.s').write_text('half')
+        os.utime(folder, (time.time() - age,) * 2)
+    made = build.build()
+    assert sorted(cache.iterdir()) == sorted([cache / 'build-new', made])
+
+
+@needs_compiler
+def test_compilation_that_finds_no_space_leaves_nothing(cache, quick_build, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(build, '_sync', full)
+    assert 'No space left on device' in _reason() and 'CPOOL_VISION_CACHE' in _reason()
+    assert list(cache.iterdir()) == []
+
+
+def test_folder_of_the_cache(monkeypatch, tmp_path):
+    for name in ('CPOOL_VISION_CACHE', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert build.cache_folder() == tmp_path / '.cache' / 'cpool_vision'
+    monkeypatch.setenv('XDG_CACHE_HOME', 'relative')
+    assert build.cache_folder() == tmp_path / '.cache' / 'cpool_vision'
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+    assert build.cache_folder() == tmp_path / 'xdg' / 'cpool_vision'
+    monkeypatch.setenv('CPOOL_VISION_CACHE', 'relative')
+    with pytest.raises(build.BuildError, match='CPOOL_VISION_CACHE=relative must be an absolute path'):
+        build.cache_folder()
+
+
+def test_user_without_a_home_uses_another_backend(cache, monkeypatch):
+    def no_home():
+        raise RuntimeError('Could not determine home directory.')
+
+    for name in ('CPOOL_VISION_CACHE', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build.Path, 'home', no_home)
+    monkeypatch.setattr(build, '_compiler', lambda: ['cc'])
+    assert 'there is no home folder' in _reason() and 'CPOOL_VISION_CACHE' in _reason()
+
+
+def test_command_of_a_compiler_that_is_none_is_quoted(cache, monkeypatch):
+    monkeypatch.setenv('CC', '"gcc')
+    assert _reason() == 'CC="gcc is no command: No closing quotation'
+
+
+def test_asking_what_can_run_compiles_nothing(cache, monkeypatch):
+    monkeypatch.setattr(build, '_compiler', lambda: ['cc'])
+    monkeypatch.setattr(build, '_run', lambda *args, **env: pytest.fail('the compiler was started'))
+    assert available_backends(*CASE[:3])['native'] is None
+    assert not cache.exists()
 
 
 def test_switch_turns_it_off(monkeypatch):

@@ -150,7 +150,7 @@ def native_backward(
         if whole:
             sums, dx_strides = given[part], (given.stride(0), _pixel_stride(given))
         else:
-            sums, dx_strides = workspace.take('gradients', given, bands, b, h * w, c), (h * w * c, c)
+            sums, dx_strides = workspace.take('gradients', logits, bands, b, h * w, c), (h * w * c, c)
         dweights = torch.zeros(bands, *logits[part].shape)
         _call('cpool_backward', _shape(x[part], dy, groups, sigma[part], stride, strides, dx_strides, bands),
               dy, pixels, logits[part], supports[part], scratch[part], sums.zero_(), dweights, dsigma[part])
