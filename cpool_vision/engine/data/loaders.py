@@ -212,7 +212,7 @@ def base_dataset(loader: Any) -> Any:
     while True:
         inner = next((getattr(dataset, name) for name in ('base_dataset', 'base', 'dataset')
                       if isinstance(getattr(dataset, name, None), torch.utils.data.Dataset)), None)
-        if inner is None:
+        if inner is None or inner is dataset:  # a stream may be a loader of its own
             return dataset
         dataset = inner
 
