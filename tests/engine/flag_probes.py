@@ -24,6 +24,7 @@ from cpool_vision.engine.settings.train import TrainSettings
 from cpool_vision.engine.train import build, loss, objective, validator
 from cpool_vision.engine.train import loop as train_loop
 from cpool_vision.engine.validate import run as validate_run
+from cpool_vision.engine.validate import subject
 from cpool_vision.errors import ConfigError
 
 CPU = torch.device('cpu')
@@ -213,7 +214,7 @@ class Probes:
             '0', *flags])
         self.patch.setattr(model, 'create_model', lambda name, **kwargs: create_model(
             name, num_classes=kwargs['num_classes'], img_size=kwargs['img_size']))  # no pretrained weights
-        calls = [self.spy(data, 'create_loader'), self.spy(validate_run, 'reparameterize_model'),
+        calls = [self.spy(data, 'create_loader'), self.spy(subject, 'reparameterize_model'),
                  self.spy(torch.nn, 'DataParallel', lambda module, **_: module)]
         fusion = SimpleNamespace(memory_efficient_fusion=lambda module: module)
         self.patch.setitem(sys.modules, 'functorch.compile', fusion)

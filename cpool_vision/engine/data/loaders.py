@@ -73,16 +73,7 @@ def build_train_loader(
     allow_zero_bits()
     dataset = build_dataset(
         settings, classes, settings.train_split, True, image_mode(settings, data_config), settings.train_num_samples)
-    streamed = isinstance(dataset, torch.utils.data.IterableDataset)
-    order = None
-    if streamed and settings.aug_repeats:
-        raise ConfigError('--aug-repeats needs a set with an index, not a streamed one: leave it out')
-    if not streamed:
-        order = EpochOrder(len(dataset), settings.seed, runtime.rank, runtime.world_size, settings.aug_repeats)
-        smallest = min(settings.train_batch_sizes or [settings.batch_size])
-        if len(order) < smallest:
-            raise DatasetError(f'the training split has {len(order)} images per process, fewer than one batch of '
-                               f'{smallest}: lower --batch-size')
+    order = _order_of(dataset, settings, runtime)
     mix = mixing(settings, classes.count)
     if settings.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=settings.aug_splits)
@@ -125,6 +116,20 @@ def build_train_loader(
         prefetcher.random_erasing = KeyedErasing(
             prefetcher.random_erasing, stream, settings.seed, runtime.rank, runtime.device)
     return prefetcher, None
+
+
+def _order_of(dataset: Any, settings: LoaderSettings, runtime: Runtime) -> EpochOrder | None:
+    """Order of the images of an indexed set, None for a streamed one."""
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        if settings.aug_repeats:
+            raise ConfigError('--aug-repeats needs a set with an index, not a streamed one: leave it out')
+        return None
+    order = EpochOrder(len(dataset), settings.seed, runtime.rank, runtime.world_size, settings.aug_repeats)
+    smallest = min(settings.train_batch_sizes or [settings.batch_size])
+    if len(order) < smallest:
+        raise DatasetError(f'the training split has {len(order)} images per process, fewer than one batch of '
+                           f'{smallest}: lower --batch-size')
+    return order
 
 
 def _replace_transforms(settings: LoaderSettings, dataset: Any, input_size: tuple[int, int, int],

@@ -145,22 +145,22 @@ def evaluate(
         DatasetError: images without a label, or with one that is no class.
     """
     model.eval()
-    device, precision, distributed, primary = runtime.device, runtime.precision, runtime.distributed, runtime.primary
+    device, distributed = runtime.device, runtime.distributed
     tally = tally or Tally(device)
     rows = Rows(loader, distributed)
     numbers: list[int] = []
     bad: list[torch.Tensor] = []
     total = len(loader)
     start, images = time.perf_counter(), 0
-    with progress(total, title, primary, log_interval) as shown:
+    with progress(total, title, runtime.primary, log_interval) as shown:
         for step, (image, target) in enumerate(loader):
             if not prefetched:
-                image = image.to(device=device, dtype=precision.model_dtype)
+                image = image.to(device=device, dtype=runtime.precision.model_dtype)
                 target = target.to(device=device)
             image = fill_batch(image, fill)
             if channels_last:
                 image = image.contiguous(memory_format=torch.channels_last)
-            output = predict(model, image, precision, views)
+            output = predict(model, image, runtime.precision, views)
             positions = rows.take(len(target))
             output, target = output[:len(positions)], target[:len(positions)]
             if valid_labels is not None:
@@ -172,7 +172,7 @@ def evaluate(
             bad.append(unreadable_rows(target))
             images += len(target)
             shown.advance()
-            if primary and shown.due(step, step == total - 1):
+            if runtime.primary and shown.due(step, step == total - 1):
                 line, short = tally.headline()
                 rate = images / (time.perf_counter() - start)
                 shown.report(_logger, f'{title}: [{step + 1:>4d}/{total}]  {line}  {rate:.1f} img/s', short)
@@ -181,10 +181,15 @@ def evaluate(
     elapsed = time.perf_counter() - start
     unreadable = [numbers[row] for row in torch.cat(bad).nonzero().flatten().tolist()] if bad else []
     metrics = tally.compute_over_processes() if distributed else tally.compute()
+    _check(metrics, title, runtime.primary)
+    return Evaluation(metrics, images / elapsed if elapsed else 0., gather_numbers(unreadable, distributed))
+
+
+def _check(metrics: dict[str, float], title: str, primary: bool) -> None:
+    """Refuses images without a class, and warns of logits that are not finite."""
     if metrics.get('unlabelled'):
         raise DatasetError(f'{metrics["unlabelled"]} images are labelled with none of the classes that compete: check '
                            '--num-classes and --class-map, or whether the split has labels')
     if primary and metrics['nonfinite']:
         _logger.warning('%s: %d images gave logits that are NaN or infinite; they count as wrong, and not in the loss.',
                         title, metrics['nonfinite'])
-    return Evaluation(metrics, images / elapsed if elapsed else 0., gather_numbers(unreadable, distributed))
