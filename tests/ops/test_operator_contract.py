@@ -144,17 +144,20 @@ def test_flops_are_those_of_the_definition(backend):
 
 @pytest.mark.parametrize('backend', HOST_BACKENDS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing(backend, dtype):
-    case = make_case(2, 4, 30, 31, dtype=dtype)
-    expected = run(pool(backend), case)
+def test_autocast_rounds_the_features_and_nothing_else(backend, dtype):
+    x, logits, sigma, grad = make_case(2, 4, 30, 31, dtype=dtype)
+
     def under_autocast(*args):
         with torch.autocast('cpu', torch.bfloat16):
             return pool(backend)(*args)
 
-    got = run(under_autocast, case)
-    for name, value in expected.items():
+    half = grad.bfloat16()
+    expected = run(pool(backend), (x.bfloat16(), logits.float(), sigma.float(), half))
+    got = run(under_autocast, (x, logits, sigma, half))
+    assert got['y'].dtype == torch.bfloat16 and torch.equal(got['y'], expected['y'])
+    for name, value in (('dx', x), ('dlogits', logits), ('dsigma', sigma)):
         assert got[name].dtype == value.dtype
-        assert torch.equal(got[name], value)
+        assert torch.equal(got[name], expected[name].to(value.dtype))
 
 
 @pytest.mark.parametrize('size', [(14, 14), (40, 33)])

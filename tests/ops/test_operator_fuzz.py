@@ -13,7 +13,7 @@ import pytest
 import torch
 from ops_testing import NO_COMPILER, assert_close_to_definition, context_pool2d_reference, make_case
 
-from cpool_vision.ops import context_pool2d
+from cpool_vision.ops import TOLERANCE, context_pool2d
 from cpool_vision.ops.native import build, native_backward, native_forward
 
 CASES = int(os.environ.get('CPOOL_FUZZ_CASES', '200'))
@@ -62,7 +62,8 @@ def _fuzz(index: int) -> None:
         return context_pool2d_reference(_in_some_layout(random.Random(index), x), logits, each, stride)  # noqa: S311
 
     case = (x, logits, sigma, grad)
-    assert_close_to_definition(kernels, definition, case, stride)
+    # looks for what is wrong by far: exponents of logits 50 nats apart are rounded to a millionth of their weight
+    assert_close_to_definition(kernels, definition, case, stride, TOLERANCE[dtype])
     x, grad = _in_some_layout(rng, x), _in_some_layout(rng, grad)
     results = (torch.empty_like(grad, dtype=rng.choice((torch.float32, dtype))),
                torch.empty_like(x, dtype=rng.choice((torch.float32, dtype))))
