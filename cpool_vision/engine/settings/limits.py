@@ -62,9 +62,9 @@ RANGES: dict[str, Range] = {
         'distill_loss_weight', 'train_size_schedule_spread'), NATURAL),
     **dict.fromkeys((
         'lr_base', 'clip_grad', 'opt_eps', 'bn_eps', 'crop_pct', 'std', 'ratio', 'decay_epochs',
-        'lr_stable_timescale', 'lr_cycle_mul', 'lr_k_decay', 'kd_temperature', 'bce_pos_weight', 'scale'),
+        'decay_rate', 'lr_stable_timescale', 'lr_cycle_mul', 'lr_k_decay', 'kd_temperature', 'bce_pos_weight', 'scale'),
         POSITIVE),
-    **dict.fromkeys(('layer_decay', 'lr_cycle_decay', 'decay_rate'), Range(0, 1, above=True)),
+    **dict.fromkeys(('layer_decay', 'lr_cycle_decay'), Range(0, 1, above=True)),
     'threshold': Range(0, 1, above=True, below=True),
     'mean': Range(),
     'head_init_bias': Range(),

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_bad_paths_are_told_before_the_work(run: Callable[..., Any], base: list[
             run(*flags, '--data-dir', '/none/such')
     (tmp_path / 'many').mkdir()
     for number in range(2):
-        os.link(tmp_path / 'weights.pth', tmp_path / 'many' / f'{number}.pth')
+        shutil.copy(tmp_path / 'weights.pth', tmp_path / 'many' / f'{number}.pth')
     for flag, value in (('--predictions', 'p.npz'), ('--plots', 'x')):
         with pytest.raises(ConfigError, match=f'{flag} is for one model, and 2 are'):
             run('--checkpoint', str(tmp_path / 'many'), flag, value)
