@@ -42,7 +42,8 @@ def test_export_with_any_batch(name, images):
     # one node per pool: the backend is chosen where the program runs
     targets = [str(node.target) for node in program.graph.nodes]
     pools = sum(isinstance(m, ContextPool2d) for m in model.modules())
-    assert targets.count('cpool_vision.context_pool2d.default') == pools > 0
+    form = '_tokens' if name == VIT else '2d'
+    assert targets.count(f'cpool_vision.context_pool{form}.default') == pools > 0
 
 
 @pytest.mark.parametrize('name', [CNN, VIT, NAFLEX])

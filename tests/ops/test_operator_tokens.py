@@ -41,9 +41,8 @@ def test_tokens_are_pooled_as_a_map(backend, prefix, shared, dtype):
 
 
 @pytest.mark.skipif(NO_COMPILER, reason='no C compiler')
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    inputs, grad = make_tokens(2, dtype)
+def test_opcheck():
+    inputs, grad = make_tokens(2)
     torch.library.opcheck(NATIVE, (*inputs, 2))
     torch.library.opcheck(torch.ops.cpool_vision.context_pool_tokens_native_backward.default,
                           (grad, *(t.detach() for t in inputs), 2))
