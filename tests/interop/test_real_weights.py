@@ -20,8 +20,7 @@ def test_a_variant_predicts_what_the_real_base_predicts(tmp_path):
     with torch.no_grad():
         logits = base(images)
         assert torch.equal(variant(images), logits)
-        # trained weights are sure of something; fresh ones are not
-        assert logits.softmax(1).max() > 20 * timm.create_model('tf_efficientnet_lite0').eval()(images).softmax(1).max()
+        assert not torch.allclose(timm.create_model('tf_efficientnet_lite0').eval()(images), logits, atol=.1)
         variant.blocks[4].cpool.gamma.fill_(1.)
         assert not torch.equal(variant(images), logits)
     config = json.loads((tmp_path / 'base' / 'config.json').read_text())

@@ -205,7 +205,7 @@ def test_profiler_stands_on_the_operator_and_on_shared_helpers() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('cpool_vision.'):
                 reached.add(node.module.split('.')[1])
-    assert 'ops' in reached and reached <= {'ops', 'engine', 'inspect', 'cli', 'version'}
+    assert 'ops' in reached and reached <= {'ops', 'engine', 'errors', 'inspect', 'cli', 'version'}
 
 
 @pytest.mark.cuda
