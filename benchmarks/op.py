@@ -67,7 +67,7 @@ def run_case(case: tuple[Any, ...], repeats: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        '| B x C x H x W | sigma up to | implementation | forward, ratio | forward + backward, ratio | aim '
+        '| B x C x H x W | sigma up to | implementation | forward, ratio | forward + backward, ratio | target '
         '| peak memory / x |',
         '|---|---|---|---|---|---|---|',
     ]

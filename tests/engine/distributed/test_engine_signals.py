@@ -104,7 +104,15 @@ def test_exit_status(base_flags: list[str], number: int, status: int, monkeypatc
     assert cli_train.main([*base_flags, *flags]) == 0  # into another folder, as the run had no name
 
 
-def test_a_second_signal_is_obeyed_at_once() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_a_second_signal_is_obeyed_at_once(interruptible: None) -> None:
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.number == signal.SIGINT
@@ -113,7 +121,8 @@ def test_a_second_signal_is_obeyed_at_once() -> None:
             time.sleep(1)
 
 
-def test_repetitions_within_two_seconds_count_once_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repetitions_within_two_seconds_count_once_under_torchrun(
+        interruptible: None, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.]
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
     monkeypatch.setattr(signals.time, 'monotonic', lambda: now[0])
