@@ -47,14 +47,14 @@ def exchange_maps(net: nn.Module, exchange: Exchange) -> Callable[[], None]:
     pools = pools_of(net)
 
     def wrap(pool: ContextPool2d) -> None:
-        predict = pool.predict_maps
-        pool.predict_maps = lambda *args: exchange(*predict(*args))  # type: ignore[method-assign]
+        predict = pool.read_maps
+        pool.read_maps = lambda *args: exchange(*predict(*args))  # type: ignore[method-assign]
     for pool in pools:
         wrap(pool)
 
     def undo() -> None:
         for pool in pools:
-            del pool.predict_maps
+            del pool.read_maps
     return undo
 
 
@@ -75,15 +75,15 @@ def radius_correlations(net: nn.Module, split: Split) -> list[float | None]:
         def note(weights: Tensor, sigma: Tensor, k: int = k) -> tuple[Tensor, Tensor]:
             seen[k].append(sigma.mean(1))
             return weights, sigma
-        predict = pool.predict_maps
-        pool.predict_maps = (  # type: ignore[method-assign]
+        predict = pool.read_maps
+        pool.read_maps = (  # type: ignore[method-assign]
             lambda *args, predict=predict, note=note: note(*predict(*args)))
     with torch.no_grad():
         for images in split.images.split(100):
             net(normalise(images))
     found: list[float | None] = []
     for pool, maps in zip(pools_of(net), seen, strict=True):
-        del pool.predict_maps
+        del pool.read_maps
         sigma = torch.cat(maps)
         step = split.radii.shape[-1] // sigma.shape[-1]
         radius = split.radii[:, step // 2::step, step // 2::step].float()
