@@ -9,8 +9,10 @@ triton = pytest.importorskip('triton')
 if os.environ.get('TRITON_INTERPRET') == '1':
     pytest.skip('interpreted kernels are not compiled', allow_module_level=True)
 
+from benchmarks.kernel_cost.cost import by_pair  # noqa: E402
 from benchmarks.kernel_cost.launches import Call, compile_call  # noqa: E402
 from benchmarks.kernel_cost.sass import BIN, disassemble  # noqa: E402
+from benchmarks.kernel_cost.windows import Windows  # noqa: E402
 from cpool_vision.ops.triton import launch  # noqa: E402
 
 # Of a thread block, without opting in to more.
@@ -24,6 +26,15 @@ SHAPES = [
     (48, 14), (12, 28), (96, 56),
     *(pytest.param(*shape, marks=slow) for shape in (
         (24, 14), (48, 7), (48, 24), (24, 28), (64, 14), (768, 14), (128, 56), (16, 112), (256, 24), (96, 14)))]
+
+# Most instructions by (query, key) pair of `pool`, `grad_queries` and `grad_keys` on sm_90, a twentieth above those
+# that Triton 3.8 makes: `python -m benchmarks.kernel_cost`.
+BOUNDS = {
+    Call(128, 768, 14, 14, 16, 3.5): (5.3, 10.2, 10.6),
+    Call(128, 192, 28, 28, 16, 2.8): (6.2, 11.4, 11.4),
+    Call(64, 96, 56, 56, 1, 2.0): (9.4, 16.4, 15.6),
+    Call(128, 768, 14, 14, 1, 3.5): (6.8, 64.8, 14.1),
+}
 
 
 def spills(compiled_launch):
@@ -43,6 +54,28 @@ def test_shipped_configurations_spill_nothing(channels, side, dtype, tokens, arc
     for each in compile_call(Call(2, 2 * channels, side, side, 2, 2.0, dtype, tokens), arch):
         assert spills(each) == 0, each.name
         assert each.compiled.metadata.shared <= SHARED_LIMIT, each.name
+
+
+def instructions(call):
+    """By pair, of each kernel that makes pairs."""
+    windows = Windows(call)
+    return tuple(by_pair(each, windows.trips(each))[0] for each in compile_call(call)[1:])
+
+
+@needs_tools
+@pytest.mark.skipif(not triton.__version__.startswith('3.8.'), reason='the bounds are of code that Triton 3.8 makes')
+@pytest.mark.parametrize('call', list(BOUNDS), ids=str)
+def test_instructions_by_pair_stay_below_their_bounds(call):
+    assert all(0 < n <= bound for n, bound in zip(instructions(call), BOUNDS[call], strict=True)), instructions(call)
+
+
+@needs_tools
+@pytest.mark.skipif(not triton.__version__.startswith('3.8.'), reason='the bounds are of code that Triton 3.8 makes')
+def test_a_slower_configuration_exceeds_the_bounds(monkeypatch):
+    """Negative control: tiles of half as many queries share less."""
+    monkeypatch.setattr(launch, 'choose_config', lambda *_: launch.Config(4, 16, 1, 64, 0, 4, 1))
+    call = next(iter(BOUNDS))
+    assert all(n > bound for n, bound in zip(instructions(call), BOUNDS[call], strict=True))
 
 
 @pytest.mark.parametrize('call', [
