@@ -37,8 +37,6 @@ def check_task(settings: DataSettings) -> None:
     Raises:
         ConfigError: names the flag.
     """
-    if not 0 < settings.threshold < 1:
-        raise ConfigError(f'--threshold must be between 0 and 1, got {settings.threshold:g}')
     if not settings.multi_label:
         idle = [flag for flag, given in (('--label-file', settings.label_file),
                                          ('--target-format', settings.target_format),
