@@ -97,7 +97,7 @@ def read_config(source: str) -> Any:
             from error
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         where = ' '.join(str(error).split())
-        raise AugmentationError(f'augmentation file {source!r} is not valid {ending[1:].upper()} ({where}): mend it') \
+        raise AugmentationError(f'augmentation file {source!r} is not valid {ending[1:].upper()} ({where}): fix it') \
             from error
 
 

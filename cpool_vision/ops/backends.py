@@ -92,7 +92,7 @@ BACKENDS = tuple(_PREDICATES)
 def available_backends(
         x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, offset: Tensor | None = None,
 ) -> dict[str, str | None]:
-    """Says for every backend whether it can take these arguments, which are those of `context_pool2d`.
+    """Reports for each backend whether it can take these arguments, which are those of `context_pool2d`.
 
     Nothing is compiled for the answer: that the C compiler fails is known after the first call that needs it.
 

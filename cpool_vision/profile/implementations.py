@@ -89,7 +89,7 @@ def _too_large(case: Case) -> str | None:
 
 
 def refusals(case: Case, inputs: Inputs) -> dict[str, str | None]:
-    """Says for every implementation whether it can run the case.
+    """Reports for each implementation whether it can run the case.
 
     Returns:
         By name: None if it can, else the reason why not.

@@ -93,7 +93,7 @@ def times_in_turn(
         limit_s: an implementation whose counted runs took so long gets no more of them, from the third on.
 
     Returns:
-        Seconds by implementation and pass, and by implementation why it was dropped for want of memory.
+        Seconds by implementation and pass, and by implementation why it was dropped when memory ran out.
     """
     device = inputs[0].device
     timer = timer_for(device)

@@ -144,7 +144,7 @@ def add_context_pool(
 
     The places are found by running the model on a probe image (batch 1), so any network of blocks or stages will do:
     maps `(B, C, H, W)` or `(B, H, W, C)`, or tokens on a grid behind prefix tokens, which are not pooled. With
-    `init='identity'` the output stays equal to the bit until the pools are trained; this is checked on the probe image.
+    `init='identity'` the output stays bit-identical until the pools are trained; this is checked on the probe image.
     The state dict keeps all its keys and gains those of the pools, which contain `.cpool.`. Places whose map does not
     reach the output (behind the last block of a network read through its class token) are left out.
 

@@ -213,7 +213,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def equal(a: Any, b: Any) -> bool:
-    """Whether two outputs are equal to the bit; on the meta device, in shape."""
+    """Whether two outputs are bit-identical; on the meta device, whether their shapes agree."""
     pairs = list(zip(tensors(a), tensors(b), strict=True))
     return all(p.shape == q.shape and (p.is_meta or bool(torch.equal(p, q))) for p, q in pairs)
 

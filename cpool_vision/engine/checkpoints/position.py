@@ -73,7 +73,7 @@ class BatchFacts:
         return {**asdict(position), 'facts': self.as_dict()}
 
     def check(self, content: Mapping[str, Any], path: str) -> None:
-        """Refuses to go on inside an epoch whose batches would not be those of the former run.
+        """Refuses to continue inside an epoch if its batches would differ from those of the earlier run.
 
         Raises:
             ConfigError: names the setting that differs.
@@ -82,5 +82,5 @@ class BatchFacts:
         for name, former in facts.items() if isinstance(facts, Mapping) else ():
             if now.get(name, former) != former:
                 raise ConfigError(
-                    f'--resume {path!r} stands inside an epoch, of which the batches were cut with {name} {former}, '
-                    f'now {now[name]}: resume with the former value, or from the checkpoint of a whole epoch')
+                    f'--resume {path!r} is from the middle of an epoch whose batches were made with {name} {former}, '
+                    f'now {now[name]}: resume with the old value, or from a checkpoint at the end of an epoch')

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest good one."""
+"""Which checkpoint a run continues from: the newest good one."""
 import glob
 import logging
 import math
@@ -127,7 +127,7 @@ def find_newest(folder: str, team: Team = Team()) -> Found:
             damaged.append(path)
     if damaged:
         raise CheckpointError(f'--resume auto: all {len(damaged)} checkpoints in {folder!r} are damaged: restore one '
-                              'from elsewhere, or start anew with another --experiment')
+                              'from elsewhere, or start over with another --experiment')
     return Found()
 
 

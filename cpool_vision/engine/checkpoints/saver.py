@@ -85,7 +85,7 @@ class TrainState:
             weights_only: leave optimizer, scaler and schedule state out (`--no-resume-opt`).
 
         Returns:
-            The epoch to go on with.
+            The epoch to continue with.
 
         Raises:
             CheckpointError: another architecture, class count or optimizer.
@@ -126,7 +126,7 @@ class TrainState:
                 raise CheckpointError(f'--resume {path!r} comes from another optimizer ({error}): use its --opt, or '
                                       '--no-resume-opt') from error
         else:
-            _logger.warning('%s has no optimizer state: the optimizer starts anew.', path)
+            _logger.warning('%s has no optimizer state: the optimizer starts from scratch.', path)
         if self.loss_scaler.is_enabled() and SCALER_KEY in content:
             self.loss_scaler.load_state_dict(content[SCALER_KEY])
         plateau = getattr(self.scheduler, 'lr_scheduler', None)

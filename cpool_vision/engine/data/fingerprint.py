@@ -100,7 +100,7 @@ def check_same_data(content: Mapping[str, Any], path: str, now: Mapping[str, Any
         content: the checkpoint.
         path: its file, for messages.
         now: `fingerprint` of the training set.
-        inside: the run goes on inside an epoch, of which the batches would be others.
+        inside: the run continues inside an epoch, whose batches would differ.
 
     Raises:
         ConfigError: they differ, and `inside`.
@@ -110,8 +110,8 @@ def check_same_data(content: Mapping[str, Any], path: str, now: Mapping[str, Any
     if not what:
         return
     if inside:
-        raise ConfigError(f'--resume {path!r} stands inside an epoch, and the training data are others now ({what}): '
-                          'restore them, or resume from the checkpoint of a whole epoch')
+        raise ConfigError(f'--resume {path!r} is from the middle of an epoch, and the training data have changed '
+                          f'({what}): restore them, or resume from a checkpoint at the end of an epoch')
     _logger.warning('The training data are not those that %s was trained on: %s.', path, what)
 
 

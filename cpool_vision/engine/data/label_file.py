@@ -77,7 +77,7 @@ class LabelTable:
 def _switched_on(table: LabelTable, line: int, name: str, value: Any) -> bool:
     text = str(value).lower()
     if text not in _SWITCHES:
-        raise table.fault(line, f'{value!r} in {name!r} is neither 0 nor 1: mend it, or name the fields that are '
+        raise table.fault(line, f'{value!r} in {name!r} is neither 0 nor 1: fix it, or name the fields that are '
                                 'labels with --target-key ONE,TWO,...')
     return _SWITCHES[text]
 
@@ -85,7 +85,7 @@ def _switched_on(table: LabelTable, line: int, name: str, value: Any) -> bool:
 def _hot_indices(table: LabelTable, line: int, key: str, values: Any, num_classes: int) -> list[int]:
     if not isinstance(values, list) or len(values) != num_classes:
         raise table.fault(line, f'{key!r} must be a list of {num_classes} numbers, one per class, for --target-format '
-                                'multihot: mend it, or set --num-classes')
+                                'multihot: fix it, or set --num-classes')
     return [index for index, value in enumerate(values) if _switched_on(table, line, f'{key}[{index}]', value)]
 
 
@@ -95,7 +95,7 @@ def _csv_fields(header: Sequence[str], path: str, image_key: str | None, target_
     twice = next((name for index, name in enumerate(header) if name in header[:index] or not name), None)
     if twice is not None or len(header) < 2:
         raise DatasetError(f'{path!r}: the first line must name the columns, at least two and each once, got '
-                           f'{", ".join(map(repr, header[:_SHOWN])) or "nothing"}: mend it')
+                           f'{", ".join(map(repr, header[:_SHOWN])) or "nothing"}: fix it')
     image = image_key or (_IMAGE_FIELD if _IMAGE_FIELD in header else header[0])
     others = [name for name in header if name != image]
     columns = parse_target_keys(target_key)
@@ -120,7 +120,7 @@ def _read_csv(path: str, image_key: str | None, target_key: str | None) -> Label
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise table.fault(line, f'{len(cells)} cells under {len(header)} columns: mend it')
+                raise table.fault(line, f'{len(cells)} cells under {len(header)} columns: fix it')
             row = dict(zip(header, map(str.strip, cells), strict=True))
             if columns is None:
                 labels: list[Any] = [part.strip() for part in row[label].split(SEPARATOR) if part.strip()]
@@ -155,7 +155,7 @@ def _read_json_lines(path: str, image_key: str | None, target_key: str | None, m
                 if multihot:
                     labels = _hot_indices(table, line, label, labels, multihot)
             if not isinstance(labels, list) or not all(type(each) in (str, int) for each in labels):
-                raise table.fault(line, f'{label!r} must be a list of names or class numbers, got {labels!r:.60}: mend '
+                raise table.fault(line, f'{label!r} must be a list of names or class numbers, got {labels!r:.60}: fix '
                                         'it')
             _add(table, line, get_field(row, image), labels)
     return table

@@ -114,14 +114,14 @@ class TrainStream(_Stream):
         self.unreadable.add(report.unreadable)
         if failed:
             last = report.unreadable[-1]
-            raise DatasetError(f'no readable image was found in place of {last.path} ({last.reason}): mend the data '
+            raise DatasetError(f'no readable image was found in place of {last.path} ({last.reason}): fix the data '
                                'set, or lower --max-bad-samples to stop earlier')
 
 
 class StreamedTrainStream(_Stream):
     """Batches of a streamed set (wds, tfds, hfids), which has no index.
 
-    An epoch is repeated if the reader's order depends on seed and epoch only, by workers that are started anew and
+    An epoch is repeated if the reader's order depends on seed and epoch only, by workers that are restarted and
     seeded by (seed, epoch, rank); their number must stay the same. A position within an epoch is reached by loading
     what comes before it. Without workers the reader lives on in this process and can only go from epoch to epoch.
 

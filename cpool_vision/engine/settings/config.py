@@ -34,7 +34,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f'--config {path!r} cannot be read ({error.strerror}): check the path') from error
     except ValueError as error:
         where = reading.reason(error, 400)
-        raise ConfigError(f'--config {path!r} is not valid YAML ({where}): mend the file') from error
+        raise ConfigError(f'--config {path!r} is not valid YAML ({where}): fix the file') from error
     if content is None:
         return {}
     if not isinstance(content, dict):

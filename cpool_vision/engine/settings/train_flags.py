@@ -202,7 +202,7 @@ def _add_run(group: SupportsAddArgument) -> None:
     add('--output', default='', type=str, metavar='PATH', help='folder of runs (default: output/train)')
     add('--experiment', default='', type=str, metavar='NAME', help='name of this run (default: time, model and size)')
     add('--resume', default='', type=str, metavar='PATH',
-        help="checkpoint to continue from; 'auto' takes the newest good one of --experiment, or starts anew without")
+        help="checkpoint to continue from; 'auto' takes the newest good one of --experiment, or starts a new run")
     switch(group, '--no-resume-opt', help='resume the weights only, not optimizer, scaler and schedule state')
     add('--log-interval', type=int, default=50, metavar='N', help='updates between log lines (default: 50)')
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations and checkpoints')

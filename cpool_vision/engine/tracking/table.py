@@ -1,4 +1,4 @@
-"""Tables of a run as CSV files that a resumed run goes on with: no row twice, none missing."""
+"""Tables of a run as CSV files that a resumed run continues: no row twice, none missing."""
 import csv
 import io
 import math
@@ -107,7 +107,7 @@ class UpdateTable:
 
     Args:
         path: the file; it appears with the first row.
-        epoch: epoch in which the run goes on.
+        epoch: epoch in which the run continues.
         update: updates that it has made in all.
     """
 

@@ -68,7 +68,7 @@ class CsvTracker:
 
 
 class Trackers:
-    """Several trackers as one. A service that fails is named in the log and left out; the run goes on.
+    """Several trackers as one. A service that fails is named in the log and left out; the run continues.
 
     Args:
         trackers: by their name in messages; may be empty.
@@ -121,7 +121,7 @@ def open_trackers(settings: TrackSettings, config: Mapping[str, Any], folder: st
         settings: what records the run.
         config: all settings of the run, for the services.
         folder: the run folder.
-        epoch: epoch in which the run begins or goes on.
+        epoch: epoch in which the run begins or continues.
         update: updates that it has made.
         continuing: whether the folder holds the former part of the run.
 

@@ -28,11 +28,11 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class ServiceRuns:
-    """Names of the runs that services gave, kept in the run folder so that a resumed run goes on with them.
+    """Names of the runs that services gave, kept in the run folder so that a resumed run continues them.
 
     Args:
         folder: the run folder.
-        continuing: whether to go on with those that the folder names.
+        continuing: whether to continue those that the folder names.
     """
 
     def __init__(self, folder: str, continuing: bool) -> None:
@@ -46,7 +46,7 @@ class ServiceRuns:
                 _logger.warning('%s cannot be read (%s): services begin a new run.', self.path, error)
 
     def get(self, service: str) -> str:
-        """Name of the run to go on with, '' if there is none."""
+        """Name of the run to continue, '' if there is none."""
         return self.names.get(service, '')
 
     def keep(self, service: str, name: Any) -> None:

@@ -52,7 +52,7 @@ def check(settings: TrainSettings, runtime: Runtime) -> None:
 
 
 def build(settings: TrainSettings, runtime: Runtime, lock: RunLock) -> Run:
-    """Everything that a run needs, at the position where it begins or goes on; every process must call it.
+    """Everything that a run needs, at the position where it begins or continues; every process must call it.
 
     Args:
         settings: as `config.read_train` gives them.

@@ -134,7 +134,7 @@ def _move(run: Run, batch: int, sound: bool) -> None:
 def _rehearse(run: Run, image: torch.Tensor, target: torch.Tensor) -> None:
     """Lets DDP arrange its buckets before the first update of a launch.
 
-    DDP orders the gradients in its buckets anew after the first backward pass. From three processes on the order
+    DDP reorders the gradients in its buckets after the first backward pass. With three processes or more the order
     decides in which order the addends of a gradient are summed, so that the first update after a resume would differ
     in the last bits from the same update amid a run. One pass on the first batch, without effect, takes that ahead.
     """

@@ -22,7 +22,7 @@ class Reporter:
     """Times the batches of an epoch and tells how it goes.
 
     Args:
-        run: the run, at the position where the epoch begins or goes on.
+        run: the run, at the position where the epoch begins or continues.
         shown: bar or log.
         epoch: which one.
     """

@@ -57,7 +57,7 @@ def test_other_data_are_refused_inside_an_epoch_and_told_between_epochs(
     os.remove(tmp_path / 'runs' / 'between' / 'recovery-1-1.pth.tar')
     change, words = CHANGES[name]
     change(copied)
-    with pytest.raises(ConfigError, match=f'inside an epoch, and the training data are others now .*{words}'):
+    with pytest.raises(ConfigError, match=f'middle of an epoch, and the training data have changed .*{words}'):
         run_train(*flags, 'inside')
     run_train(*flags, 'between')
     assert 'The training data are not those that' in caplog.text

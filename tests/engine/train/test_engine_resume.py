@@ -162,7 +162,7 @@ def test_a_run_that_broke_off_before_its_first_checkpoint_begins_again(run_train
 def test_another_order_of_batches_inside_an_epoch_is_refused(run_train: Train, flags: list[str], words: str) -> None:
     common = ['-b', '4', '--experiment', 'x', '--resume', 'auto', '--recovery-interval', '2']
     break_off(lambda: run_train(*common), 3)
-    with pytest.raises(ConfigError, match=f'recovery-0-2.*{words}.*whole epoch'):
+    with pytest.raises(ConfigError, match=f'recovery-0-2.*{words}.*end of an epoch'):
         run_train(*common, *flags)
 
 
