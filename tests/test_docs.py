@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs, every page is in the site's navigation, every link leads somewhere."""
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_site_builds_without_warnings(tmp_path):
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603
     assert built.returncode == 0, built.stderr[-2000:]
     assert 'context_pool2d' in (tmp_path / 'api' / 'ops' / 'index.html').read_text(encoding='utf-8')
+
+
+def test_zensical_builds_the_same_site(tmp_path):
+    pytest.importorskip('zensical')
+    pytest.importorskip('mkdocstrings')
+    shutil.copy(ROOT / 'mkdocs.yml', tmp_path)
+    for name in ('docs', 'cpool_vision'):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))
+    built = subprocess.run(
+        [sys.executable, '-m', 'zensical', 'build'], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert built.returncode == 0 and 'No issues found' in built.stdout + built.stderr, built.stdout + built.stderr
+    assert 'context_pool2d' in (tmp_path / 'site' / 'api' / 'ops' / 'index.html').read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('page', [ROOT / 'README.md', *PAGES], ids=lambda page: page.name)
