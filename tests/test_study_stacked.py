@@ -283,11 +283,11 @@ def test_correlation_with_the_radius(cache, monkeypatch):
     radii = split.radii[:, 2::4, 2::4].float()
     predict = pool.read_maps
 
-    def follow(raw, x):
-        weights, sigma = predict(raw, x)
+    def follow(raw):
+        weights, sigma = predict(raw)
         return weights, (1 + radii[:, None]).expand_as(sigma)
     with monkeypatch.context() as patch:
-        patch.setattr(type(pool), 'read_maps', lambda self, raw, x: follow(raw, x))
+        patch.setattr(type(pool), 'read_maps', lambda self, raw: follow(raw))
         assert radius_correlations(net, split) == [pytest.approx(1, abs=1e-3)]
     assert abs(radius_correlations(net, split)[0]) < 0.9
     assert radius_correlations(build_net(make_arm('constant'), DENSE, 0).eval(), split) == [None]

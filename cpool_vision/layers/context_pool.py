@@ -45,8 +45,8 @@ class ContextPool2d(Mixer2d):
     `G + S`); its predictor costs `H * W * (dim * h + 18 * h * G)`
     multiply-adds, the pool itself up to `dim * (H * W) * (Ho * Wo)`, less where supports are small.
 
-    Weight logits and supports are handed to the operator in the parameters' dtype or better (the supports never below
-    fp32); the output has the dtype of the input. Under autocast the features are pooled in the autocast dtype, with
+    Weight logits and supports are handed to the operator in fp32, or fp64 where the parameters have it; the output has
+    the dtype of the input. Under autocast the features are pooled in the autocast dtype, with
     logits and supports in fp32; the output has the autocast dtype, or with a gate that of its base.
 
     Args:
@@ -185,7 +185,7 @@ class ContextPool2d(Mixer2d):
 
         Pixels where the boolean `(B, 1, H, W)` `present` is false count as outside the map.
         """
-        return self.read_maps(self.raw_maps(x, present), x)
+        return self.read_maps(self.raw_maps(x, present))
 
     def raw_maps(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """The predictor's output `(B, K, H, W)`: rows of the weight logits, of the supports, of offsets per cell."""
@@ -194,17 +194,15 @@ class ContextPool2d(Mixer2d):
             hidden = hidden.masked_fill(~present, 0.)
         return self.predict(hidden)
 
-    def read_maps(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight logits and supports from the predictor's output `raw` for the map `x`."""
-        weight_logits = raw[:, :self.groups].type_as(self.predict.weight)
-        if self.bound > 0:
-            weight_logits = self.bound * (weight_logits / self.bound).tanh()
-        raw = raw[:, self.groups:self.groups + self.support_groups, ::self.stride, ::self.stride]
-        return weight_logits, torch.ops.cpool_vision.support_size(raw, x, self.ratio, self.floor)
+    def read_maps(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight logits and supports from the predictor's output `raw`."""
+        return torch.ops.cpool_vision.supports_and_logits(
+            raw, self.groups, self.support_groups, self.stride, self.bound, self.ratio, self.floor)
 
-    def read_offset(self, raw: Tensor, x: Tensor) -> Tensor | None:
-        """Offsets in pixels of the map `x`, rows before columns: `(B or 1, G, 2, Ho or 1, Wo or 1)`, or None."""
-        reach = self.ratio * (x.shape[-2] * x.shape[-1]) ** .5
+    def read_offset(self, raw: Tensor) -> Tensor | None:
+        """Offsets in pixels from the predictor's output `raw`, rows before columns:
+        `(B or 1, G, 2, Ho or 1, Wo or 1)`, or None."""
+        reach = self.ratio * (raw.shape[-2] * raw.shape[-1]) ** .5
         if self.offset is not None:
             return reach * self.offset.tanh().view(1, -1, 2, 1, 1)
         if self.predict.out_channels == self.groups + self.support_groups:
@@ -217,12 +215,13 @@ class ContextPool2d(Mixer2d):
 
         Pixels where the boolean `(B, 1, H, W)` `present` is false weigh nothing; they must be zero in `x`.
         """
+        x = torch.ops.cpool_vision.to_autocast(x)
         raw = self.raw_maps(x, present)
-        weight_logits, sigma = self.read_maps(raw, x)
+        weight_logits, sigma = self.read_maps(raw)
         if present is not None:
             weight_logits = weight_logits.masked_fill(~present, -float('inf'))
         y = torch.ops.cpool_vision.context_pool2d(
-            x, weight_logits, sigma, self.stride, self.backend, self.read_offset(raw, x))
+            x, weight_logits, sigma, self.stride, self.backend, self.read_offset(raw))
         if self.depthwise is not None:
             y = y + self.depthwise(x).type_as(y)
         return y

@@ -46,13 +46,13 @@ class AblatedPool2d(ContextPool2d):
         if hasattr(self, 'support'):
             self.set_initial_supports(self.support.view(-1))
 
-    def read_maps(self, raw: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def read_maps(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """As in `ContextPool2d`, without the part that does not adapt."""
-        weight_logits, sigma = super().read_maps(raw, x)
-        if self.mixer == 'uniform':
-            return torch.zeros_like(weight_logits), sigma
-        support = self.support.expand_as(sigma)
-        return weight_logits, torch.ops.cpool_vision.support_size(support, x, self.ratio, self.floor)
+        if self.mixer != 'uniform':
+            support = self.support.expand(raw.shape[0], -1, raw.shape[2], raw.shape[3])
+            raw = torch.cat([raw[:, :self.groups].type_as(support), support], dim=1)
+        weight_logits, sigma = super().read_maps(raw)
+        return torch.zeros_like(weight_logits) if self.mixer == 'uniform' else weight_logits, sigma
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, mixer={self.mixer!r}'

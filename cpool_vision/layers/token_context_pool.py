@@ -124,7 +124,7 @@ class TokenContextPool(TokenMixer, ContextPool2d):
         """Weight logits and supports (in tokens), both `(B, G, H, W)`, for tokens `x`. Stores nothing."""
         height, width = self.call_grid(x, height, width)
         raw = self.raw_token_maps(x, height, width)
-        return self.read_maps(raw, raw)
+        return self.read_maps(raw)
 
     def raw_token_maps(self, x: Tensor, height: int, width: int) -> Tensor:
         """`raw_maps` of the grid tokens of `x`. Prefix tokens go through the first product too: they cost less than a
@@ -139,10 +139,11 @@ class TokenContextPool(TokenMixer, ContextPool2d):
         if not torch.jit.is_scripting():
             if not isinstance(x, fx.Proxy):
                 check_tokens(x, self.dim, self.num_prefix_tokens, height, width)
-        raw = self.raw_token_maps(x, height, width)
-        weight_logits, sigma = self.read_maps(raw, raw)
+        features = torch.ops.cpool_vision.to_autocast(x)
+        raw = self.raw_token_maps(features, height, width)
+        weight_logits, sigma = self.read_maps(raw)
         y = torch.ops.cpool_vision.context_pool_tokens(
-            x, weight_logits, sigma, self.num_prefix_tokens, self.backend, self.read_offset(raw, raw))
+            features, weight_logits, sigma, self.num_prefix_tokens, self.backend, self.read_offset(raw))
         if self.gamma is not None:
             y = torch.lerp(x, y.type_as(x), self.gamma.type_as(x))
         return y

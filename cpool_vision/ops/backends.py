@@ -31,6 +31,11 @@ def _interprets() -> bool:
     return not hasattr(standard.sum, 'cache_key')
 
 
+def runs_triton(x: Tensor) -> bool:
+    """Whether kernels for tensors like `x` are Triton's: by device and dtype, whatever the operator."""
+    return x.is_cuda and x.dtype in HALF_AND_SINGLE and _has_triton()
+
+
 def _why_not_dtype(x: Tensor, dtypes: Iterable[torch.dtype]) -> str | None:
     return None if x.dtype in dtypes else f'x.dtype={x.dtype} is not one of {", ".join(map(str, dtypes))}'
 

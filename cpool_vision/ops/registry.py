@@ -1,7 +1,8 @@
 """Schemas, kernels, fakes, autograd and FLOP formulas of the operators under `torch.ops.cpool_vision`.
 
 `context_pool2d` chooses a backend and decomposes; models call it in this form, which TorchScript, `torch.fx`,
-`torch.compile` and `torch.export` all take as one operator.
+`torch.compile` and `torch.export` all take as one operator. `to_autocast` is its input, under autocast in the autocast
+dtype: a cast that the predictor and the pool share.
 """
 import functools
 import math
@@ -33,6 +34,7 @@ _lib.define(
 _lib.define(
     'context_pool_tokens(Tensor x, Tensor weight_logits, Tensor sigma, int num_prefix_tokens, str? backend=None, '
     'Tensor? offset=None) -> Tensor')
+_lib.define('to_autocast(Tensor(a) x) -> Tensor(a)')
 for _backend, _outputs in (('native', 'Tensor'), ('triton', '(Tensor, Tensor)')):
     _lib.define(
         f'context_pool_tokens_{_backend}(Tensor x, Tensor weight_logits, Tensor sigma, int num_prefix_tokens) '
@@ -40,7 +42,6 @@ for _backend, _outputs in (('native', 'Tensor'), ('triton', '(Tensor, Tensor)'))
     _lib.define(
         f'context_pool_tokens_{_backend}_backward(Tensor grad, Tensor x, Tensor weight_logits, Tensor sigma, '
         f"{'Tensor kept, ' if _backend == 'triton' else ''}int num_prefix_tokens) -> (Tensor, Tensor, Tensor)")
-_lib.define('support_size(Tensor raw, Tensor like, float ratio, float floor) -> Tensor')
 _lib.define(
     'context_pool2d_tiled(Tensor x, Tensor weight_logits, Tensor sigma, int stride, Tensor? offset=None) '
     '-> (Tensor, Tensor)')
@@ -84,15 +85,6 @@ def _vmap(
         offset = front(offset, in_dims[5]).expand(-1, mapped[0].shape[1], -1, -1, -1, -1).flatten(0, 1)
     y = torch.ops.cpool_vision.context_pool2d(*(t.flatten(0, 1) for t in mapped), stride, backend, offset)
     return y.unflatten(0, mapped[0].shape[:2]), 0
-
-
-def _support_size(raw: Tensor, like: Tensor, ratio: float, floor: float) -> Tensor:
-    """`floor + ratio sqrt(H W) sigmoid(raw)` in pixels of the map `like` `(..., H, W)`, at least in fp32.
-
-    The map itself is an argument, and not its sides, because traces would hold those fast.
-    """
-    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    return floor + ratio * math.sqrt(like.shape[-2] * like.shape[-1]) * raw.sigmoid()
 
 
 def _tiled_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -142,14 +134,17 @@ def _entry(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-for _name, _function in (
-        ('context_pool2d', _context_pool2d),
-        ('context_pool2d_reference', _without_autocast(context_pool2d_reference)),
-        ('context_pool_tokens', context_pool_tokens),
-        ('support_size', _support_size),
-):
+_composites: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ('context_pool2d', _context_pool2d),
+    ('context_pool2d_reference', _without_autocast(context_pool2d_reference)),
+    ('context_pool_tokens', context_pool_tokens),
+    ('to_autocast', lambda x: x),
+)
+for _name, _function in _composites:
     _lib.impl(_name, _function, 'CompositeImplicitAutograd')
 torch.library.register_vmap('cpool_vision::context_pool2d', _vmap, lib=_lib)
+# Under torch.func.vmap torch's own operators know no autocast either.
+torch.library.register_vmap('cpool_vision::to_autocast', lambda info, dims, x: (x, dims[0]), lib=_lib)
 for _name, _function, _key in (
         ('2d_tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd'),
         ('2d_tiled_backward', _without_autocast(_tiled_backward), 'CompositeExplicitAutograd'),
@@ -167,6 +162,7 @@ for _name, _function, _key in (
 
 register_autocast(_lib, 'context_pool2d', torch.ops.cpool_vision.context_pool2d.default)
 register_autocast(_lib, 'context_pool_tokens', torch.ops.cpool_vision.context_pool_tokens.default)
+register_autocast(_lib, 'to_autocast', torch.ops.cpool_vision.to_autocast.default)
 
 
 def _tiled_fake(

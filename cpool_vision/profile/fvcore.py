@@ -20,4 +20,5 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], Counter]]:
     Every output cell counts as if it read the whole map, as for `torch.utils.flop_counter`: the upper bound. fvcore
     calls a multiply-add one operation.
     """
-    return {'cpool_vision::context_pool2d': _count_pool, 'cpool_vision::support_size': _count_nothing}
+    return {'cpool_vision::context_pool2d': _count_pool, 'cpool_vision::supports_and_logits': _count_nothing,
+            'cpool_vision::to_autocast': _count_nothing}

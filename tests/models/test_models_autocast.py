@@ -20,7 +20,7 @@ class KernelDtypes(TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == 'cpool_vision' and 'backward' not in func.__name__:
+        if 'cpool_vision::context_pool' in func.name() and 'backward' not in func.name():
             self.seen.add(tuple(arg.dtype for arg in args if isinstance(arg, torch.Tensor)))
         return func(*args, **(kwargs or {}))
 

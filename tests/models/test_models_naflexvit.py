@@ -12,6 +12,7 @@ from torch import nn
 from cpool_vision.inspect import context_maps
 from cpool_vision.layers import MIXERS, TokenGrids
 from cpool_vision.models import naflexvit
+from cpool_vision.ops import maps
 
 NAME = 'naflexvit_micro_cpool_patch4_gap'
 EVERYWHERE = ['post_block', 'pre_attn']
@@ -94,9 +95,8 @@ def test_supports_follow_the_grid_of_their_image(monkeypatch):
     with torch.no_grad():
         assert (model(turned) - model(single[0])).abs().max() > 1e-3
         expected = model(batch_of(single))
-        original = torch.ops.cpool_vision.support_size
-        monkeypatch.setattr(
-            torch.ops.cpool_vision, 'support_size', lambda raw, like, *args: original(raw, like.new_empty(8, 8), *args))
+        original = maps.largest_support
+        monkeypatch.setattr(maps, 'largest_support', lambda raw, ratio: original(raw.new_empty(8, 8), ratio))
         assert ((model(batch_of(single)) - expected).abs().amax(1) > 1e-4).all()
 
 

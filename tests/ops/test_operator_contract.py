@@ -95,8 +95,8 @@ def test_export_keeps_one_operator():
 def test_a_trace_takes_maps_of_another_size():
     class Module(torch.nn.Module):
         def forward(self, x):
-            sigma = torch.ops.cpool_vision.support_size(x[:, :1], x, 0.25, 0.1)
-            return torch.ops.cpool_vision.context_pool2d(x, x[:, :1], sigma)
+            maps = torch.ops.cpool_vision.supports_and_logits(x, 1, 1, 1, 0., 0.25, 0.1)
+            return torch.ops.cpool_vision.context_pool2d(x, *maps)
 
     traced = torch.jit.trace(Module(), make_case(2, 4, 9, 8)[0])
     other = make_case(1, 4, 21, 12)[0]

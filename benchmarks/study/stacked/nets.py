@@ -92,11 +92,3 @@ def run_stack(net: nn.Module, parameters: dict[str, Tensor], images: Tensor) -> 
     def call(single: dict[str, Tensor], batch: Tensor) -> Tensor:
         return torch.func.functional_call(net, single, (batch,))
     return torch.func.vmap(call, (0, 0 if images.ndim == 5 else None), randomness='different')(parameters, images)
-
-
-def _elementwise_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    return torch.ops.cpool_vision.support_size(*args), in_dims[0]
-
-
-# Seeds mean nothing to what is elementwise. The pool has its own rule: they join the batch.
-torch.library.register_vmap('cpool_vision::support_size', _elementwise_rule)
