@@ -53,8 +53,8 @@ test-slow: $(VENV)/.installed-dev
 table: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.model_table --write
 
-DEMO_CONFIG := configs/quickstart.yaml
-DEMO_MODEL = $(shell sed -n 's/^model: *\([^ ]*\).*/\1/p' $(DEMO_CONFIG))
+DEMO_CONFIG := quickstart
+DEMO_MODEL = $(shell sed -n 's/^model: *\([^ ]*\).*/\1/p' cpool_vision/configs/$(DEMO_CONFIG).yaml)
 DEMO_RUN := $(DEMO_DIR)/$(RUN)
 DEMO_BEST := $(DEMO_RUN)/model_best.pth.tar
 

@@ -38,7 +38,7 @@ def format_table(command: str) -> str:
     cases = read_cases()[command]
     lines = ['| flag | default | part | test in tests/engine |', '|---|---|---|---|']
     for action in PARSERS[command]()._actions:
-        if action.dest == 'help':
+        if action.dest in ('help', 'version'):
             continue
         case = cases.get(action.dest, {})
         names = ', '.join(f'`{flag}`' for flag in action.option_strings) or f'`{action.metavar}`'

@@ -299,10 +299,18 @@ urllib.request.build_opener = refuse
 warnings.simplefilter('error')
 import cpool_vision, timm
 told = {'models': len(timm.list_models('*cpool*'))}
+import contextlib, importlib, io
+told['help'] = {}
+for name in ('cli.plot', 'cli.inspect', 'cli.retrofit', 'profile.__main__', 'cli.train', 'cli.validate'):
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        importlib.import_module(f'cpool_vision.{name}').main(['--help'])
+    loaded = {'matplotlib', 'scipy', 'torchmetrics', 'transformers', 'albumentations', 'cv2'} & set(sys.modules)
+    told['help'][name] = [*sorted(loaded), *([] if 'usage:' in shown.getvalue() else ['no help'])]
 import cpool_vision.inspect.draw, cpool_vision.cli.inspect
 told['matplotlib'] = 'matplotlib' in sys.modules
 import cpool_vision.data, cpool_vision.engine.train.fit, cpool_vision.data.augment
 told['early'] = sorted({'albumentations', 'cv2'} & set(sys.modules))
+told['metrics'] = 'torchmetrics' in sys.modules
 from cpool_vision.data.augment import Pipeline
 Pipeline('light')
 told['late'] = 'albumentations' in sys.modules
@@ -320,6 +328,11 @@ def test_importing_the_package_registers_the_models(fresh: dict[str, Any]) -> No
 
 def test_drawing_is_imported_only_when_drawing(fresh: dict[str, Any]) -> None:
     assert fresh['matplotlib'] is False
+
+
+def test_help_waits_for_nothing_that_only_work_needs(fresh: dict[str, Any]) -> None:
+    assert len(fresh['help']) == 6 and not any(fresh['help'].values()), fresh['help']
+    assert fresh['metrics']  # training does need it
 
 
 def test_albumentations_is_imported_late_and_asks_nobody(fresh: dict[str, Any]) -> None:
@@ -345,17 +358,18 @@ def test_wheel_installs_into_an_empty_environment(tmp_path: pathlib.Path) -> Non
     sdist, = (tmp_path / 'dist').glob('*.tar.gz')
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split('/')[0] for name in names} == {'cpool_vision', wheel.name.rsplit('-', 3)[0] + '.dist-info'}
-    assert {'cpool_vision/py.typed', 'cpool_vision/models/resnet.py'} <= set(names)
+    assert {f'cpool_vision/{each}' for each in ('py.typed', 'models/swin.py', 'configs/quickstart.yaml')} <= set(names)
     members = run('tar', 'tzf', str(sdist)).splitlines()
-    assert not [name for name in members if re.search(r'/(tests|benchmarks|docs|configs|output|models/)', name)
-                and '/cpool_vision/' not in name]
+    inside = {name.split('/', 1)[-1] for name in members}
+    assert {'CHANGELOG.md', 'tests/test_house.py', 'docs/index.md', 'examples/plain_cnn.py', 'train.py'} <= inside
+    assert not [name for name in inside if name.endswith(('.safetensors', '.pyc')) or name.startswith('output/')]
 
     # dependencies come from the running environment by a path file: its own .pth files are not followed
     run(sys.executable, '-m', 'venv', '--without-pip', str(tmp_path / 'venv'))
     python = str(tmp_path / 'venv' / 'bin' / 'python')
     run(sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', '--no-index', str(wheel))
     site = pathlib.Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
-    ours = run(sys.executable, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip()
+    ours = run(sys.executable, '-c', 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])').strip()
     (site / 'dependencies.pth').write_text(ours + '\n')
     code = '''
 import cpool_vision, timm, torch
@@ -364,5 +378,11 @@ print(cpool_vision.__file__, tuple(model(torch.zeros(1, 3, 32, 32)).shape))
 '''
     where, shape = run(python, '-c', code, cwd=tmp_path).strip().split(' ', 1)
     assert pathlib.Path(where).is_relative_to(site) and shape == '(1, 10)'
-    for script in ('cpool-train', 'cpool-validate', 'cpool-draw', 'cpool-plot', 'cpool-retrofit', 'cpool-profile'):
-        assert 'usage:' in run(str(tmp_path / 'venv' / 'bin' / script), '--help', cwd=tmp_path)
+    for script in ('cpool-train', 'cpool-validate', 'cpool-inspect', 'cpool-plot', 'cpool-retrofit', 'cpool-profile'):
+        command = str(tmp_path / 'venv' / 'bin' / script)
+        assert run(command, '--version', cwd=tmp_path).strip() == f'cpool_vision {cpool_vision.__version__}'
+    train = str(tmp_path / 'venv' / 'bin' / 'cpool-train')
+    assert 'quickstart' in run(train, '--config', 'list', cwd=tmp_path)
+    pool = ['cpool-inspect', 'vit_micro_cpool_patch4_32', '--num-images', '1', '--json', 'numbers.json']
+    run(str(tmp_path / 'venv' / 'bin' / pool[0]), *pool[1:], cwd=tmp_path)
+    assert json.loads((tmp_path / 'numbers.json').read_text())['layers']

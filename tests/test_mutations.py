@@ -116,7 +116,7 @@ FAULTS = {
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the tests need."""
     folder = tmp_path_factory.mktemp('mutations')
-    for name in ('cpool_vision', 'tests', 'benchmarks', 'configs'):
+    for name in ('cpool_vision', 'tests', 'benchmarks'):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '*.npz', '*.png'))
     for name in ('pyproject.toml', 'train.py', 'validate.py'):
         shutil.copy(ROOT / name, folder)

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from cpool_vision.engine.settings.recipes import recipe_path
+
 _KEYS = {'title', 'base', 'config', 'flags', 'model', 'model_kwargs', 'seeds', 'arms', 'contrasts'}
 _ARM_KEYS = {'model', 'model_kwargs', 'flags', 'seeds', 'base'}
 # Settings that the runner chooses for every run.
@@ -93,14 +95,14 @@ def _seeds(given: Any, where: str) -> tuple[int, ...]:
 def read_study(path: Path) -> Study:
     """Reads a study from YAML.
 
-    Keys of the file: `title`; `base`, the arm that the others are compared with; `config`, a YAML of train.py's
-    settings relative to the working directory, and `flags` over it; `model`, `model_kwargs` and `seeds` of every arm;
-    `contrasts`, pairs of arms to be compared; `arms`, by name, each with `model`, `model_kwargs` (merged over the
-    study's), `flags`, `seeds` or `base` of its own.
+    Keys of the file: `title`; `base`, the arm that the others are compared with; `config`, a recipe of the package
+    by name or a YAML file of train.py's settings, and `flags` over it; `model`, `model_kwargs` and `seeds` of every
+    arm; `contrasts`, pairs of arms to be compared; `arms`, by name, each with `model`, `model_kwargs` (merged over
+    the study's), `flags`, `seeds` or `base` of its own.
 
     Raises:
-        FileNotFoundError: `path` or the config does not exist.
-        ValueError: a key is unknown or missing, or a value makes no sense.
+        FileNotFoundError: `path` does not exist.
+        ValueError: the config is unknown, a key is unknown or missing, or a value makes no sense.
     """
     raw = _mapping(yaml.safe_load(path.read_text(encoding='utf-8')), str(path))
     _check_keys(raw, _KEYS, str(path))
@@ -109,7 +111,8 @@ def read_study(path: Path) -> Study:
         raise ValueError(f'{path} names no arms')
     settings: dict[str, Any] = {}
     if raw.get('config'):
-        settings = _mapping(yaml.safe_load(Path(raw['config']).read_text(encoding='utf-8')), str(raw['config']))
+        text = Path(recipe_path(str(raw['config']))).read_text(encoding='utf-8')
+        settings = _mapping(yaml.safe_load(text), str(raw['config']))
     settings = {k: v for k, v in settings.items() if k not in _OWN_FLAGS}
     settings.update(_flags(raw.get('flags'), f'flags of {path}'))
     made = {}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from cpool_vision.engine.settings.shared_flags import add_version_arg
+
 from . import common
 from .pictures import Loaded, add_picture_args, drawing, layers_of, load, load_maps
 
@@ -36,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog='cpool-inspect',
         description='Look into a model: what its context pools read, how far, and what that does to the receptive '
                     'field, as pictures, numbers or a report; or report on a run of train.py.')
+    add_version_arg(parser)
     add = parser.add_argument
     add('model', nargs='?', metavar='MODEL', help='registered name, local-dir:FOLDER or hf-hub:OWNER/NAME')
     add('images', nargs='*', metavar='IMAGE', help='image files; without them --dataset is drawn from')

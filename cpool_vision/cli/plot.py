@@ -3,6 +3,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cpool_vision.engine.settings.shared_flags import add_version_arg
+
 from . import common
 
 
@@ -12,6 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog='cpool-plot',
         description='Draw loss, accuracy and learning rate of runs, and the supports of each context pool over time '
                     '(mean, and a band from the 5 % to the 95 % quantile).')
+    add_version_arg(parser)
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN', help='folder of a run of train.py, finished or not')
     add('-o', '--output', required=True, metavar='FILE', help='picture to write: .png, .pdf or .svg')

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from cpool_vision.engine.settings.shared_flags import add_version_arg
+
 from . import common
 
 
@@ -15,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog='cpool-retrofit',
         description='Put context pools into a model of timm and write it as a folder that local-dir: names. The model '
                     'predicts what its base predicts until it is trained.')
+    add_version_arg(parser)
     add = parser.add_argument
     add('base', metavar='BASE', help='registered name, local-dir:FOLDER or hf-hub:OWNER/NAME')
     add('-o', '--output', required=True, metavar='DIR', help='folder for config.json and model.safetensors')

@@ -8,9 +8,11 @@ from . import common
 
 def _train(argv: Sequence[str] | None) -> None:
     from cpool_vision.engine.settings.config import read_train
-    from cpool_vision.engine.train.fit import train
 
-    result = train(read_train(argv))
+    settings = read_train(argv)
+    from cpool_vision.engine.train.fit import train  # after the flags, so that --help need not wait
+
+    result = train(settings)
     if result:
         print(f'--result\n{json.dumps(result, indent=4)}')
 

@@ -9,10 +9,12 @@ from . import common
 
 def _validate(argv: Sequence[str] | None) -> None:
     from cpool_vision.engine.settings.config import read_validate
-    from cpool_vision.engine.validate.bulk import run_validation
+
+    settings = read_validate(argv)
+    from cpool_vision.engine.validate.bulk import run_validation  # after the flags, so that --help need not wait
     from cpool_vision.engine.validate.results import finite, scalars
 
-    results = run_validation(read_validate(argv))
+    results = run_validation(settings)
     if os.environ.get('RANK', '0') == '0':
         shown = scalars(results) if isinstance(results, dict) else [scalars(row) for row in results]
         print(f'--result\n{json.dumps(finite(shown), indent=4)}')

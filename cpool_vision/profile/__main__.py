@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpool_vision.cli import common
+from cpool_vision.engine.settings.shared_flags import add_version_arg
 
 SWEEPS = ('size', 'support')
 
@@ -17,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog='cpool-profile',
         description='Time and memory of context pooling on this machine: every backend, the dense definition, '
                     'attention and a depthwise convolution on the same inputs, and a lower bound of the time.')
+    add_version_arg(parser)
     add = parser.add_argument
     add('--shape', type=int, nargs=4, default=[4, 96, 56, 56], metavar=('B', 'C', 'H', 'W'),
         help='shape of the features (default: 4 96 56 56)')

@@ -1,5 +1,7 @@
 """Other libraries on the variants; each test runs where its package is installed (`pip install '.[interop]'`)."""
 import json
+import shutil
+import types
 
 import numpy as np
 import pytest
@@ -157,6 +159,31 @@ def test_hub_folder_with_another_number_of_classes(images, tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(again(images), model(images))
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3)(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize('name', [VIT, 'retrofit'])
+def test_timm_pushes_to_a_repository_that_it_reads_back(name, images, tmp_path, monkeypatch):
+    """`push_to_hf_hub` with a folder in place of the hub."""
+    class LocalHub:
+        def __init__(self, **kwargs) -> None:
+            pass
+
+        def create_repo(self, repo_id, **kwargs):
+            return types.SimpleNamespace(repo_id=repo_id)
+
+        def file_exists(self, **kwargs) -> bool:
+            return False
+
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            return shutil.copytree(folder_path, tmp_path / repo_id)
+
+    monkeypatch.setattr(timm.models._hub, 'HfApi', LocalHub)
+    model = make(VIT, num_classes=3) if name == VIT else add_context_pool(
+        timm.create_model('test_resnet', num_classes=3), img_size=64).eval()
+    folder = timm.models.push_to_hf_hub(model, 'someone/pooled')
+    assert {'config.json', 'model.safetensors', 'README.md'} <= {path.name for path in folder.iterdir()}
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
 
 
 @pytest.fixture

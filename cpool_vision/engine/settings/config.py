@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from cpool_vision.errors import ConfigError
 
 from . import train_flags, validate_flags
 from .limits import check_limits
+from .recipes import LIST, describe_recipes, recipe_path
 from .train import TrainSettings
 from .validate import ValidateSettings
 
@@ -45,7 +47,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     keys: dict[str, argparse.Action] = {}
     for action in parser._actions:
-        if action.dest not in ('help', 'config'):
+        if action.dest not in ('help', 'version', 'config'):
             keys[action.dest] = action
             keys.update({flag.lstrip('-').replace('-', '_'): action for flag in action.option_strings
                          if flag.startswith('--')})
@@ -110,10 +112,12 @@ def yaml_defaults(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     """Settings of a YAML file, by the parser's destinations; dashes and aliases of flags are accepted as keys.
 
     Raises:
-        ConfigError: unreadable file, a key that is no flag (close matches are named), or a value that does not fit.
+        ConfigError: no such file or recipe, a file that cannot be read, a key that is no flag (close matches are
+            named), or a value that does not fit.
     """
     actions = _actions_by_key(parser)
     settings: dict[str, Any] = {}
+    path = recipe_path(path)
     for key, value in read_yaml(path).items():
         name = key.replace('-', '_')
         if name not in actions:
@@ -131,6 +135,7 @@ def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequen
                ) -> argparse.Namespace:
     """Parses a command line; settings of `--config` rank between the parser's defaults and the command line.
 
+    `--config list` prints the recipes of the package and exits, as `--help` does.
     A `--device` that nobody asked for falls back to the CPU where there is no CUDA device, with a warning.
 
     Args:
@@ -150,12 +155,15 @@ def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequen
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument('-c', '--config', default='')
         path = first.parse_known_args(argv)[0].config
+    if path == LIST and not os.path.exists(path):
+        print(describe_recipes())
+        parser.exit()
     settings = yaml_defaults(parser, path) if path else {}
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
 
     probe = build_parser()
-    probe.set_defaults(**{action.dest: _UNSET for action in probe._actions if action.dest != 'help'})
+    probe.set_defaults(**{action.dest: _UNSET for action in probe._actions if action.dest not in ('help', 'version')})
     given = {key for key, value in vars(probe.parse_args(argv)).items() if value is not _UNSET} | set(settings)
     if 'device' not in given and not torch.cuda.is_available():
         _logger.warning('No CUDA device is available: running on the CPU (--device cpu says so explicitly).')

@@ -4,6 +4,8 @@ from typing import Any, Protocol
 
 from timm.utils import ParseKwargs
 
+from cpool_vision.version import __version__
+
 TASKS = ('classification', 'multi_label')
 
 
@@ -18,11 +20,18 @@ def switch(group: SupportsAddArgument, *names: str, **options: Any) -> None:
     group.add_argument(*names, action='store_true', default=False, **options)
 
 
+def add_version_arg(parser: argparse.ArgumentParser) -> None:
+    """`--version`: prints the version and exits."""
+    parser.add_argument('--version', action='version', version=f'cpool_vision {__version__}',
+                        help='print the version and exit')
+
+
 def add_config_arg(parser: argparse.ArgumentParser) -> None:
-    """`-c/--config`: a YAML file whose keys replace the parser's defaults (see `engine.settings.config`)."""
+    """`-c/--config`: settings that replace the parser's defaults (see `engine.settings.config`)."""
     parser.add_argument(
-        '-c', '--config', default='', type=str, metavar='FILE',
-        help='YAML file of settings; its keys are flag names, and the command line overrides them')
+        '-c', '--config', default='', type=str, metavar='NAME|FILE',
+        help='a recipe of the package by its name (list prints them), or a YAML file of settings; its keys are flag '
+             'names, and the command line overrides them')
 
 
 def add_dataset_args(group: SupportsAddArgument) -> None:

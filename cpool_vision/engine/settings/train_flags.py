@@ -14,6 +14,7 @@ from .shared_flags import (
     add_loader_args,
     add_model_form_args,
     add_task_args,
+    add_version_arg,
     switch,
 )
 
@@ -21,6 +22,7 @@ from .shared_flags import (
 def build_parser() -> argparse.ArgumentParser:
     """A fresh parser with every flag of train.py."""
     parser = argparse.ArgumentParser(prog='train.py', description='Train an image classifier.')
+    add_version_arg(parser)
     add_config_arg(parser)
     parser.add_argument('data', nargs='?', metavar='DIR', help='root folder of the data (--data-dir is preferred)')
     _add_data(parser.add_argument_group('data'))

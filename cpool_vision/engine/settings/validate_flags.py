@@ -10,6 +10,7 @@ from .shared_flags import (
     add_loader_args,
     add_model_form_args,
     add_task_args,
+    add_version_arg,
     switch,
 )
 
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     """A fresh parser with every flag of validate.py."""
     parser = argparse.ArgumentParser(
         prog='validate.py', description='Measure the accuracy of one model, or of many, on a labelled image set.')
+    add_version_arg(parser)
     parser.add_argument('data', nargs='?', metavar='DIR', help='root folder of the data (--data-dir is preferred)')
 
     group = parser.add_argument_group('data')

@@ -1,6 +1,4 @@
 """YAML settings: precedence, types, and errors that name key and remedy."""
-import glob
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +8,13 @@ import torch
 import yaml
 
 import cpool_vision  # noqa: F401
+from cpool_vision.engine.settings import recipes
 from cpool_vision.engine.settings.config import read_train
 from cpool_vision.engine.settings.train import TrainSettings
 from cpool_vision.engine.tracking.run_folder import settings_text
 from cpool_vision.errors import ConfigError
 
-CONFIGS = sorted(glob.glob(os.path.join(os.path.dirname(__file__), '..', '..', '..', 'configs', '*.yaml')))
+CONFIGS = recipes.recipe_names()
 Write = Callable[[str], str]
 
 
@@ -95,22 +94,50 @@ def test_device_falls_back_only_when_nobody_asked(write: Write, monkeypatch: pyt
 
 
 def test_there_are_configs() -> None:
-    names = {os.path.basename(path) for path in CONFIGS}
-    assert {'quickstart.yaml', 'cifar10_vit_micro.yaml', 'cifar10_resnet_micro.yaml', 'cifar10_convnext_micro.yaml',
-            'imagenet1k_vit_small.yaml', 'imagenet1k_resnet50.yaml', 'imagenet1k_convnext_tiny.yaml'} <= names
+    assert {'quickstart', 'cifar10_vit_micro', 'cifar10_resnet_micro', 'cifar10_convnext_micro',
+            'imagenet1k_vit_small', 'imagenet1k_resnet50', 'imagenet1k_convnext_tiny'} <= set(CONFIGS)
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=[os.path.basename(path) for path in CONFIGS])
-def test_committed_configs_parse_and_say_how_to_run_them(path: str) -> None:
-    args = parse('--config', path)
+@pytest.mark.parametrize('name', CONFIGS)
+def test_recipes_are_found_by_name_and_say_how_to_run_them(name: str, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = parse('--config', name)
+    assert parse('-c', f'{name}.yaml') == args
     assert timm.is_model(args.model)
-    with open(path, encoding='utf-8') as file:
-        text = file.read()
-    assert f'train.py --config configs/{os.path.basename(path)}' in text.split('\nmodel:')[0]
-    if 'imagenet1k' in path:
+    text = Path(recipes.recipe_path(name)).read_text(encoding='utf-8')
+    assert f'train.py --config {name}' in text.split('\nmodel:')[0]
+    if 'imagenet1k' in name:
         assert args.amp and args.channels_last
         assert 'torchrun' in text and 'arXiv' in text
     for key, value in yaml.safe_load(text).items():
         got = getattr(args, key)
         got = list(got) if isinstance(got, tuple) else got
         assert got == pytest.approx(value) if isinstance(value, float) else got == value
+
+
+def test_a_file_of_the_user_comes_before_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'imagenet1k_resnet50').mkdir()  # a folder of this name is no file
+    assert parse('-c', 'imagenet1k_resnet50').model == 'resnet50_cpool'
+    (tmp_path / 'quickstart').write_text('epochs: 77\n')
+    assert parse('-c', 'quickstart').epochs == 77
+
+
+@pytest.mark.parametrize('name, words', [
+    ('cifar10_vit_mikro', ['cifar10_vit_mikro', 'did you mean cifar10_vit_micro']),
+    ('configs/quickstart.yaml', ['did you mean quickstart']),
+    ('xyz', ['xyz', 'quickstart', 'imagenet1k_resnet50']),
+])
+def test_an_unknown_recipe_names_those_there_are(name: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse('--config', name)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse('--config', 'list')
+    lines = capsys.readouterr().out.splitlines()
+    assert caught.value.code == 0 and [line.split()[0] for line in lines] == CONFIGS
+    assert all(len(line.split()) > 3 for line in lines)

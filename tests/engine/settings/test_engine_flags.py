@@ -31,7 +31,7 @@ def facts_of(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
             'type': None if action.type is None else getattr(action.type, '__name__', str(action.type)),
             'choices': None if action.choices is None else list(action.choices),
         }
-        for action in parser._actions if action.dest != 'help'
+        for action in parser._actions if action.dest not in ('help', 'version')
     }
 
 

@@ -14,7 +14,7 @@ from cpool_vision.engine.settings.validate import ValidateSettings
 @pytest.mark.parametrize('module, kind', [(train_flags, TrainSettings), (validate_flags, ValidateSettings)])
 def test_each_flag_is_a_field_with_the_same_default(module: object, kind: type) -> None:
     defaults = {action.dest: tuple(action.default) if isinstance(action.default, list) else action.default
-                for action in module.build_parser()._actions if action.dest not in ('help', 'config')}
+                for action in module.build_parser()._actions if action.dest not in ('help', 'version', 'config')}
     settings = kind().as_dict()
     assert {name: settings[name] for name in defaults} == defaults
     assert kind is ValidateSettings or set(settings) == set(defaults)  # args.yaml must hold flags only
