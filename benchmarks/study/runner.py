@@ -16,7 +16,6 @@ import yaml
 from cpool_vision import files
 from cpool_vision.profile.measure import machine
 
-from ..results import measure
 from .spec import Study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +98,8 @@ def _start(output: Path, name: str, threads: int) -> subprocess.Popen[bytes]:
 
 def score(output: Path, name: str, data_dir: Path, split: str = 'validation') -> dict[str, Any]:
     """What the last checkpoint of a finished run scores on a split, and the machine that says so."""
+    from ..results import measure  # the engine, which stacked studies do without
+
     arm, _, seed = name.rpartition('-s')
     return dict(measure(output / 'runs' / name, data_dir, split), arm=arm, seed=int(seed), machine=machine())
 

@@ -74,16 +74,17 @@ def _context_pool2d(
 
 
 def _vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1,
-        backend: str | None = None, offset: Tensor | None = None) -> tuple[Tensor, int]:
-    """`torch.func.vmap`: the mapped axis joins the batch."""
+        run: Callable[..., Tensor], info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight_logits: Tensor,
+        sigma: Tensor, number: int = 1, backend: str | None = None, offset: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """`torch.func.vmap` of `run`: the mapped axis joins the batch."""
     def front(t: Tensor, dim: int | None) -> Tensor:
         return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
 
     mapped = [front(t, dim) for t, dim in zip((x, weight_logits, sigma), in_dims[:3], strict=True)]
     if offset is not None:
         offset = front(offset, in_dims[5]).expand(-1, mapped[0].shape[1], -1, -1, -1, -1).flatten(0, 1)
-    y = torch.ops.cpool_vision.context_pool2d(*(t.flatten(0, 1) for t in mapped), stride, backend, offset)
+    y = run(*(t.flatten(0, 1) for t in mapped), number, backend, offset)
     return y.unflatten(0, mapped[0].shape[:2]), 0
 
 
@@ -142,7 +143,9 @@ _composites: tuple[tuple[str, Callable[..., Any]], ...] = (
 )
 for _name, _function in _composites:
     _lib.impl(_name, _function, 'CompositeImplicitAutograd')
-torch.library.register_vmap('cpool_vision::context_pool2d', _vmap, lib=_lib)
+for _name in ('context_pool2d', 'context_pool_tokens'):
+    torch.library.register_vmap(
+        f'cpool_vision::{_name}', functools.partial(_vmap, getattr(torch.ops.cpool_vision, _name)), lib=_lib)
 # Under torch.func.vmap torch's own operators know no autocast either.
 torch.library.register_vmap('cpool_vision::to_autocast', lambda info, dims, x: (x, dims[0]), lib=_lib)
 for _name, _function, _key in (

@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +22,7 @@ from ...markers import write_between
 from ..report import draw, draw_contrasts, format_contrasts, format_table, summarise
 from ..runner import read_results, restore, write_text
 from ..spec import read_study
-from .runs import Data, recipe_of, run_stack_of, score_test, stacks, step_ratios
+from .runs import Data, recipe_of, replay_ratios, run_stack_of, score_test, stacks, step_ratios
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('study', type=Path)
     parser.add_argument('-o', '--output', type=Path, required=True, help='folder for data, states, weights and results')
-    parser.add_argument('--data-dir', type=Path, help='holds train/CLASS/* and validation/CLASS/*, for cifar10')
+    parser.add_argument(
+        '--data-dir', type=Path, help='folder or tar archive of train/CLASS/* and validation/CLASS/*, for cifar10')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--stack', type=int, default=1, help='seeds that train side by side')
     parser.add_argument('--only', default='*', metavar='PATTERN', help='train these arms only')
@@ -51,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metric = next(iter(recipes.values())).metric
     device, output = torch.device(args.device), args.output
     data = Data(output, args.data_dir, device)
+    failed: list[str] = []
     kept = json.loads(args.results.read_text(encoding='utf-8')) if args.results and args.results.exists() else {}
     restore(study, output, kept.get('runs', []))
     timing = output / 'timing.json'
@@ -64,16 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arm, seeds in stacks(study, output, args.stack, args.only):
             if end and time.monotonic() > end:
                 break
-            run_stack_of(study, arm, seeds, data, output, device)
+            try:
+                run_stack_of(study, arm, seeds, data, output, device)
+            except Exception:  # the other arms need not be lost
+                traceback.print_exc()
+                failed.append(arm.name)
+            if args.results:
+                keep_results(args.results, {**kept, 'runs': read_results(study, output)})
     results = read_results(study, output)
     if not results:
         print('no run is finished yet')
         return 1
     timed = json.loads(timing.read_text(encoding='utf-8')) if timing.exists() else kept.get('timing', {})
+    if not timed and device.type == 'cuda':
+        ratios = replay_ratios(study, results)
+        timed = {'machine': machine(), 'device': str(device), 'stack': args.stack, 'ratios': ratios}
     final = kept.get('final', {})
-    if args.test:
-        if 'test' in final:
-            raise SystemExit(f'the test images were scored before: the figures are in {args.results}')
+    if args.test and 'test' in final:
+        raise SystemExit(f'the test images were scored before: the figures are in {args.results}')
+    if args.test and len(results) < len(list(study.runs())):
+        print('the test images are scored when all runs are done')
+    elif args.test:
         final['test'] = score_test(study, output, data, device)
     tables = {}
     for split, rows in {'': results, **{f' {k}': v for k, v in final.items()}}.items():
@@ -83,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tables[f'{args.study.stem}{split} contrasts'] = format_contrasts(study, rows, metric)
     print(f'\n{study.title}: {len(results)} of {len(list(study.runs()))} runs\n\n' + '\n\n'.join(tables.values()))
     if args.results:
-        write_text(args.results, json.dumps(
-            {**kept, 'timing': timed, 'runs': results, 'final': final}, indent=1) + '\n')
+        keep_results(args.results, {**kept, 'timing': timed, 'runs': results, 'final': final})
     if args.plot:
         draw(study.title, summarise(study, results, timed.get('ratios', {}), metric), args.plot, metric)
         if study.contrasts:
@@ -92,7 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.write:
         for name, text in tables.items():
             write_between(args.write, f'<!-- study {name} -->', f'<!-- /study {name} -->', text)
-    return 0
+    if failed:
+        print(f'these arms failed: {", ".join(failed)}')
+    return 1 if failed else 0
+
+
+def keep_results(place: Path, figures: dict[str, Any]) -> None:
+    write_text(place, json.dumps(figures, indent=1) + '\n')
 
 
 if __name__ == '__main__':

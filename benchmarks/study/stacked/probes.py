@@ -24,7 +24,7 @@ from ...markers import write_between
 from ..report import format_interval, paired_interval
 from ..runner import result_file, run_name, write_text
 from ..spec import read_study
-from .runs import Data, load_net, recipe_of
+from .runs import Data, batch_of, load_net, recipe_of
 from .score import score_stack
 from .tasks import Recipe, Split, normalise
 
@@ -98,7 +98,8 @@ def probe(net: nn.Module, recipe: Recipe, split: Split) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, exchange in EXCHANGES.items():
         undo = exchange_maps(net, exchange)
-        score, = score_stack(lambda x: net(normalise(x))[None], 1, recipe, split)
+        score, = score_stack(
+            lambda x: net(normalise(x))[None], 1, recipe, split, batch_of(split.images.device))
         undo()
         row[name] = score[recipe.metric]
     if recipe.dense:

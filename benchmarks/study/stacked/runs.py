@@ -74,6 +74,11 @@ def load_net(study: Study, output: Path, arm: Arm, seed: int, device: torch.devi
     return net.to(device).eval()
 
 
+def batch_of(device: torch.device) -> int:
+    """Images that are scored at a time."""
+    return 500 if device.type == 'cuda' else 100
+
+
 def run_stack_of(
         study: Study, arm: Arm, seeds: Sequence[int], data: Data, output: Path, device: torch.device) -> None:
     """Trains and scores the seeds of an arm; writes a result and the weights of each."""
@@ -81,23 +86,28 @@ def run_stack_of(
     stack = Stack(arm, recipe, seeds, device)
     # a changed recipe must not go on with the state of another
     place = output / 'states' / f'{arm.name}-s{"-".join(map(str, seeds))}-{fingerprint(study, arm.name, seeds[0])}.pt'
-    start = time.process_time()
-    train(stack, data.split(recipe, 'train'), place, lambda line: print(line, flush=True))
-    seconds = time.process_time() - start
+    gpu = device.type == 'cuda'
+    split = data.split(recipe, 'train')
+    began, start = time.monotonic(), time.process_time()
+    epochs = train(stack, split, place, lambda line: print(line, flush=True), every_s=60. if gpu else 0.)
+    seconds, elapsed = time.process_time() - start, time.monotonic() - began
+    steps = recipe.train_samples // recipe.batch_size
     stack.net.eval()
-    scores = score_stack(stack.outputs, len(seeds), recipe, data.split(recipe, 'selection'))
-    costs = _costs(arm, recipe)
+    scores = score_stack(
+        stack.outputs, len(seeds), recipe, data.split(recipe, 'selection'), batch_of(device))
+    costs, where = _costs(arm, recipe), machine()
     (output / 'weights').mkdir(parents=True, exist_ok=True)
     for i, seed in enumerate(seeds):
         name = run_name(arm.name, seed)
         save_file(unstack(stack.parameters, i), weights_file(output, name))
         row = {
             'arm': arm.name, 'seed': seed, **scores[i], **costs, 'stack': len(seeds), 'device': str(device),
-            'cpu_seconds': round(seconds / len(seeds), 1), 'machine': machine(),
+            'cpu_seconds': round(seconds / len(seeds), 1), 'seconds': round(elapsed, 1), 'graphed': stack.graphed,
+            'step_ms': round(1000 * min(epochs) / steps, 3) if epochs else None, 'machine': where,
             'settings': fingerprint(study, arm.name, seed), 'supports': {}}
         write_text(result_file(output, name), json.dumps(row, indent=1) + '\n')
         print(f'{name}: {recipe.metric} {scores[i][recipe.metric]:.2f} %', flush=True)
-    place.unlink()
+    place.unlink(missing_ok=True)
 
 
 def score_test(study: Study, output: Path, data: Data, device: torch.device) -> list[dict[str, Any]]:
@@ -117,7 +127,8 @@ def score_test(study: Study, output: Path, data: Data, device: torch.device) -> 
         recipe = recipe_of(study, arm)
         net = load_net(study, output, arm, seed, device)
         score, = score_stack(
-            lambda x, net=net: net(normalise(x))[None], 1, recipe, data.split(recipe, 'test'))  # type: ignore[misc]
+            lambda x, net=net: net(normalise(x))[None], 1, recipe, data.split(recipe, 'test'),  # type: ignore[misc]
+            batch=batch_of(device))
         rows.append({**json.loads(file.read_text(encoding='utf-8')), **score, 'machine': machine()})
     write_text(kept, json.dumps(rows, indent=1) + '\n')
     return rows
@@ -143,3 +154,10 @@ def step_ratios(study: Study, data: Data, size: int, device: torch.device, repea
         rounds.append(times)
     return {
         name: statistics.median(t[name] / t[study.arms[name].base or name] for t in rounds[2:]) for name in steps}
+
+
+def replay_ratios(study: Study, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The time of every arm's replayed training step over that of its base, from the runs themselves."""
+    times = {row['arm']: row['step_ms'] for row in rows if row.get('graphed') and row.get('step_ms')}
+    return {name: times[name] / times[arm.base or name] for name, arm in study.arms.items()
+            if name in times and (arm.base or name) in times}

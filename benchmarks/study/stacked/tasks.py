@@ -1,5 +1,8 @@
 """Images and targets of a task, whole and on the device: a run is many small steps, and decoding would dwarf them."""
 import dataclasses
+import functools
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +107,31 @@ def _crowd(recipe: Recipe, split: str, samples: int) -> Split:
     return Split(images, torch.from_numpy(crowd.masks), torch.from_numpy(crowd.radii).half())
 
 
+@functools.lru_cache(maxsize=1)
+def _archive(file: Path) -> dict[str, dict[str, dict[str, bytes]]]:
+    """Contents of a tar archive of `.../SPLIT/CLASS/FILE`, by these three names."""
+    found: dict[str, dict[str, dict[str, bytes]]] = {}
+    with tarfile.open(file, 'r|*') as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is not None:
+                split, name, image = member.name.split('/')[-3:]
+                found.setdefault(split, {}).setdefault(name, {})[image] = content.read()
+    return found
+
+
 def _folder(root: Path, split: str, samples: int, size: int) -> Split:
     """Images of class folders by file name, as many of each class: the first, or the last for selection."""
-    source = root / ('validation' if split == 'test' else 'train')
-    folders = sorted(path for path in source.iterdir() if path.is_dir())
-    each = samples // len(folders)
+    name = 'validation' if split == 'test' else 'train'
+    classes: list[list[Any]]  # of paths, or of what the archive holds
+    if root.is_dir():
+        classes = [sorted(path.iterdir()) for path in sorted((root / name).iterdir()) if path.is_dir()]
+    else:
+        found = sorted(_archive(root)[name].items())
+        classes = [[io.BytesIO(files[key]) for key in sorted(files)] for _, files in found]
+    each = samples // len(classes)
     images, targets = [], []
-    for label, folder in enumerate(folders):
-        files = sorted(folder.iterdir())
+    for label, files in enumerate(classes):
         for file in files[-each:] if split == 'selection' else files[:each]:
             with Image.open(file) as image:
                 images.append(np.asarray(image.convert('RGB').resize((size, size))))
@@ -134,7 +154,8 @@ def load_split(recipe: Recipe, split: str, cache: Path, data_dir: Path | None = 
     if recipe.dense:
         made = _crowd(recipe, split, samples)
     elif data_dir is None:
-        raise ValueError(f'task {recipe.task!r} needs --data-dir, a folder of train/CLASS/* and validation/CLASS/*')
+        raise ValueError(f'task {recipe.task!r} needs --data-dir, a folder or a tar archive of train/CLASS/* and '
+                         f'validation/CLASS/*')
     else:
         made = _folder(data_dir, split, samples, recipe.image_size)
     file.parent.mkdir(parents=True, exist_ok=True)

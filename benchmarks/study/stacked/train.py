@@ -1,5 +1,7 @@
 """Training of a stack: several seeds of one arm, each as if it were alone."""
 import math
+import time
+import traceback
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,8 +59,15 @@ def clip_each(gradients: Sequence[Tensor], limit: float) -> None:
     torch._foreach_mul_(list(gradients), [scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients])
 
 
+EAGER_STEPS = 3  # before a step is captured: kernels compile, libraries choose theirs
+
+
 class Stack:
-    """Nets of an arm, one per seed, that train side by side; `parameters` holds `(S, ...)` leaves by name."""
+    """Nets of an arm, one per seed, that train side by side; `parameters` holds `(S, ...)` leaves by name.
+
+    On a CUDA device a step is captured as a graph after `EAGER_STEPS` steps, and replayed: these nets are so small that
+    a step takes the host longer than the device. `graphed` says so; it is false where the capture failed.
+    """
 
     def __init__(self, arm: Arm, recipe: Recipe, seeds: Sequence[int], device: torch.device) -> None:
         nets = [build_net(arm, recipe, seed) for seed in seeds]
@@ -67,17 +76,22 @@ class Stack:
         self.parameters = stack_parameters(nets, device)
         decayed = [p for p in self.parameters.values() if p.ndim > 2]
         others = [p for p in self.parameters.values() if p.ndim <= 2]
+        cuda = device.type == 'cuda'
         self.optimizer = torch.optim.AdamW(
             [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=others, weight_decay=0.)],
-            lr=recipe.lr, betas=(0.9, 0.99))
+            lr=torch.tensor(recipe.lr, device=device) if cuda else recipe.lr, betas=(0.9, 0.99), fused=cuda,
+            capturable=cuda)
         self.epoch = 0
+        self.graphed = False
+        self.advance: Callable[[Split, Tensor, Tensor, float], Tensor] = self.graph_step if cuda else self.step
+        self._eager_steps = 0
 
     def outputs(self, images: Tensor) -> Tensor:
         """For uint8 images `(S, B, 3, H, W)`, or `(B, 3, H, W)` shown to all."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
             return run_stack(self.net, self.parameters, normalise(images))
 
-    def step(self, split: Split, index: Tensor, draws: Tensor, rate: float) -> Tensor:
+    def step(self, split: Split, index: Tensor, draws: Tensor, rate: float | Tensor) -> Tensor:
         """One step on the batches `index` `(S, B)`; returns the losses `(S,)`."""
         shape = index.shape
         images, targets = split.images[index.flatten()], split.targets[index.flatten()]
@@ -87,10 +101,43 @@ class Stack:
         losses.sum().backward()
         clip_each([p.grad for p in self.parameters.values() if p.grad is not None], self.recipe.clip)
         for group in self.optimizer.param_groups:
-            group['lr'] = rate
+            if isinstance(rate, Tensor):
+                group['lr'].copy_(rate)
+            else:
+                group['lr'] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return losses.detach()
+
+    def graph_step(self, split: Split, index: Tensor, draws: Tensor, rate: float) -> Tensor:
+        """`step` by replay of a CUDA graph, once it was captured. The losses are overwritten by the next step."""
+        if self.graphed:
+            for kept, given in zip(self._inputs, (index, draws), strict=True):
+                kept.copy_(given)
+            self._inputs[2].fill_(rate)
+            self._graph.replay()
+            return self._losses
+        inputs = index.clone(), draws.clone(), torch.full((), rate, device=self.device)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        if self._eager_steps < EAGER_STEPS:
+            with torch.cuda.stream(side):
+                losses = self.step(split, *inputs)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            self._eager_steps += 1
+            return losses
+        try:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._losses = self.step(split, *inputs)
+        except RuntimeError:
+            traceback.print_exc()
+            print('the step was not captured as a CUDA graph: training goes on without', flush=True)
+            self.optimizer.zero_grad()
+            self.advance = self.step
+            return self.step(split, index, draws, inputs[2])
+        self._inputs, self.graphed = inputs, True
+        return self.graph_step(split, index, draws, rate)
 
     def run_epoch(self, split: Split) -> list[float]:
         """The next epoch; returns the mean loss of every net."""
@@ -101,7 +148,7 @@ class Stack:
         total = torch.zeros(len(self.seeds), device=self.device)
         for i in range(steps):
             rate = learning_rate(self.recipe, self.epoch * steps + i, self.recipe.epochs * steps)
-            total += self.step(split, order[:, i], draws[:, i], rate)
+            total += self.advance(split, order[:, i], draws[:, i], rate)
         self.epoch += 1
         return (total / steps).tolist()
 
@@ -118,7 +165,9 @@ class Stack:
         self.epoch = state['epoch']
 
 
-def train(stack: Stack, split: Split, place: Path, report: Callable[[str], None] = print) -> None:
+def train(
+        stack: Stack, split: Split, place: Path, report: Callable[[str], None] = print, every_s: float = 0.,
+) -> list[float]:
     """Trains to the end of the recipe; an epoch that was finished before an interruption is not repeated.
 
     Args:
@@ -126,13 +175,24 @@ def train(stack: Stack, split: Split, place: Path, report: Callable[[str], None]
         split: Training images on the device of the stack.
         place: File that keeps the state after every epoch.
         report: Takes a line per epoch.
+        every_s: Seconds between states that are kept; 0 keeps one after every epoch.
+
+    Returns:
+        Seconds of every epoch that ran.
     """
+    seconds: list[float] = []
+    kept = time.monotonic()
     if place.exists():
         stack.load_state(torch.load(place, map_location=stack.device, weights_only=True))
     place.parent.mkdir(parents=True, exist_ok=True)
     while stack.epoch < stack.recipe.epochs:
+        start = time.monotonic()
         losses = stack.run_epoch(split)
-        part = place.with_suffix('.part')
-        torch.save(stack.state(), part)
-        part.replace(place)
+        seconds.append(time.monotonic() - start)
+        if time.monotonic() - kept >= every_s:
+            part = place.with_suffix('.part')
+            torch.save(stack.state(), part)
+            part.replace(place)
+            kept = time.monotonic()
         report(f'{place.stem} epoch {stack.epoch}: loss ' + ' '.join(f'{loss:.3f}' for loss in losses))
+    return seconds
