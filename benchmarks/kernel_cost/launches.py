@@ -54,7 +54,8 @@ class _NoDevice:
 
 
 @contextmanager
-def _compile_only(arch: int, launches: list[Launch]) -> Iterator[None]:
+def compile_only(arch: int, launches: list[Launch]) -> Iterator[None]:
+    """Kernels are compiled for `arch` and noted in `launches` instead of started."""
     run, active = JITFunction.run, driver._active
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
@@ -90,7 +91,7 @@ def compile_call(call: Call, arch: int = 90) -> list[Launch]:
     """The kernels of a forward and a backward pass, in the order of their launches."""
     launches: list[Launch] = []
     x, logits, sigma, grad = _maps(call)
-    with _compile_only(arch, launches):
+    with compile_only(arch, launches):
         _, kept = launch.triton_forward(x, logits, sigma, call.stride)
         launch.triton_backward(grad, x, logits, sigma, kept, call.stride)
     return launches

@@ -148,6 +148,8 @@ class ContextPool2d(Mixer2d):
             raise TypeError(f'act_layer must make a module, such as nn.GELU, got {act_layer!r}')
         outputs = groups + support_groups + (2 * groups if offset == 'cell' else 0)
         self.predict = nn.Conv2d(hidden_dim, outputs, 3, padding=1, **dd)
+        # whether one operator does all the predictor's work
+        self.fused = type(self.act) is nn.GELU and self.act.approximate == 'none' and offset != 'cell'
         self.offset = nn.Parameter(torch.empty(groups, 2, **dd)) if offset == 'group' else None
         self.register_buffer('logit_bound', torch.tensor(self.bound, device=device))
         self.depthwise = nn.Conv2d(
@@ -185,7 +187,15 @@ class ContextPool2d(Mixer2d):
 
         Pixels where the boolean `(B, 1, H, W)` `present` is false count as outside the map.
         """
+        if self.fused and present is None:
+            return self.predict_token_maps(x.flatten(2).transpose(1, 2), x.shape[2], x.shape[3])
         return self.read_maps(self.raw_maps(x, present))
+
+    def predict_token_maps(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """`predict_maps` of tokens `(B, P + height * width, C)` by the fused operator."""
+        return torch.ops.cpool_vision.predict_maps(
+            x, self.reduce.weight, self.reduce.bias, self.predict.weight, self.predict.bias, height, width,
+            self.groups, self.support_groups, self.stride, self.bound, self.ratio, self.floor)
 
     def raw_maps(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """The predictor's output `(B, K, H, W)`: rows of the weight logits, of the supports, of offsets per cell."""
@@ -199,13 +209,12 @@ class ContextPool2d(Mixer2d):
         return torch.ops.cpool_vision.supports_and_logits(
             raw, self.groups, self.support_groups, self.stride, self.bound, self.ratio, self.floor)
 
-    def read_offset(self, raw: Tensor) -> Tensor | None:
-        """Offsets in pixels from the predictor's output `raw`, rows before columns:
-        `(B or 1, G, 2, Ho or 1, Wo or 1)`, or None."""
-        reach = self.ratio * (raw.shape[-2] * raw.shape[-1]) ** .5
+    def read_offset(self, raw: Tensor | None, height: int, width: int) -> Tensor | None:
+        """Offsets in pixels of the map, rows before columns: `(B or 1, G, 2, Ho or 1, Wo or 1)`, or None."""
+        reach = self.ratio * (height * width) ** .5
         if self.offset is not None:
             return reach * self.offset.tanh().view(1, -1, 2, 1, 1)
-        if self.predict.out_channels == self.groups + self.support_groups:
+        if raw is None or self.predict.out_channels == self.groups + self.support_groups:
             return None
         cells = raw[:, self.groups + self.support_groups:, ::self.stride, ::self.stride]
         return reach * cells.type_as(self.predict.weight).tanh().unflatten(1, (self.groups, 2))
@@ -216,12 +225,16 @@ class ContextPool2d(Mixer2d):
         Pixels where the boolean `(B, 1, H, W)` `present` is false weigh nothing; they must be zero in `x`.
         """
         x = torch.ops.cpool_vision.to_autocast(x)
-        raw = self.raw_maps(x, present)
-        weight_logits, sigma = self.read_maps(raw)
+        raw: Tensor | None = None
+        if self.fused and present is None:
+            weight_logits, sigma = self.predict_maps(x)
+        else:
+            raw = self.raw_maps(x, present)
+            weight_logits, sigma = self.read_maps(raw)
         if present is not None:
             weight_logits = weight_logits.masked_fill(~present, -float('inf'))
         y = torch.ops.cpool_vision.context_pool2d(
-            x, weight_logits, sigma, self.stride, self.backend, self.read_offset(raw))
+            x, weight_logits, sigma, self.stride, self.backend, self.read_offset(raw, x.shape[2], x.shape[3]))
         if self.depthwise is not None:
             y = y + self.depthwise(x).type_as(y)
         return y

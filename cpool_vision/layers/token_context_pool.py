@@ -123,8 +123,9 @@ class TokenContextPool(TokenMixer, ContextPool2d):
     def maps(self, x: Tensor, height: int | None = None, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Weight logits and supports (in tokens), both `(B, G, H, W)`, for tokens `x`. Stores nothing."""
         height, width = self.call_grid(x, height, width)
-        raw = self.raw_token_maps(x, height, width)
-        return self.read_maps(raw)
+        if self.fused:
+            return self.predict_token_maps(x, height, width)
+        return self.read_maps(self.raw_token_maps(x, height, width))
 
     def raw_token_maps(self, x: Tensor, height: int, width: int) -> Tensor:
         """`raw_maps` of the grid tokens of `x`. Prefix tokens go through the first product too: they cost less than a
@@ -140,10 +141,15 @@ class TokenContextPool(TokenMixer, ContextPool2d):
             if not isinstance(x, fx.Proxy):
                 check_tokens(x, self.dim, self.num_prefix_tokens, height, width)
         features = torch.ops.cpool_vision.to_autocast(x)
-        raw = self.raw_token_maps(features, height, width)
-        weight_logits, sigma = self.read_maps(raw)
+        raw: Tensor | None = None
+        if self.fused:
+            weight_logits, sigma = self.predict_token_maps(features, height, width)
+        else:
+            raw = self.raw_token_maps(features, height, width)
+            weight_logits, sigma = self.read_maps(raw)
         y = torch.ops.cpool_vision.context_pool_tokens(
-            features, weight_logits, sigma, self.num_prefix_tokens, self.backend, self.read_offset(raw))
+            features, weight_logits, sigma, self.num_prefix_tokens, self.backend,
+            self.read_offset(raw, height, width))
         if self.gamma is not None:
             y = torch.lerp(x, y.type_as(x), self.gamma.type_as(x))
         return y

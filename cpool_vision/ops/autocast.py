@@ -1,4 +1,5 @@
 """The operators under `torch.autocast`: features in the autocast dtype, as for matrix products, maps in fp32."""
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,17 @@ def _cast(tensor: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:
     """As torch's own casts: fp64 and tensors of other devices are left as they are."""
     eligible = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == device_type
     return tensor.to(dtype) if eligible else tensor
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would run the products inside an operator in half precision."""
+    @functools.wraps(function)
+    def wrapper(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.amp.is_autocast_available(x.device.type):
+            return function(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+    return wrapper
 
 
 def register_autocast(lib: torch.library.Library, name: str, operator: Callable[..., Any]) -> None:

@@ -99,9 +99,10 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], raw: Tensor, *args: Any) -
     return tuple(t.unflatten(0, raw.shape[:2]) for t in maps), (0, 0)
 
 
-def _make_fused(
+def make_fused_maps(
         raw: Tensor, groups: int, support_groups: int, stride: int, bound: float, ratio: float, floor: float,
 ) -> tuple[Tensor, Tensor]:
+    """`make_maps` in one pass where Triton's kernels run, else in place; not differentiable by autograd."""
     weight_logits, sigma = _fused_fake(raw, groups, support_groups, stride)
     largest = largest_support(raw, ratio)
     if runs_triton(raw):
@@ -115,17 +116,26 @@ def _make_fused(
     return weight_logits, sigma.sigmoid_().mul_(largest).add_(floor)
 
 
+def empty_pair(
+        like: Tensor, batch: int, height: int, width: int, groups: int, support_groups: int, stride: int,
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised logits and supports for a map of so many pixels, on the device of `like`, at least in fp32."""
+    dtype = map_dtype(like)
+    out = (height + stride - 1) // stride, (width + stride - 1) // stride
+    return (like.new_empty((batch, groups, height, width), dtype=dtype),
+            like.new_empty((batch, support_groups, *out), dtype=dtype))
+
+
 def _fused_fake(
         raw: Tensor, groups: int, support_groups: int, stride: int, *how: Any) -> tuple[Tensor, Tensor]:
     check_raw(raw, groups, support_groups, stride)
-    b, _, h, w = raw.shape
-    out, dtype = ((h + stride - 1) // stride, (w + stride - 1) // stride), map_dtype(raw)
-    return raw.new_empty((b, groups, h, w), dtype=dtype), raw.new_empty((b, support_groups, *out), dtype=dtype)
+    return empty_pair(raw, raw.shape[0], raw.shape[2], raw.shape[3], groups, support_groups, stride)
 
 
-def _make_fused_backward(
+def make_fused_maps_backward(
         grad_logits: Tensor, grad_sigma: Tensor, weight_logits: Tensor, sigma: Tensor, rows: int, channels_last: bool,
         dtype: torch.dtype, stride: int, bound: float, ratio: float, floor: float) -> Tensor:
+    """`make_maps_backward` in one pass where Triton's kernels run."""
     grad = _fused_backward_fake(grad_logits, grad_sigma, weight_logits, sigma, rows, channels_last, dtype)
     if runs_triton(grad):
         from .triton.maps import fill_gradient
@@ -158,8 +168,8 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _lib.impl('supports_and_logits', _supports_and_logits, 'CompositeImplicitAutograd')
-_lib.impl('supports_and_logits_fused', _make_fused, 'CompositeExplicitAutograd')
-_lib.impl('supports_and_logits_fused_backward', _make_fused_backward, 'CompositeExplicitAutograd')
+_lib.impl('supports_and_logits_fused', make_fused_maps, 'CompositeExplicitAutograd')
+_lib.impl('supports_and_logits_fused_backward', make_fused_maps_backward, 'CompositeExplicitAutograd')
 torch.library.register_vmap('cpool_vision::supports_and_logits', _vmap, lib=_lib)
 torch.library.register_fake('cpool_vision::supports_and_logits_fused', _fused_fake, lib=_lib)
 torch.library.register_fake('cpool_vision::supports_and_logits_fused_backward', _fused_backward_fake, lib=_lib)

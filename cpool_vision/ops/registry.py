@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .autocast import register_autocast
+from .autocast import register_autocast, without_autocast
 from .backends import choose_backend
 from .checks import check_arguments, check_gradient, refuse_tangents
 from .layout import empty_maps, is_channels_last
@@ -110,17 +110,6 @@ def _triton_backward(
     return triton_backward(grad, x, weight_logits, sigma, kept, stride, dx)
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast would run the products inside an operator in half precision."""
-    @functools.wraps(function)
-    def wrapper(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.amp.is_autocast_available(x.device.type):
-            return function(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **kwargs)
-    return wrapper
-
-
 def _entry(function: Callable[..., Any]) -> Callable[..., Any]:
     """Plain tensors without tangents for an implementation.
 
@@ -137,7 +126,7 @@ def _entry(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _composites: tuple[tuple[str, Callable[..., Any]], ...] = (
     ('context_pool2d', _context_pool2d),
-    ('context_pool2d_reference', _without_autocast(context_pool2d_reference)),
+    ('context_pool2d_reference', without_autocast(context_pool2d_reference)),
     ('context_pool_tokens', context_pool_tokens),
     ('to_autocast', lambda x: x),
 )
@@ -149,8 +138,8 @@ for _name in ('context_pool2d', 'context_pool_tokens'):
 # Under torch.func.vmap torch's own operators know no autocast either.
 torch.library.register_vmap('cpool_vision::to_autocast', lambda info, dims, x: (x, dims[0]), lib=_lib)
 for _name, _function, _key in (
-        ('2d_tiled', _without_autocast(tiled_forward), 'CompositeExplicitAutograd'),
-        ('2d_tiled_backward', _without_autocast(_tiled_backward), 'CompositeExplicitAutograd'),
+        ('2d_tiled', without_autocast(tiled_forward), 'CompositeExplicitAutograd'),
+        ('2d_tiled_backward', without_autocast(_tiled_backward), 'CompositeExplicitAutograd'),
         ('2d_native', native_forward, 'CPU'),
         ('2d_native_backward', native_backward, 'CPU'),
         ('2d_triton', _triton_forward, 'CompositeExplicitAutograd'),

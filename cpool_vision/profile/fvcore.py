@@ -10,6 +10,12 @@ def _count_pool(inputs: list[Any], outputs: list[Any]) -> Counter:
     return Counter({'context_pool2d': prod(x) * prod(sigma[2:])})
 
 
+def _count_predictor(inputs: list[Any], outputs: list[Any]) -> Counter:
+    x, reduce, predict = (inputs[i].type().sizes() for i in (0, 1, 3))
+    batch, _, height, width = outputs[0].type().sizes()
+    return Counter({'conv': reduce[0] * batch * (x[1] * reduce[1] + height * width * prod(predict[::2]) * predict[3])})
+
+
 def _count_nothing(inputs: list[Any], outputs: list[Any]) -> Counter:
     return Counter()
 
@@ -21,4 +27,4 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], Counter]]:
     calls a multiply-add one operation.
     """
     return {'cpool_vision::context_pool2d': _count_pool, 'cpool_vision::supports_and_logits': _count_nothing,
-            'cpool_vision::to_autocast': _count_nothing}
+            'cpool_vision::predict_maps': _count_predictor, 'cpool_vision::to_autocast': _count_nothing}

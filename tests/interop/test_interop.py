@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpool_vision.hub import save_for_hub
-from cpool_vision.layers import ContextPool2d
+from cpool_vision.layers import ContextPool2d, context_pools
 from cpool_vision.profile.fvcore import fvcore_handles
 from cpool_vision.retrofit import add_context_pool, save_model
 
@@ -77,7 +77,9 @@ def test_fvcore_counts_pools():
     blind = analysis.total()
     analysis.set_op_handle(**fvcore_handles())
     pooled = analysis.by_operator()['context_pool2d']
-    assert pooled == 96 * (8 * 8) ** 2 + 128 * (4 * 4) ** 2 and analysis.total() == blind + pooled
+    predictors = sum(pixels * (pool.reduce.weight.numel() + pool.predict.weight.numel())
+                     for pixels, pool in zip((8 * 8, 4 * 4), context_pools(model).values(), strict=True))
+    assert pooled == 96 * (8 * 8) ** 2 + 128 * (4 * 4) ** 2 and analysis.total() == blind + pooled + predictors
     with FlopCounterMode(display=False) as counter:
         model(image)
         plain_counter = counter.get_flop_counts()['Global']

@@ -10,10 +10,12 @@ if os.environ.get('TRITON_INTERPRET') == '1':
     pytest.skip('interpreted kernels are not compiled', allow_module_level=True)
 
 from benchmarks.kernel_cost.cost import by_pair  # noqa: E402
-from benchmarks.kernel_cost.launches import Call, compile_call  # noqa: E402
+from benchmarks.kernel_cost.launches import Call, compile_call, compile_only  # noqa: E402
 from benchmarks.kernel_cost.sass import BIN, disassemble  # noqa: E402
 from benchmarks.kernel_cost.windows import Windows  # noqa: E402
+from cpool_vision.ops.maps import empty_pair  # noqa: E402
 from cpool_vision.ops.triton import launch  # noqa: E402
+from cpool_vision.ops.triton.predictor import fill_predicted, predicted_gradients  # noqa: E402
 
 # Of a thread block, without opting in to more.
 SHARED_LIMIT = 48 * 1024
@@ -54,6 +56,28 @@ def test_shipped_configurations_spill_nothing(channels, side, dtype, tokens, arc
     for each in compile_call(Call(2, 2 * channels, side, side, 2, 2.0, dtype, tokens), arch):
         assert spills(each) == 0, each.name
         assert each.compiled.metadata.shared <= SHARED_LIMIT, each.name
+
+
+# Hidden channels, rows of output, and the dtype.
+PREDICTORS = [(24, 32, torch.bfloat16), (24, 32, torch.float32), *(pytest.param(*case, marks=slow) for case in (
+    (16, 16, torch.bfloat16), (48, 32, torch.float16), (128, 64, torch.bfloat16), (128, 64, torch.float32)))]
+
+
+@needs_tools
+@pytest.mark.parametrize('hidden,rows,dtype', PREDICTORS)
+@pytest.mark.parametrize('arch', [90, pytest.param(80, marks=slow)])
+def test_kernels_of_the_predictor_spill_nothing(hidden, rows, dtype, arch):
+    tokens = torch.empty(4, 197, hidden, dtype=dtype, device='meta')
+    weights = [torch.empty(shape, device='meta') for shape in ((hidden,), (rows, hidden, 3, 3), (rows,))]
+    maps = empty_pair(tokens, 4, 14, 14, rows // 2, rows // 2, 1)
+    launches = []
+    with compile_only(arch, launches):
+        fill_predicted(tokens, *weights, *maps, 1, 8., 3.5, .1)
+        predicted_gradients(*maps, *maps, tokens, *weights, 1, 8., 3.5, .1)
+    assert [each.name for each in launches] == ['predict', 'unmake', 'unpredict', 'finish']
+    for each in launches:
+        assert spills(each) == 0, each.name
+        assert each.compiled.metadata.shared <= 2 * SHARED_LIMIT, each.name
 
 
 def instructions(call):

@@ -42,19 +42,27 @@ def pools_of(net: nn.Module) -> list[ContextPool2d]:
     return [module for module in net.modules() if isinstance(module, ContextPool2d)]
 
 
+def pass_maps_through(pool: ContextPool2d, function: Exchange) -> None:
+    """Whatever weights and supports the pool makes go through `function`, until `undo_pass`."""
+    for name in ('read_maps', 'predict_token_maps'):
+        make = getattr(pool, name)
+        setattr(pool, name, lambda *args, make=make: function(*make(*args)))
+
+
+def undo_pass(pool: ContextPool2d) -> None:
+    """Undoes `pass_maps_through`."""
+    del pool.read_maps, pool.predict_token_maps
+
+
 def exchange_maps(net: nn.Module, exchange: Exchange) -> Callable[[], None]:
     """Passes weights and supports of every pool through `exchange`, until the function returned is called."""
     pools = pools_of(net)
-
-    def wrap(pool: ContextPool2d) -> None:
-        predict = pool.read_maps
-        pool.read_maps = lambda *args: exchange(*predict(*args))  # type: ignore[method-assign]
     for pool in pools:
-        wrap(pool)
+        pass_maps_through(pool, exchange)
 
     def undo() -> None:
         for pool in pools:
-            del pool.read_maps
+            undo_pass(pool)
     return undo
 
 
@@ -75,15 +83,13 @@ def radius_correlations(net: nn.Module, split: Split) -> list[float | None]:
         def note(weights: Tensor, sigma: Tensor, k: int = k) -> tuple[Tensor, Tensor]:
             seen[k].append(sigma.mean(1))
             return weights, sigma
-        predict = pool.read_maps
-        pool.read_maps = (  # type: ignore[method-assign]
-            lambda *args, predict=predict, note=note: note(*predict(*args)))
+        pass_maps_through(pool, note)
     with torch.no_grad():
         for images in split.images.split(100):
             net(normalise(images))
     found: list[float | None] = []
     for pool, maps in zip(pools_of(net), seen, strict=True):
-        del pool.read_maps
+        undo_pass(pool)
         sigma = torch.cat(maps)
         step = split.radii.shape[-1] // sigma.shape[-1]
         radius = split.radii[:, step // 2::step, step // 2::step].float()

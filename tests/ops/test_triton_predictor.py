@@ -1,0 +1,78 @@
+"""The Triton kernels of the predictor: on a CUDA device or under the interpreter, as test_triton_kernels.py."""
+import pytest
+import torch
+from test_operator_predictor import CASES, make_inputs
+from test_triton_kernels import DEVICE
+from test_triton_kernels import pytestmark as pytestmark
+
+from cpool_vision.ops.maps import empty_pair
+from cpool_vision.ops.predictor import compose_maps
+
+MORE = [
+    ((1, 24, 24, 14, 14), (16, 16, 1, 8., .25, .1)),
+    ((0, 8, 17, 9, 8), (4, 2, 2, 8., .25, .1)),
+]
+
+
+def run_kernels(inputs, how, grads=None):
+    """Maps, and the gradients of all inputs, in the order of the operator."""
+    from cpool_vision.ops.triton.predictor import fill_predicted, predicted_gradients
+    x, reduce_weight, reduce_bias, *predict = inputs
+    height, width, groups, supports, stride, bound, ratio, floor = how
+    hidden = x @ reduce_weight.flatten(1).to(x.dtype).t()
+    maps = empty_pair(x, x.shape[0], height, width, groups, supports, stride)
+    last = stride, bound, ratio * (height * width) ** .5, floor
+    fill_predicted(hidden, reduce_bias, *predict, *maps, *last)
+    grads = grads or [torch.randn_like(t) for t in maps]
+    made = predicted_gradients(*grads, *maps, hidden, reduce_bias, *predict, *last)
+    dx = made[0] @ reduce_weight.flatten(1).to(x.dtype)
+    return maps, grads, (dx, (made[0].flatten(0, 1).t() @ x.flatten(0, 1)).view_as(reduce_weight), *made[1:])
+
+
+def run_torch(inputs, how, grads, dtype):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    maps = compose_maps(*leaves, *how)
+    return *maps, *torch.autograd.grad(maps, leaves, [g.to(m.dtype) for g, m in zip(grads, maps, strict=True)])
+
+
+@pytest.mark.parametrize('case', CASES + MORE)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_stay_within_twice_those_of_torch(case, dtype, poisoned_memory):
+    inputs, how = make_inputs(case, dtype)
+    inputs = [t.to(DEVICE) for t in inputs]
+    maps, grads, found = run_kernels(inputs, how)
+    exact = run_torch(inputs, how, grads, torch.float64)
+    for got, plain, want in zip((*maps, *found), run_torch(inputs, how, grads, dtype), exact, strict=True):
+        assert got.isfinite().all()
+        error, allowed = ((t.double() - want).abs().max() for t in (got, plain))
+        assert error <= 2 * allowed + torch.finfo(got.dtype).eps * want.abs().max().clamp(min=1)
+
+
+def test_prefix_tokens_get_no_gradient_and_repeats_are_identical():
+    inputs, how = make_inputs(MORE[0], torch.float32)
+    inputs = [t.to(DEVICE) for t in inputs]
+    _, grads, first = run_kernels(inputs, how)
+    assert not first[0][:, 0].any() and first[0][:, 1:].any()
+    for a, b in zip(first, run_kernels(inputs, how, grads)[2], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_of_any_strides():
+    inputs, how = make_inputs(MORE[1], torch.float32)
+    inputs = [t.to(DEVICE) for t in inputs]
+    _, grads, first = run_kernels(inputs, how)
+    inputs[3] = inputs[3].to(memory_format=torch.channels_last)
+    for a, b in zip(first, run_kernels(inputs, how, grads)[2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(DEVICE == 'cpu', reason='needs CUDA')
+def test_is_what_a_layer_takes_on_cuda():
+    from torch.profiler import profile
+
+    from cpool_vision.layers import TokenContextPool
+    pool = TokenContextPool(32, 1, grid_size=(4, 4)).cuda()
+    with profile() as seen, torch.autocast('cuda', torch.bfloat16):
+        pool(torch.randn(2, 17, 32, device='cuda')).float().sum().backward()
+    assert {'cpool_vision::predict_maps_fused', 'cpool_vision::predict_maps_fused_backward'} <= {
+        e.name for e in seen.events()}
