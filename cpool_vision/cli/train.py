@@ -1,9 +1,29 @@
 """Command line of training: `python train.py`, `cpool-train`, or `torchrun train.py`."""
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from . import common
+
+
+def best_epochs(result: Mapping[str, Any], most: int = 10) -> list[dict[str, Any]]:
+    """Epochs in the form in which timm's train.py prints them: the best ones, in ascending order.
+
+    Args:
+        result: as `engine.train.fit.train` gives it.
+        most: how many.
+
+    Returns:
+        `epoch`, `train` with the loss, and `validation` with its figures where the epoch was validated.
+    """
+    metric, epochs = result['metric'], []
+    for row in result['epochs']:
+        validation = {key.removeprefix('eval_'): value for key, value in row.items() if key.startswith('eval_')}
+        epochs.append({'epoch': row['epoch'], 'train': {'loss': row['train_loss']},
+                       **({'validation': validation} if validation else {})})
+    epochs.sort(key=lambda each: each.get('validation', each['train']).get(metric, 0), reverse=metric == 'loss')
+    return epochs[-most:]
 
 
 def _train(argv: Sequence[str] | None) -> None:
@@ -14,7 +34,7 @@ def _train(argv: Sequence[str] | None) -> None:
 
     result = train(settings)
     if result:
-        print(f'--result\n{json.dumps(result, indent=4)}')
+        print(f'--result\n{json.dumps(best_epochs(result), indent=4)}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,20 +92,20 @@ def test_train_then_validate_by_script(base_flags: list[str], image_root: str, t
     out, err = capsys.readouterr()
     assert status == 0, err
     result = json.loads(out.split('--result\n')[1])
-    assert [row['epoch'] for row in result['epochs']] == [0]
+    assert [row['epoch'] for row in result] == [0]
     assert 'Train: 0 [   1/3]' in err and '\r' not in err  # plain lines without a terminal
 
     status = run_script(
         'validate.py', '--data-dir', image_root, '--model', 'test_vit', '--num-classes', '3', '--img-size', '32',
-        '--model-kwargs', 'img_size=32', '--checkpoint', os.path.join(result['folder'], 'last.pth.tar'), '-j', '0',
+        '--model-kwargs', 'img_size=32', '--checkpoint', str(tmp_path / 'runs' / 'x' / 'last.pth.tar'), '-j', '0',
         '--device', 'cpu', '--results-file', str(tmp_path / 'r.json'), '--results-format', 'json')
     out, err = capsys.readouterr()
     assert status == 0, err
     row = json.loads(out.split('--result\n')[1])
     saved = json.loads((tmp_path / 'r.json').read_text())
     assert row == {key: value for key, value in saved.items() if not isinstance(value, (list, dict))}
-    assert row['top1'] == pytest.approx(result['epochs'][-1]['eval_top1'], abs=1e-3)
-    assert row['loss'] == pytest.approx(result['epochs'][-1]['eval_loss'], abs=1e-3)
+    assert row['top1'] == pytest.approx(result[-1]['validation']['top1'], abs=1e-3)
+    assert row['loss'] == pytest.approx(result[-1]['validation']['loss'], abs=1e-3)
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, run_train: Callable[..., Any],

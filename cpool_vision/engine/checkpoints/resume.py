@@ -19,6 +19,7 @@ _logger = logging.getLogger(__name__)
 EXTENSION = '.pth.tar'
 PREVIOUS = 'previous'
 RECOVERY = 'recovery-'
+MILESTONE = 'milestone-'
 
 
 def serial_of(path: str) -> float:
@@ -31,7 +32,7 @@ def serial_of(path: str) -> float:
 
 def list_candidates(folder: str) -> list[str]:
     """Checkpoints in a run folder, the newest first; of several names of one file only the first."""
-    patterns = ('last', f'{RECOVERY}*', PREVIOUS, 'checkpoint-*', 'model_best')
+    patterns = ('last', f'{RECOVERY}*', PREVIOUS, 'checkpoint-*', f'{MILESTONE}*', 'model_best')
     paths = [path for pattern in patterns
              for path in glob.glob(os.path.join(glob.escape(folder), pattern + EXTENSION))]
     known: set[tuple[int, int]] = set()

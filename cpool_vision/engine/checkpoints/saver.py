@@ -17,7 +17,7 @@ from cpool_vision.files import keep_former, link_atomic
 from ..distributed.sharding import divide_like, divide_optimizer_state, gather_whole
 from .checkpoint import describe_misfit, pick_weights, to_plain
 from .position import Position
-from .resume import EXTENSION, PREVIOUS, RECOVERY, list_candidates, serial_of
+from .resume import EXTENSION, MILESTONE, PREVIOUS, RECOVERY, list_candidates, serial_of
 from .seal import read_seal, save_sealed
 
 _logger = logging.getLogger(__name__)
@@ -136,7 +136,8 @@ class TrainState:
 
 
 class CheckpointSaver:
-    """Writes `last`, `checkpoint-EPOCH` for the best epochs, `model_best`, and `recovery-EPOCH-BATCH` inside epochs.
+    """Writes `last`, `checkpoint-EPOCH` for the best epochs, `model_best`, `milestone-N` and, inside epochs,
+    `recovery-EPOCH-BATCH`.
 
     File names, keys and the order of the history are timm's. Unlike timm's saver it never unlinks a file before its
     replacement stands on disk, and of the files to resume from (`last`, the one before it as `previous`, `recovery-`)
@@ -175,13 +176,15 @@ class CheckpointSaver:
             'best_epoch': self.best_epoch,
         }
 
-    def save(self, state: TrainState, epoch: int, metric: float) -> tuple[float | None, int | None]:
+    def save(self, state: TrainState, epoch: int, metric: float, milestone: bool = False,
+             ) -> tuple[float | None, int | None]:
         """Saves the state after an epoch and prunes the history.
 
         Args:
             state: the run.
             epoch: the epoch just finished.
             metric: what checkpoints are ranked by.
+            milestone: keep it as `milestone-N`, too, N the epochs done; the history never drops that.
 
         Returns:
             Best metric and its epoch.
@@ -198,11 +201,14 @@ class CheckpointSaver:
         files.sort(key=lambda entry: (entry[1] != entry[1], entry[1] if self.decreasing else -entry[1]))
         kept, dropped = files[:self.max_history], files[self.max_history:]
 
-        content = {**state.to_checkpoint(epoch), 'metric': metric, 'saver': self._history(kept)}
+        content = {**state.to_checkpoint(epoch), 'metric': metric, 'saver': self._history(kept),
+                   'milestone': milestone}
         with keep_former(self.path('last'), self.path(PREVIOUS)):
             save_sealed(self.path('last'), content, self._next_serial())
         if (name, metric) in kept:
             link_atomic(self.path('last'), os.path.join(self.folder, name))
+        if milestone:
+            link_atomic(self.path('last'), self.path(f'{MILESTONE}{epoch + 1}'))
         if improved:
             link_atomic(self.path('last'), self.path('model_best'))
         self.files = kept
@@ -258,6 +264,8 @@ class CheckpointSaver:
         last, epoch = self.path('last'), content.get('epoch')
         name = f'checkpoint-{epoch}{EXTENSION}'
         names = [name] if any(entry[0] == name for entry in saved.get('checkpoint_files', [])) else []
+        if content.get('milestone') and epoch is not None:
+            names.append(f'{MILESTONE}{epoch + 1}{EXTENSION}')
         if saved.get('best_epoch') == epoch:
             names.append(f'model_best{EXTENSION}')
         for target in (os.path.join(self.folder, each) for each in names):

@@ -49,7 +49,8 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(('drop', 'drop_connect', 'drop_path', 'drop_block', 'smoothing', 'opt_betas', 'momentum'), RATE),
     **dict.fromkeys((
         'batch_size', 'validation_batch_size', 'num_classes', 'img_size', 'in_chans', 'input_size', 'grad_accum_steps',
-        'epochs', 'val_interval', 'log_interval', 'checkpoint_hist', 'lr_base_size', 'lr_cycle_limit', 'recount',
+        'epochs', 'stop_epoch', 'save_epochs', 'val_interval', 'log_interval', 'checkpoint_hist', 'lr_base_size',
+        'lr_cycle_limit', 'recount',
         'train_num_samples', 'val_num_samples', 'num_samples', 'train_img_sizes', 'train_batch_sizes',
         'train_batches_per_epoch', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes',
         'kd_student_feature_dim', 'kd_teacher_feature_dim', 'log_freq'), COUNT),

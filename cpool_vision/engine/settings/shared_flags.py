@@ -93,10 +93,14 @@ def add_loader_args(group: SupportsAddArgument) -> None:
     switch(group, '--no-prefetcher', help="normalise on the CPU instead of in timm's device-side prefetcher")
 
 
+def _task(name: str) -> str:
+    return 'multi_label' if name == 'multilabel' else name  # timm's spelling
+
+
 def add_task_args(group: SupportsAddArgument) -> None:
     """One class for each image, or any number of labels."""
     add = group.add_argument
-    add('--task', type=str, default='classification', choices=TASKS,
+    add('--task', type=_task, default='classification', choices=TASKS,
         help='one class for each image, or multi_label: any number of labels, also none (default: classification)')
     add('--label-file', type=str, default='', metavar='FILE',
         help='multi_label from a folder: CSV or JSON lines with the labels of each image, in the folder of the split '
@@ -104,5 +108,5 @@ def add_task_args(group: SupportsAddArgument) -> None:
              'metadata.csv or metadata.jsonl)')
     add('--target-format', type=str, default=None, choices=('indices', 'multihot'),
         help='multi_label: what the label field holds, a list of labels or one number per class (default: indices)')
-    add('--threshold', type=float, default=0.5, metavar='P',
+    add('--threshold', '--multilabel-threshold', type=float, default=0.5, metavar='P',
         help='multi_label: probability from which a label counts as predicted (default: 0.5)')

@@ -191,6 +191,8 @@ class RunSettings(TrackSettings):
     experiment: str = ''
     no_resume_opt: bool = False
     start_epoch: int | None = None
+    stop_epoch: int | None = None
+    save_epochs: tuple[int, ...] = ()
     log_interval: int = 50
     val_interval: int = 1
     recovery_interval: int = 0

@@ -144,6 +144,8 @@ def _add_schedule(group: SupportsAddArgument) -> None:
     add('--min-lr', type=float, default=0, metavar='LR', help='floor of the schedule')
     add('--epochs', type=int, default=300, metavar='N', help='epochs to train (default: 300)')
     add('--start-epoch', default=None, type=int, metavar='N', help='first epoch, whatever the checkpoint says')
+    add('--stop-epoch', default=None, type=int, metavar='N',
+        help='stop once N epochs are done; the schedule stays that of --epochs, to which a resumed run goes on')
     add('--decay-milestones', default=[90, 180, 270], type=int, nargs='+', metavar='MILESTONES',
         help='epochs at which multistep lowers the rate, increasing')
     add('--decay-epochs', type=float, default=None, metavar='N',
@@ -211,6 +213,8 @@ def _add_run(group: SupportsAddArgument) -> None:
     add('--recovery-interval', type=int, default=0, metavar='N',
         help='updates between checkpoints inside an epoch (0: none)')
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep, best first (default: 10)')
+    add('--save-epochs', default=[], type=int, nargs='+', metavar='N',
+        help='numbers of epochs after which the checkpoint is kept as milestone-N, whatever its rank')
     add('--eval-metric', default='top1', type=str, metavar='EVAL_METRIC',
         help='top1, top5 or loss (default: top1); of multi_label map, micro_f1 or any other figure of summary.csv '
              '(default: map, for which top1 stands there)')
@@ -251,7 +255,7 @@ def _add_bad_sample_args(group: SupportsAddArgument) -> None:
 def _add_loss_args(group: SupportsAddArgument) -> None:
     """Kind of loss, and weights of classes."""
     add = group.add_argument
-    add('--loss-type', type=str, default=None, choices=LOSS_TYPES,
+    add('--loss-type', '--loss', type=str, default=None, choices=LOSS_TYPES,
         help='cross-entropy, binary cross-entropy, asymmetric loss, Poly-1, Jensen-Shannon divergence; of multi_label '
              'also two-way loss, ZLPR and distribution-balanced loss (default: what --bce-loss and --jsd-loss say, '
              'else ce, or bce for multi_label)')

@@ -28,6 +28,7 @@ from ..validate.evaluate import check_views
 from . import objective
 from .checkpointer import Checkpointer, batch_facts, load_process_state
 from .loss import build_loss
+from .opening import log_opening, warn_of_changes
 from .run import Run
 from .validator import Validator, columns_of
 
@@ -108,6 +109,7 @@ def build(settings: TrainSettings, runtime: Runtime, lock: RunLock) -> Run:
         folder = claim(folder)
         lock.acquire(folder)
     _open_folder(run, state, found, folder, continuing, pipeline)
+    log_opening(run, data_config)
     return run
 
 
@@ -138,6 +140,7 @@ def _restore(run: Run, state: TrainState, found: Found, pipeline: dict[str, Any]
         check_same_data(content, found.path, run.data, bool(start.batch))
         if start.batch:
             batch_facts(run).check(content, found.path)
+        warn_of_changes(settings, content, found.path)
         _logger.info('Resumed from %s: batch %d of epoch %d comes next.', found.path, start.batch, start.epoch)
     if settings.model_ema:
         if not settings.fsdp:
@@ -152,8 +155,9 @@ def _restore(run: Run, state: TrainState, found: Found, pipeline: dict[str, Any]
         load_process_state(run, content['processes'], found.path)  # after DDP, which copies those of the first process
     if settings.start_epoch is not None:
         start = Position(settings.start_epoch)
-    if start.epoch >= run.epochs:
-        _logger.warning('Nothing to train: epoch %d of %d comes next; raise --epochs.', start.epoch, run.epochs)
+    if start.epoch >= run.end:
+        _logger.warning('Nothing to train: epoch %d of %d comes next; raise --%s.', start.epoch, run.end,
+                        'epochs' if run.end == run.epochs else 'stop-epoch')
     run.position = start
     _place_schedule(run, restored=content is not None and not settings.no_resume_opt)
     return eval_model

@@ -135,7 +135,8 @@ class Checkpointer:
         """
         epoch, position = self.run.position.epoch, self.run.position.next_epoch()
         if metric is not None:
-            self._save(position, lambda saver: saver.save(self.state, epoch, metric))
+            self._save(position, lambda saver: saver.save(
+                self.state, epoch, metric, milestone=epoch + 1 in self.run.settings.save_epochs))
         verdict = self.run.vote.take()
         if verdict.signal and not final:
             if metric is None:

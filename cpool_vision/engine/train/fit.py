@@ -61,17 +61,17 @@ def fit(run: Run) -> dict[str, Any]:
         StopRequested: a signal asked to stop, and the run is saved.
     """
     _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', run.folder, run.position.epoch,
-                 run.epochs - 1, run.updates_per_epoch, _describe(run.runtime.precision))
+                 run.end - 1, run.updates_per_epoch, _describe(run.runtime.precision))
     rows: list[dict[str, Any]] = []
     with _closing(run.loader), run.trackers, run.vote.signals:
         first, batch = run.position.epoch, run.position.batch
-        for epoch in range(first, run.epochs):
+        for epoch in range(first, run.end):
             loaders.set_position(run.loader, epoch, batch if epoch == first else 0)
             settle_threads(run.runtime.distributed)
             metrics = train_one_epoch(run, epoch)
             _share_training(run)
-            final = epoch + 1 == run.epochs
-            due = (epoch + 1) % run.settings.val_interval == 0 or final
+            final = epoch + 1 == run.end
+            due = (epoch + 1) % run.settings.val_interval == 0 or final or epoch + 1 in run.settings.save_epochs
             result, supports = run.validator.measure(run.task) if due and run.validator else (None, [])
             columns = _columns(run, metrics, result)
             latest = columns.get(f'eval_{run.metric}', columns['train_loss']) if due else None

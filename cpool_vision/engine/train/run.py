@@ -86,6 +86,11 @@ class Run:
         self.vote = Vote(self.runtime.device, self.runtime.distributed)
 
     @property
+    def end(self) -> int:
+        """The epoch before which this call ends: `epochs`, or `--stop-epoch` where that comes first."""
+        return min(self.epochs, self.settings.stop_epoch or self.epochs)
+
+    @property
     def updates_per_epoch(self) -> int:
         """Optimizer updates per epoch: ceil(batches / accumulation)."""
         return count_updates(len(self.loader), self.settings.grad_accum_steps)

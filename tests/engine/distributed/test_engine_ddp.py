@@ -74,7 +74,8 @@ def test_two_processes_train_validate_exactly_and_resume(
 
     done = torchrun([*flags, '--experiment', 'rest', '--resume', os.path.join(folder, 'checkpoint-0.pth.tar')])
     assert done.returncode == 0, done.stderr
-    rest = json.loads(done.stdout.split('--result\n')[1])['folder']
+    assert [each['epoch'] for each in json.loads(done.stdout.split('--result\n')[1])] == [1]
+    rest = os.path.join(os.path.dirname(folder), 'rest')
     one, two = load(folder, 'last.pth.tar'), load(rest, 'last.pth.tar')
     for key in ('state_dict', 'state_dict_ema'):
         for name, value in one[key].items():

@@ -1,8 +1,10 @@
 """The parsers know every flag of timm's scripts, by name, default and meaning."""
 import argparse
 import copy
+import importlib.metadata
 import json
 import os
+import re
 from typing import Any
 
 import pytest
@@ -86,3 +88,25 @@ def test_help_is_printable(name: str, capsys: pytest.CaptureFixture[str]) -> Non
         PARSERS[name]().parse_args(['--help'])
     assert caught.value.code == 0
     assert '--model' in capsys.readouterr().out
+
+
+def announced(text: str) -> set[str]:
+    """Flags that a text about timm's scripts names in code."""
+    return set(re.findall(r'`(--[a-z][a-z-]+)', text))
+
+
+def test_no_flag_that_the_installed_timm_announces_is_missing() -> None:
+    """The scripts are not part of timm's wheel; the changelog in its metadata names what they have gained."""
+    text = str(importlib.metadata.metadata('timm').get_payload())
+    known = {flag for build in PARSERS.values() for action in build()._actions for flag in action.option_strings}
+    assert {'--stop-epoch', '--save-epochs', '--lr-decay-fn'} <= announced(text)
+    assert announced(text) - known == set(), 'timm has flags that train.py and validate.py lack'
+
+
+def test_a_new_flag_would_be_seen() -> None:
+    assert announced('* `train.py`: `--brand-new N` and `--old`, --prose is none') == {'--brand-new', '--old'}
+
+
+def test_names_of_the_newest_timm_are_understood() -> None:
+    args = PARSERS['train']().parse_args(['--task', 'multilabel', '--multilabel-threshold', '0.3', '--loss', 'asl'])
+    assert (args.task, args.threshold, args.loss_type) == ('multi_label', .3, 'asl')
