@@ -17,24 +17,22 @@ import functools
 import gc
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.kernel_cost.launches import Call, compile_call
 from cpool_vision.profile.cases import Case
 from cpool_vision.profile.measure import device_info, machine
 
 from . import operator, steps
+from .compile import compile_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ('tests/ops/test_triton_kernels.py',)
@@ -54,20 +52,6 @@ def run_tests(seconds: float) -> dict[str, Any]:
         return {'summary': f'not finished after {seconds:.0f} s', 'failures': []}
     lines = out.strip().splitlines() or ['no output']
     return {'summary': lines[-1], 'failures': re.findall(r'^(?:FAILED|ERROR) (.*)', out, re.MULTILINE)[:20]}
-
-
-def compile_kernels(cases: dict[str, Case], device: str) -> Executor:
-    """Starts to compile the operator's kernels of all cases in processes of their own, into Triton's cache."""
-    major, minor = torch.cuda.get_device_capability(device)
-    workers = ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context('spawn'))
-    for case in cases.values():
-        call = Call(*case.shape, case.groups, case.sigma[1], case.torch_dtype, case.channels_last, case.stride)
-        workers.submit(_compile, call, 10 * major + minor)
-    return workers
-
-
-def _compile(call: Call, arch: int) -> None:
-    compile_call(call, arch)
 
 
 def _release(device: str) -> None:
@@ -159,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     models = steps.TINY_MODELS if args.tiny else steps.MODELS
     session = Session(args.output, args.device, args.budget)
     if args.device.startswith('cuda'):
-        workers = compile_kernels(cases, args.device)
+        major, minor = torch.cuda.get_device_capability(args.device)
+        workers = compile_kernels(cases.values(), 10 * major + minor)
         session.results['tests'] = run_tests(min(100.0, session.left() / 3))
         workers.shutdown(cancel_futures=True)
         print(session.results['tests']['summary'], flush=True)

@@ -91,6 +91,7 @@ def compile_call(call: Call, arch: int = 90) -> list[Launch]:
     """The kernels of a forward and a backward pass, in the order of their launches."""
     launches: list[Launch] = []
     x, logits, sigma, grad = _maps(call)
+    launch.forget_launches()
     with compile_only(arch, launches):
         _, kept = launch.triton_forward(x, logits, sigma, call.stride)
         launch.triton_backward(grad, x, logits, sigma, kept, call.stride)

@@ -38,6 +38,15 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def fresh_launches():
+    """Of every test, which may have replaced what they are chosen by."""
+    from cpool_vision.ops.triton.launch import forget_launches
+    forget_launches()
+    yield
+    forget_launches()
+
+
 def on_device(case):
     return tuple(t.to(DEVICE) for t in case)
 
@@ -175,10 +184,13 @@ def test_supports_shared_by_groups(groups, support_groups):
 def test_offsets_beyond_32_bits(monkeypatch):
     from cpool_vision.ops.triton import launch
     strided = torch.empty(0, device='meta').as_strided((1, 2, 2, 9), (0, 2 ** 31, 9, 1))
-    assert launch.needs_wide_index(strided) and not launch.needs_wide_index(torch.empty(9, 64, 99, 99, device='meta'))
+    assert launch.needs_wide_index((strided.shape, strided.stride()))
+    small = torch.empty(9, 64, 99, 99, device='meta')
+    assert not launch.needs_wide_index((small.shape, small.stride()))
     case = on_device(make_case(1, 48, 3, 5))
     expected = run(pool('triton'), case)
     monkeypatch.setattr(launch, 'needs_wide_index', lambda *_: True)
+    launch.forget_launches()
     got = run(pool('triton'), case)
     assert all(torch.equal(got[name], expected[name]) for name in got)
 

@@ -22,6 +22,7 @@ from .common import (
     query_reach,
     squares,
 )
+from .forward import keys_at
 
 
 @triton.jit
@@ -30,6 +31,14 @@ def fold(a, ROWS: tl.constexpr):
     if ROWS == 1:
         return a
     return tl.sum(tl.reshape(a, (a.shape[0], ROWS, a.shape[1] // ROWS)), 1)
+
+
+@triton.jit
+def keys_of(p_chunk, at, c, m_k, CHANNELS: tl.constexpr, WHOLE_C: tl.constexpr):
+    """Features of a chunk's keys, `(channels, keys)`: all of a block's, or those that the group has."""
+    if WHOLE_C:
+        return tl.load(p_chunk + at, mask=m_k[None, :], other=0.0)
+    return tl.load(p_chunk + at, mask=m_k[None, :] & (c < CHANNELS)[:, None], other=0.0)
 
 
 @triton.jit
@@ -46,6 +55,7 @@ def sums_of_queries(
     QUERIES: tl.constexpr = row.shape[0]
     KEYS: tl.constexpr = CHUNK * XW
     BLOCKS: tl.constexpr = 1 if TAIL else (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    WHOLE_C: tl.constexpr = CHANNELS == BLOCK_C or TAIL > 0
     k = tl.arange(0, KEYS)
     kr = k // XW
     kc = k % XW
@@ -77,10 +87,7 @@ def sums_of_queries(
             m_k = m_x & (kr < height - y)
             products = tl.zeros((QUERIES, KEYS), tl.float32)
             if BLOCKS == 1:
-                if CHANNELS == BLOCK_C or TAIL:
-                    v = tl.load(p_chunk + at_c, mask=m_k[None, :], other=0.0)
-                else:
-                    v = tl.load(p_chunk + at_c, mask=m_k[None, :] & (c < CHANNELS)[:, None], other=0.0)
+                v = keys_of(p_chunk, at_c, c, m_k, CHANNELS, WHOLE_C)
                 if TAIL:
                     v_t = tl.load(p_chunk + at_t, mask=m_k[None, :] & m_t[:, None], other=0.0)
                 products = dot(g, v, products, PRECISION)
@@ -150,20 +157,23 @@ def grad_queries(
     m_cell = q_col < tl.cdiv(out_width, XW) * XW
     scale = tl.load(p_scale + q_cell, mask=m_cell, other=0.0)
     norm = tl.load(p_scale + queries + q_cell, mask=m_q, other=0.0)
-    piece_row, first, last, radius = query_reach(p_scale + 3 * queries, y0, x0, out_width, q_rows, TILE_H, TILE_W, XW)
+    p_radius = p_scale + 3 * queries
     if WHOLE:
+        wide = tl.load(p_radius + queries // XW) > 0
         ya = 0
         yb = height
         xa = 0
         xb = X_BLOCKS
     else:
+        piece_row, first, last, radius = query_reach(p_radius, y0, x0, out_width, q_rows, TILE_H, TILE_W, XW)
+        wide = tl.max(radius, 0) >= WIDE
         ya, yb, xa, xb = key_window(piece_row, first, last, radius, height, width, CHUNK, XW, STRIDE)
     row = centre(q_row, STRIDE)
     col = centre(q_col, STRIDE)
     least_y = least_square(q_row, height, STRIDE)
     least_x = least_square(q_col, width, STRIDE)
     g_at = q_row.to(INDEX) * s_gh + q_col.to(INDEX) * s_gw
-    if tl.max(radius, 0) >= WIDE:
+    if wide:
         top = tl.load(p_scale + 2 * queries + q_cell, mask=m_q, other=0.0)
         a, a_s, a_d, a_ds = sums_of_queries(
             p_g, p_x, p_w + keys, s_gc, s_xc, s_xh, s_xw, g_at, m_q, scale, norm, top, row, col, least_y, least_x,
@@ -207,7 +217,8 @@ def sums_of_keys(
         height, width, out_height, out_width, q_rows, queries,
         CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
         CHUNK: tl.constexpr, XW: tl.constexpr, Q_BLOCKS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
-        STRIDE: tl.constexpr, IN_LOGS: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
+        STRIDE: tl.constexpr, IN_LOGS: tl.constexpr, SHIFT: tl.constexpr, PREFETCH: tl.constexpr,
+        PRECISION: tl.constexpr, INDEX: tl.constexpr):
     """`dx_j` of a block of channels, and `dl_j`, over the queries that read a key tile.
 
     Weights are formed without the key's own, which multiplies the sums; or, IN_LOGS, from logarithms. For fp16, whose
@@ -215,6 +226,7 @@ def sums_of_keys(
     """
     KEYS: tl.constexpr = TILE_H * TILE_W
     QUERIES: tl.constexpr = CHUNK * XW
+    WHOLE_C: tl.constexpr = CHANNELS % BLOCK_C == 0
     dtype = p_g.dtype.element_ty
     q = tl.arange(0, QUERIES)
     qr = q // XW
@@ -234,16 +246,34 @@ def sums_of_keys(
         m_x = b * XW + qc < out_width
         dx2 = squares(centre(b * XW + qc, STRIDE)[None, :], k_col[:, None].to(tl.float32),
                       least_square(b * XW + qc, width, STRIDE)[None, :], STRIDE)
+        p_block = p_g + offset(b, INDEX) * (XW * s_gw)
+        if PREFETCH:
+            n = (b * q_rows + ya) * XW + q
+            next_g = keys_at(p_block + offset(ya, INDEX) * s_gh, at_c, c, m_x & (qr < out_height - ya),
+                             CHANNELS, WHOLE_C)
+            next_scale = tl.load(p_scale + n)
+            next_norm = tl.load(p_sums + n)
+            next_d = tl.load(p_sums + queries + n)
         for y in range(ya, yb, CHUNK):
-            p_chunk = p_g + offset(y, INDEX) * s_gh + offset(b, INDEX) * (XW * s_gw)
-            m_q = m_x & (qr < out_height - y)
-            if CHANNELS % BLOCK_C == 0:
-                g = tl.load(p_chunk + at_c, mask=m_q[:, None], other=0.0)
-            else:
-                g = tl.load(p_chunk + at_c, mask=m_q[:, None] & (c < CHANNELS)[None, :], other=0.0)
             n = (b * q_rows + y) * XW + q
-            scale = tl.load(p_scale + n)
-            norm = tl.load(p_sums + n)
+            if PREFETCH:
+                g = next_g
+                scale = next_scale
+                norm = next_norm
+                d = next_d
+                # Past the last row nothing is read; what is kept of queries is padded.
+                after = y + CHUNK
+                next_n = (b * q_rows + tl.minimum(after, q_rows - CHUNK)) * XW + q
+                next_g = keys_at(p_block + offset(after, INDEX) * s_gh, at_c, c, m_x & (qr < out_height - after),
+                                 CHANNELS, WHOLE_C)
+                next_scale = tl.load(p_scale + next_n)
+                next_norm = tl.load(p_sums + next_n)
+                next_d = tl.load(p_sums + queries + next_n)
+            else:
+                g = keys_at(p_block + offset(y, INDEX) * s_gh, at_c, c, m_x & (qr < out_height - y), CHANNELS, WHOLE_C)
+                scale = tl.load(p_scale + n)
+                norm = tl.load(p_sums + n)
+                d = tl.load(p_sums + queries + n)
             dy2 = squares(centre(y + qr, STRIDE)[None, :], k_row[:, None].to(tl.float32),
                           least_square(y + qr, height, STRIDE)[None, :], STRIDE)
             if IN_LOGS:
@@ -256,7 +286,7 @@ def sums_of_keys(
             products = dot(x, tl.trans(g), tl.zeros((KEYS, QUERIES), tl.float32), PRECISION)
             a = follow(a, products)
             if block == 0:
-                products -= tl.load(p_sums + queries + n)[None, :]
+                products -= d[None, :]
             dlogits += a * products
             dx = dot(a.to(dtype), g, dx, PRECISION)
     if SHIFT:
@@ -275,7 +305,8 @@ def grad_keys(
         height, width, out_height, out_width, groups, kept_size, planes,
         CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
         CHUNK: tl.constexpr, XW: tl.constexpr, X_BLOCKS: tl.constexpr, Q_BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-        WHOLE: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
+        WHOLE: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, PREFETCH: tl.constexpr,
+        PRECISION: tl.constexpr, INDEX: tl.constexpr):
     """One program makes `dx_j` of a channel block of a key tile, and that block's part of `dl_j`."""
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     block, plane, batch, group, y0, x0 = locate(
@@ -306,12 +337,12 @@ def grad_keys(
         dx, dlogits = sums_of_keys(
             p_g, p_scale, p_sums, p_scale + 2 * queries, s_gc, s_gh, s_gw, x, w, log_w, k_row, k_col, y0, x0,
             block, height, width, out_height, out_width, q_rows, queries, CHANNELS, BLOCK_C, TILE_H, TILE_W,
-            CHUNK, XW, Q_BLOCKS, ROWS, WHOLE, STRIDE, True, SHIFT, PRECISION, INDEX)
+            CHUNK, XW, Q_BLOCKS, ROWS, WHOLE, STRIDE, True, SHIFT, PREFETCH, PRECISION, INDEX)
     else:
         dx, dlogits = sums_of_keys(
             p_g, p_scale, p_sums, p_scale, s_gc, s_gh, s_gw, x, w, w, k_row, k_col, y0, x0,
             block, height, width, out_height, out_width, q_rows, queries, CHANNELS, BLOCK_C, TILE_H, TILE_W,
-            CHUNK, XW, Q_BLOCKS, ROWS, WHOLE, STRIDE, False, SHIFT, PRECISION, INDEX)
+            CHUNK, XW, Q_BLOCKS, ROWS, WHOLE, STRIDE, False, SHIFT, PREFETCH, PRECISION, INDEX)
     d_at = k_row.to(INDEX) * s_dh + k_col.to(INDEX) * s_dw
     tl.store(p_dx + d_at[:, None] + (c.to(INDEX) * s_dc)[None, :], dx.to(p_dx.dtype.element_ty), mask=m_c)
     p_dlogits += (block * planes + plane) * height * width + k_row * width + k_col

@@ -35,11 +35,20 @@ def largest_exponent(p_log_w, scale, row, col, least_y, least_x, ya, yb, xa, xb,
 
 
 @triton.jit
+def keys_at(p_chunk, at, c, m_k, CHANNELS: tl.constexpr, WHOLE_C: tl.constexpr):
+    """Features of a chunk's keys, `(keys, channels)`: all of a block's, or those that the group has."""
+    if WHOLE_C:
+        return tl.load(p_chunk + at, mask=m_k[:, None], other=0.0)
+    return tl.load(p_chunk + at, mask=m_k[:, None] & (c < CHANNELS)[None, :], other=0.0)
+
+
+@triton.jit
 def pool_window(
         p_x, p_w, s_xc, s_xh, s_xw, scale, top, shift, row, col, least_y, least_x, ya, yb, xa, xb, height, width, rows,
         block,
         CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, XW: tl.constexpr,
-        STRIDE: tl.constexpr, IN_LOGS: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
+        STRIDE: tl.constexpr, IN_LOGS: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+        INDEX: tl.constexpr):
     """Weighted sums of the features and of the weights, both with weights as rounded, over the keys of a window.
 
     Weights are products of a factor for columns, formed once a block, one for rows, and the key's own, relative to the
@@ -47,6 +56,7 @@ def pool_window(
     """
     QUERIES: tl.constexpr = row.shape[0]
     KEYS: tl.constexpr = CHUNK * XW
+    WHOLE_C: tl.constexpr = CHANNELS % BLOCK_C == 0 or TAIL > 0
     dtype = p_x.dtype.element_ty
     k = tl.arange(0, KEYS)
     kr = k // XW
@@ -72,16 +82,25 @@ def pool_window(
         if not IN_LOGS:
             factor = follow(tl.exp2(-scale[:, None] * dx2), like)
         m_x = b * XW + kc < width
+        p_block = p_x + offset(b, INDEX) * (XW * s_xw)
+        p_row = p_w + b * rows * XW
+        if PREFETCH:
+            next_v = keys_at(p_block + offset(ya, INDEX) * s_xh, at_c, c, m_x & (kr < height - ya), CHANNELS, WHOLE_C)
+            next_w = tl.load(p_row + ya * XW + k)
         for y in range(ya, yb, CHUNK):
-            p_chunk = p_x + offset(y, INDEX) * s_xh + offset(b, INDEX) * (XW * s_xw)
-            m_k = m_x & (kr < height - y)
-            if CHANNELS % BLOCK_C == 0 or TAIL:
-                v = tl.load(p_chunk + at_c, mask=m_k[:, None], other=0.0)
+            if PREFETCH:
+                v = next_v
+                w = next_w
+                # Past the last row nothing is read; the kept weights are padded.
+                after = y + CHUNK
+                next_v = keys_at(p_block + offset(after, INDEX) * s_xh, at_c, c, m_x & (kr < height - after),
+                                 CHANNELS, WHOLE_C)
+                next_w = tl.load(p_row + tl.minimum(after, rows - CHUNK) * XW + k)
             else:
-                v = tl.load(p_chunk + at_c, mask=m_k[:, None] & (c < CHANNELS)[None, :], other=0.0)
+                v = keys_at(p_block + offset(y, INDEX) * s_xh, at_c, c, m_x & (kr < height - y), CHANNELS, WHOLE_C)
+                w = tl.load(p_row + y * XW + k)
             if TAIL:
-                v_t = tl.load(p_chunk + at_t, mask=m_k[:, None] & (t < CHANNELS)[None, :], other=0.0)
-            w = tl.load(p_w + (b * rows + y) * XW + k)
+                v_t = keys_at(p_block + offset(y, INDEX) * s_xh, at_t, t, m_x & (kr < height - y), CHANNELS, False)
             dy2 = squares(row[:, None], (y + kr).to(tl.float32)[None, :], least_y[:, None], STRIDE)
             if IN_LOGS:
                 a = exponents(w[None, :], scale[:, None], dx2, dy2) - top[:, None]
@@ -102,7 +121,7 @@ def pool(
         height, width, out_height, out_width, groups, kept_size, shift,
         CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, TAIL: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
         CHUNK: tl.constexpr, XW: tl.constexpr, X_BLOCKS: tl.constexpr, WHOLE: tl.constexpr, STRIDE: tl.constexpr,
-        PRECISION: tl.constexpr, INDEX: tl.constexpr):
+        PREFETCH: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr):
     """One program pools a channel block of a query tile; the first block also keeps the norms."""
     BLOCKS: tl.constexpr = 1 if TAIL else (CHANNELS + BLOCK_C - 1) // BLOCK_C
     block, plane, batch, group, y0, x0 = locate(
@@ -121,30 +140,33 @@ def pool(
     q_cell = cell(q_row, q_col, q_rows, XW)
     m_cell = q_col < tl.cdiv(out_width, XW) * XW
     scale = tl.load(p_scale + q_cell, mask=m_cell, other=0.0)
-    piece_row, first, last, radius = query_reach(p_scale + 3 * queries, y0, x0, out_width, q_rows, TILE_H, TILE_W, XW)
+    p_radius = p_scale + 3 * queries
     if WHOLE:
+        wide = tl.load(p_radius + queries // XW) > 0
         ya = 0
         yb = height
         xa = 0
         xb = X_BLOCKS
     else:
+        piece_row, first, last, radius = query_reach(p_radius, y0, x0, out_width, q_rows, TILE_H, TILE_W, XW)
+        wide = tl.max(radius, 0) >= WIDE
         ya, yb, xa, xb = key_window(piece_row, first, last, radius, height, width, CHUNK, XW, STRIDE)
     row = centre(q_row, STRIDE)
     col = centre(q_col, STRIDE)
     least_y = least_square(q_row, height, STRIDE)
     least_x = least_square(q_col, width, STRIDE)
-    if tl.max(radius, 0) >= WIDE:
+    if wide:
         top = largest_exponent(p_w + keys, scale, row, col, least_y, least_x, ya, yb, xa, xb, rows, CHUNK, XW, STRIDE)
         acc, tail, used = pool_window(
             p_x, p_w + keys, s_xc, s_xh, s_xw, scale, top, shift, row, col, least_y, least_x, ya, yb, xa, xb,
-            height, width, rows, block, CHANNELS, BLOCK_C, TAIL, CHUNK, XW, STRIDE, True, PRECISION, INDEX)
+            height, width, rows, block, CHANNELS, BLOCK_C, TAIL, CHUNK, XW, STRIDE, True, PREFETCH, PRECISION, INDEX)
         norm = tl.log2(used) - shift
         if block == 0:
             tl.store(p_scale + 2 * queries + q_cell, top, mask=m_q)
     else:
         acc, tail, used = pool_window(
             p_x, p_w, s_xc, s_xh, s_xw, scale, scale, shift, row, col, least_y, least_x, ya, yb, xa, xb,
-            height, width, rows, block, CHANNELS, BLOCK_C, TAIL, CHUNK, XW, STRIDE, False, PRECISION, INDEX)
+            height, width, rows, block, CHANNELS, BLOCK_C, TAIL, CHUNK, XW, STRIDE, False, PREFETCH, PRECISION, INDEX)
         norm = tl.log2(used)
     inverse = 1.0 / used
     p_y += batch * s_yb + group * CHANNELS * s_yc

@@ -1,7 +1,8 @@
 """Launches the kernels: allocation, strides, grids and shipped configurations. Nothing is read on the host."""
 import contextlib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,66 +33,159 @@ class Config(NamedTuple):
     chunk: int
     block_c: int
     tail: int
-    num_warps: int
-    num_stages: int
+    num_warps: int = 4
+    # Registers of a thread at most, which lets more programs share a multiprocessor; None: as many as it takes.
+    maxnreg: int | None = None
+    # Whether a chunk is read while the one before is computed, for registers.
+    prefetch: bool = False
 
 
-def split_channels(channels: int, widest: int) -> tuple[int, int]:
+class _Rule(NamedTuple):
+    """What holds for groups of up to so many channels: tile and chunk, channels of a block at most, launch options."""
+    channels: float
+    tile: tuple[int, int, int]
+    widest: int = 64
+    num_warps: int = 4
+    maxnreg: int | None = None
+    prefetch: bool = False
+    # Whether 48 channels are a block of 32 and a rest of 16, not a block of 64.
+    tail: bool = False
+
+
+_ANY = math.inf
+# By kernel, columns of a block, and whether maps are read whole; half precision.
+_RULES: dict[tuple[Any, int, bool], tuple[_Rule, ...]] = {
+    (pool, 16, True): (
+        _Rule(16, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(64, (8, 16, 2), prefetch=True),
+        _Rule(_ANY, (8, 16, 4), 128)),
+    (pool, 16, False): (_Rule(32, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(_ANY, (4, 16, 2))),
+    (pool, 8, False): (_Rule(64, (8, 8, 4)), _Rule(_ANY, (8, 8, 4), maxnreg=168, tail=True)),
+    (grad_queries, 16, True): (
+        _Rule(16, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(64, (8, 16, 2), maxnreg=128),
+        _Rule(_ANY, (4, 16, 4), maxnreg=128)),
+    (grad_queries, 16, False): (
+        _Rule(16, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(32, (4, 16, 4), maxnreg=128),
+        _Rule(_ANY, (8, 16, 4))),
+    (grad_queries, 8, False): (
+        _Rule(64, (8, 8, 8), tail=True), _Rule(_ANY, (8, 8, 4), maxnreg=128, tail=True)),
+    (grad_keys, 16, True): (
+        _Rule(16, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(32, (8, 16, 1), maxnreg=128, prefetch=True),
+        _Rule(64, (4, 16, 2), maxnreg=128), _Rule(_ANY, (4, 16, 2), 128)),
+    (grad_keys, 16, False): (
+        _Rule(16, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(64, (4, 16, 2), maxnreg=128),
+        _Rule(_ANY, (4, 16, 2), 128)),
+    (grad_keys, 8, False): (_Rule(64, (8, 8, 4)), _Rule(_ANY, (8, 8, 4), 128, maxnreg=168)),
+}
+
+
+def _split_channels(channels: int, widest: int, tail: bool) -> tuple[int, int]:
     """Channels of a block and of the rest that the same program takes: 96 = 64 + 32, 768 = 12 * 64 + 0."""
-    for block in (32, 64, 128):
+    for block in (32, 64) if tail else ():
         rest = channels - block
         if block <= widest and 16 <= rest < block and rest == triton.next_power_of_2(rest):
             return block, rest
     return min(max(16, triton.next_power_of_2(channels)), widest), 0
 
 
-# Rows, columns and chunk of a tile by the width of a block of columns; of maps that are read whole and of larger ones.
-_TILES: dict[tuple[Any, int, bool], tuple[int, int, int]] = {
-    (pool, 16, True): (8, 16, 2), (grad_queries, 16, True): (8, 16, 2), (grad_keys, 16, True): (8, 16, 1),
-    (pool, 16, False): (4, 16, 4), (grad_queries, 16, False): (4, 16, 2), (grad_keys, 16, False): (4, 16, 2),
-    (pool, 8, True): (8, 8, 8), (grad_queries, 8, True): (8, 8, 4), (grad_keys, 8, True): (8, 8, 4),
-    (pool, 8, False): (8, 8, 8), (grad_queries, 8, False): (8, 8, 4), (grad_keys, 8, False): (8, 8, 4),
-}
-
-
 def choose_config(kernel: Any, height: int, width: int, channels: int, dtype: torch.dtype) -> Config:
     """The configuration for maps of so many pixels and channels per group; fixed, so that results never vary.
 
-    Chosen by simulated time among those that spill no registers, see `benchmarks.kernel_cost`.
+    Chosen by time on an H200. Some spill a few registers, and are faster for the programs that then share a
+    multiprocessor. Loops are never pipelined (`num_stages`): Triton 3.6 made a race of it, seen in results that
+    differed from run to run.
     """
-    half = dtype != torch.float32
     block = block_width(width)
-    tile = _TILES[kernel, block, height * width <= WHOLE_UP_TO]
-    if not half or channels > 64 and block == 16:
-        tile = (64 // block, block, 32 // block)
-    if kernel is grad_keys:
-        # A rest would cost two more products an iteration, and gain nothing.
-        widest = 128 if half else 32
-        return Config(*tile, min(max(16, triton.next_power_of_2(channels)), widest), 0, 4, 1)
-    return Config(*tile, *split_channels(channels, 64 if half else 32), 4, 1)
+    if dtype == torch.float32:
+        return Config(64 // block, block, 32 // block, *_split_channels(channels, 32, kernel is not grad_keys))
+    # Maps with blocks of 8 columns that are read whole have no rules of their own.
+    rules = _RULES[kernel, block, block == 16 and height * width <= WHOLE_UP_TO]
+    rule = next(rule for rule in rules if channels <= rule.channels)
+    return Config(*rule.tile, *_split_channels(channels, rule.widest, rule.tail), rule.num_warps, rule.maxnreg,
+                  rule.prefetch)
 
 
-def _sizes(x: Tensor, weight_logits: Tensor, sigma: Tensor) -> tuple[int, ...]:
-    return (*x.shape[2:], *sigma.shape[2:], weight_logits.shape[1])
+def needs_wide_index(*maps: tuple[Sequence[int], Sequence[int]]) -> bool:
+    """Whether offsets within an image exceed 32 bits, of maps given by their sizes and strides."""
+    return any(sum((n - 1) * s for n, s in zip(size[1:], stride[1:], strict=True)) + 16 * max(stride[2:]) >= 2 ** 31
+               for size, stride in maps)
 
 
-def needs_wide_index(*maps: Tensor) -> bool:
-    """Whether offsets within an image exceed 32 bits."""
-    return any(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) + 16 * max(t.stride()[2:])
-               >= 2 ** 31 for t in maps)
+class Launch:
+    """A kernel with its grid and all arguments but the tensors.
+
+    Triton sorts the arguments of every launch anew, which for so many takes longer than a small kernel runs. What it
+    made of them at the first launch is kept, and called directly from then on.
+    """
+
+    def __init__(self, kernel: Any, grid: int, numbers: tuple[Any, ...], constants: dict[str, Any]):
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self._compiled: Callable[..., None] | None = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        # Kernels are compiled for addresses that are multiples of 16, or for any.
+        aligned = not any(t.data_ptr() % 16 for t in tensors)
+        if self._compiled is not None and aligned:
+            self._compiled(*tensors, *self._rest)
+            return
+        compiled = self.kernel[(self.grid,)](*tensors, *self.numbers, **self.constants)
+        if aligned and tensors[0].is_cuda:
+            given = len(tensors) + len(self.numbers)
+            self._rest = *self.numbers, *(self.constants[name] for name in self.kernel.arg_names[given:])
+            self._compiled = compiled[(self.grid, 1, 1)]
 
 
-def _constants(kernel: Any, config: Config, x: Tensor, groups: int, stride: int, **more: Any) -> dict[str, Any]:
-    """Compile-time arguments that the kernels share."""
-    height, width = x.shape[2:]
-    channels = x.shape[1] // groups
-    xw = block_width(width)
-    return {
-        'CHANNELS': channels, 'BLOCK_C': config.block_c, **({} if kernel is grad_keys else {'TAIL': config.tail}),
-        'TILE_H': config.tile_h, 'TILE_W': config.tile_w, 'CHUNK': config.chunk,
-        'XW': xw, 'X_BLOCKS': -(-width // xw), 'WHOLE': height * width <= WHOLE_UP_TO, 'STRIDE': stride,
-        'PRECISION': 'tf32x3' if x.dtype == torch.float32 else 'ieee',
-        'num_warps': config.num_warps, 'num_stages': config.num_stages, **more}
+class Form(NamedTuple):
+    """What tells one call from another apart from values: calls of one form launch the same programs."""
+    x: tuple[int, ...]
+    sigma: tuple[int, ...]
+    groups: int
+    stride: int
+    strides: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, stride: int, x: Tensor, weight_logits: Tensor, sigma: Tensor, *more: Tensor) -> 'Form':
+        """`more`: further maps of features that kernels read or write."""
+        return cls(x.shape, sigma.shape, weight_logits.shape[1], stride,
+                   (x.stride(), weight_logits.stride(), sigma.stride(), *(t.stride() for t in more)),
+                   (x.dtype, weight_logits.dtype, sigma.dtype), x.device)
+
+    @property
+    def channels(self) -> int:
+        """Of a group."""
+        return self.x[1] // self.groups
+
+    @property
+    def planes(self) -> int:
+        """Images times groups."""
+        return self.x[0] * self.groups
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What every kernel is told of them."""
+        return *self.x[2:], *self.sigma[2:], self.groups
+
+    @property
+    def kept(self) -> Kept:
+        """Of a plane, for the backward pass."""
+        return Kept.of(*self.x[2:], *self.sigma[2:])
+
+    def constants(self, kernel: Any, config: Config, **more: Any) -> dict[str, Any]:
+        """Compile-time arguments that the kernels share, and launch options."""
+        height, width = self.x[2:]
+        xw = block_width(width)
+        if config.maxnreg is not None:
+            more['maxnreg'] = config.maxnreg
+        return {
+            'CHANNELS': self.channels, 'BLOCK_C': config.block_c,
+            **({} if kernel is grad_keys else {'TAIL': config.tail}),
+            **({} if kernel is grad_queries else {'PREFETCH': config.prefetch}),
+            'TILE_H': config.tile_h, 'TILE_W': config.tile_w, 'CHUNK': config.chunk,
+            'XW': xw, 'X_BLOCKS': -(-width // xw), 'WHOLE': height * width <= WHOLE_UP_TO, 'STRIDE': self.stride,
+            'PRECISION': 'tf32x3' if self.dtypes[0] == torch.float32 else 'ieee',
+            'num_warps': config.num_warps, 'num_stages': 1, **more}
 
 
 def _channel_blocks(config: Config, channels: int) -> int:
@@ -105,6 +199,57 @@ def _tiles(config: Config, height: int, width: int, xw: int) -> int:
 def _on(x: Tensor) -> Any:
     on_device: Callable[..., Any] = torch.cuda.device if x.is_cuda else contextlib.nullcontext
     return on_device(x.device)
+
+
+@functools.lru_cache(1024)
+def _forward_launches(form: Form) -> tuple[Launch, Launch, int]:
+    """`prepare` and `pool`, and how much they keep of a plane."""
+    (height, width), (_, support_groups, out_height, out_width) = form.x[2:], form.sigma
+    of_x, of_logits, of_sigma, of_y = form.strides
+    dtype, xw, kept_size = form.dtypes[0], block_width(width), form.kept.size
+    shift = SHIFT_FORWARD[dtype]
+    block = min(1024, triton.next_power_of_2(max(round_up(height, 16), round_up(out_height, 16)) * 16))
+    prepares = Launch(
+        prepare, form.planes,
+        (*of_logits, *of_sigma, *form.sizes, form.groups // support_groups, kept_size, math.log(TOLERANCE[dtype]),
+         LIMIT[dtype], shift),
+        {'XW': xw, 'BLOCK': block, 'STRIDE': form.stride, 'num_warps': max(1, min(8, block // 128))})
+    config = choose_config(pool, out_height, out_width, form.channels, dtype)
+    wide = needs_wide_index((form.x, of_x), ((*form.x[:2], out_height, out_width), of_y))
+    pools = Launch(
+        pool, form.planes * _tiles(config, out_height, out_width, xw) * _channel_blocks(config, form.channels),
+        (*of_x, *of_y, *form.sizes, kept_size, shift),
+        form.constants(pool, config, INDEX=tl.int64 if wide else tl.int32))
+    return prepares, pools, kept_size
+
+
+@functools.lru_cache(1024)
+def _backward_launches(form: Form) -> tuple[Launch, Launch, int, int]:
+    """`grad_queries` and `grad_keys`; cells of a plane of queries, and parts in which gradients of logits come."""
+    (height, width), (_, support_groups, out_height, out_width) = form.x[2:], form.sigma
+    of_x, _, of_sigma, of_grad, of_dx = form.strides
+    dtype, xw, kept_size, planes = form.dtypes[0], block_width(width), form.kept.size, form.planes
+    of_queries = choose_config(grad_queries, out_height, out_width, form.channels, dtype)
+    of_keys = choose_config(grad_keys, height, width, form.channels, dtype)
+    parts = _channel_blocks(of_keys, form.channels)
+    wide = needs_wide_index((form.x, of_x), ((*form.x[:2], out_height, out_width), of_grad), (form.x, of_dx))
+    index = tl.int64 if wide else tl.int32
+    queries = Launch(
+        grad_queries, planes * _tiles(of_queries, out_height, out_width, xw),
+        (*of_grad, *of_x, *of_sigma, *form.sizes, form.groups // support_groups, kept_size),
+        form.constants(grad_queries, of_queries, INDEX=index))
+    keys = Launch(
+        grad_keys, planes * _tiles(of_keys, height, width, xw) * parts,
+        (*of_grad, *of_x, *of_dx, *form.sizes, kept_size, planes),
+        form.constants(grad_keys, of_keys, INDEX=index, Q_BLOCKS=-(-out_width // xw),
+                       ROWS=triton.next_power_of_2(out_height), SHIFT=SHIFT_BACKWARD[dtype]))
+    return queries, keys, round_up(out_height, 16) * round_up(out_width, xw), parts
+
+
+def forget_launches() -> None:
+    """Chooses and compiles anew from now on, where something that this module reads was replaced."""
+    _forward_launches.cache_clear()
+    _backward_launches.cache_clear()
 
 
 def triton_forward(
@@ -122,29 +267,14 @@ def triton_forward(
     Returns:
         The pooled maps, `out` if given, and what the backward pass needs: fp32 `(B G, n)`, see `layout.Kept`.
     """
-    b, c, height, width = x.shape
-    out_height, out_width = sigma.shape[2:]
-    groups = weight_logits.shape[1]
-    channels = c // groups
-    kept_size = Kept.of(height, width, out_height, out_width).size
-    y = empty_maps(x, (b, c, out_height, out_width), is_channels_last(x, 1)) if out is None else out
-    kept = x.new_empty(b * groups, kept_size, dtype=torch.float32)
-    if not x.numel():
-        return y, kept
-    xw = block_width(width)
-    sizes = _sizes(x, weight_logits, sigma)
-    shift = SHIFT_FORWARD[x.dtype]
-    config = choose_config(pool, out_height, out_width, channels, x.dtype)
-    block = min(1024, triton.next_power_of_2(max(round_up(height, 16), round_up(out_height, 16)) * 16))
-    with _on(x):
-        prepare[(b * groups,)](
-            weight_logits, sigma, kept, *weight_logits.stride(), *sigma.stride(), *sizes, groups // sigma.shape[1],
-            kept_size, math.log(TOLERANCE[x.dtype]), LIMIT[x.dtype], shift,
-            XW=xw, BLOCK=block, STRIDE=stride, num_warps=max(1, min(8, block // 128)))
-        grid = b * groups * _tiles(config, out_height, out_width, xw) * _channel_blocks(config, channels)
-        pool[(grid,)](
-            x, y, kept, *x.stride(), *y.stride(), *sizes, kept_size, shift,
-            **_constants(pool, config, x, groups, stride, INDEX=tl.int64 if needs_wide_index(x, y) else tl.int32))
+    y = empty_maps(x, (*x.shape[:2], *sigma.shape[2:]), is_channels_last(x, 1)) if out is None else out
+    form = Form.of(stride, x, weight_logits, sigma, y)
+    prepares, pools, kept_size = _forward_launches(form)
+    kept = x.new_empty(form.planes, kept_size, dtype=torch.float32)
+    if x.numel():
+        with _on(x):
+            prepares(weight_logits, sigma, kept)
+            pools(x, y, kept)
     return y, kept
 
 
@@ -163,39 +293,23 @@ def triton_backward(
         stride: see `x`.
         dx: where to write the gradient of `x`, of any strides; by default maps in the layout of `x`.
     """
-    b, _, height, width = x.shape
-    support_groups, out_height, out_width = sigma.shape[1:]
-    groups = weight_logits.shape[1]
     if dx is None:
         dx = empty_maps(x, x.shape, is_channels_last(x, 1))
     if not x.numel():
         return dx, weight_logits.new_zeros(weight_logits.shape), sigma.new_zeros(sigma.shape)
-    channels = x.shape[1] // groups
-    xw = block_width(width)
-    sizes = _sizes(x, weight_logits, sigma)
-    shared = groups // support_groups
     grad = grad.to(x.dtype)
-    queries = round_up(out_height, 16) * round_up(out_width, xw)
-    sums = kept.new_empty(b * groups, 2 * queries)
-    dsigma = sigma.new_empty(b, groups, out_height, out_width, dtype=sigma.dtype if shared == 1 else torch.float32)
-    of_queries = choose_config(grad_queries, out_height, out_width, channels, x.dtype)
-    of_keys = choose_config(grad_keys, height, width, channels, x.dtype)
-    parts = _channel_blocks(of_keys, channels)
+    queries, keys, cells, parts = _backward_launches(Form.of(stride, x, weight_logits, sigma, grad, dx))
+    (b, groups), (support_groups, *out_size) = weight_logits.shape[:2], sigma.shape[1:]
+    shared = groups // support_groups
+    sums = kept.new_empty(kept.shape[0], 2 * cells)
+    dsigma = sigma.new_empty(b, groups, *out_size, dtype=sigma.dtype if shared == 1 else torch.float32)
     dlogits = (weight_logits.new_empty(weight_logits.shape) if parts == 1
                else kept.new_empty(parts, *weight_logits.shape))
-    index = tl.int64 if needs_wide_index(x, grad, dx) else tl.int32
     with _on(x):
-        grad_queries[(b * groups * _tiles(of_queries, out_height, out_width, xw),)](
-            grad, x, kept, sums, sigma, dsigma, *grad.stride(), *x.stride(), *sigma.stride(),
-            *sizes, shared, kept.shape[1],
-            **_constants(grad_queries, of_queries, x, groups, stride, INDEX=index))
-        grad_keys[(b * groups * _tiles(of_keys, height, width, xw) * parts,)](
-            grad, x, dx, kept, sums, dlogits, *grad.stride(), *x.stride(), *dx.stride(),
-            *sizes, kept.shape[1], b * groups,
-            **_constants(grad_keys, of_keys, x, groups, stride, INDEX=index, Q_BLOCKS=-(-out_width // xw),
-                         ROWS=triton.next_power_of_2(out_height), SHIFT=SHIFT_BACKWARD[x.dtype]))
+        queries(grad, x, kept, sums, sigma, dsigma)
+        keys(grad, x, dx, kept, sums, dlogits)
     if shared > 1:
-        dsigma = dsigma.view(b, support_groups, shared, out_height, out_width).sum(2).to(sigma.dtype)
+        dsigma = dsigma.view(b, support_groups, shared, *out_size).sum(2).to(sigma.dtype)
     if parts > 1:
         dlogits = dlogits.sum(0).to(weight_logits.dtype)
     return dx, dlogits, dsigma
