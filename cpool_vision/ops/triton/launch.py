@@ -196,9 +196,10 @@ def _tiles(config: Config, height: int, width: int, xw: int) -> int:
     return -(-height // config.tile_h) * -(-round_up(width, xw) // config.tile_w)
 
 
-def _on(x: Tensor) -> Any:
-    on_device: Callable[..., Any] = torch.cuda.device if x.is_cuda else contextlib.nullcontext
-    return on_device(x.device)
+def on_device(x: Tensor) -> Any:
+    """The device that kernels for `x` are launched on."""
+    context: Callable[..., Any] = torch.cuda.device if x.is_cuda else contextlib.nullcontext
+    return context(x.device)
 
 
 @functools.lru_cache(1024)
@@ -272,7 +273,7 @@ def triton_forward(
     prepares, pools, kept_size = _forward_launches(form)
     kept = x.new_empty(form.planes, kept_size, dtype=torch.float32)
     if x.numel():
-        with _on(x):
+        with on_device(x):
             prepares(weight_logits, sigma, kept)
             pools(x, y, kept)
     return y, kept
@@ -305,7 +306,7 @@ def triton_backward(
     dsigma = sigma.new_empty(b, groups, *out_size, dtype=sigma.dtype if shared == 1 else torch.float32)
     dlogits = (weight_logits.new_empty(weight_logits.shape) if parts == 1
                else kept.new_empty(parts, *weight_logits.shape))
-    with _on(x):
+    with on_device(x):
         queries(grad, x, kept, sums, sigma, dsigma)
         keys(grad, x, dx, kept, sums, dlogits)
     if shared > 1:

@@ -1,15 +1,14 @@
 """Weight logits and supports from the predictor's output, and back: one kernel each, elementwise."""
-import contextlib
-from collections.abc import Callable
+import functools
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
 from .common import INTERPRETED
+from .launch import Launch, on_device
 
 BLOCK = 512
 
@@ -75,42 +74,56 @@ def unmake(p_dlogits, p_dsigma, p_logits, p_sigma, p_grad, s_lb, s_lg, s_lh, s_l
     tl.store(p_grad + at, grad.to(p_grad.dtype.element_ty), mask=n < total)
 
 
-def index(total: int) -> Any:
+def _index(total: int) -> Any:
     """Type that counts so many elements; divisions in 64 bits are slow."""
     return tl.int32 if total + BLOCK < 2 ** 31 else tl.int64
 
 
-def on_device(x: Tensor) -> Any:
-    """The device that kernels for `x` are launched on."""
-    context: Callable[..., Any] = torch.cuda.device if x.is_cuda else contextlib.nullcontext
-    return context(x.device)
+# Also keyed by what kernels are compiled for: dtypes, and the device.
+@functools.lru_cache(1024)
+def _make_launch(
+        size: tuple[int, ...], out_size: tuple[int, ...], strides: tuple[int, ...], stride: int,
+        how: tuple[float, ...], *compiled_for: Any) -> Launch:
+    b, groups, height, width = size
+    rows = groups + out_size[1]
+    total = b * rows * height * width
+    return Launch(
+        make, triton.cdiv(total, BLOCK), (*strides, total, height, width, *out_size[2:], *how),
+        {'GROUPS': groups, 'SUPPORTS': out_size[1], 'STRIDE': stride, 'BOUNDED': how[0] > 0, 'BLOCK': BLOCK,
+         'INDEX': _index(total)})
+
+
+@functools.lru_cache(1024)
+def _unmake_launch(
+        size: tuple[int, ...], out_size: tuple[int, ...], strides: tuple[int, ...], rows: int, stride: int,
+        how: tuple[float, ...], *compiled_for: Any) -> Launch:
+    b, groups, height, width = size
+    total = b * rows * height * width
+    return Launch(
+        unmake, triton.cdiv(total, BLOCK), (*strides, total, rows, height, width, *out_size[2:], *how),
+        {'GROUPS': groups, 'SUPPORTS': out_size[1], 'STRIDE': stride, 'BOUNDED': how[0] > 0, 'BLOCK': BLOCK,
+         'INDEX': _index(total)})
 
 
 def fill_maps(
         raw: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, bound: float, largest: float, floor: float,
 ) -> None:
     """Fills `weight_logits` and `sigma`, contiguous and in fp32, from `raw` of any strides."""
-    b, groups, height, width = weight_logits.shape
-    supports = sigma.shape[1]
-    total = b * (groups + supports) * height * width
-    if total:
+    if weight_logits.numel() + sigma.numel():
+        launch = _make_launch(
+            weight_logits.shape, sigma.shape, raw.stride(), stride, (bound, largest, floor), raw.dtype, raw.device)
         with on_device(raw):
-            make[(triton.cdiv(total, BLOCK),)](
-                raw, weight_logits, sigma, *raw.stride(), total, height, width, *sigma.shape[2:],
-                bound, largest, floor,
-                GROUPS=groups, SUPPORTS=supports, STRIDE=stride, BOUNDED=bound > 0, BLOCK=BLOCK, INDEX=index(total))
+            launch(raw, weight_logits, sigma)
 
 
 def fill_gradient(
         grad_logits: Tensor, grad_sigma: Tensor, weight_logits: Tensor, sigma: Tensor, grad: Tensor, stride: int,
         bound: float, largest: float, floor: float) -> None:
     """Fills `grad`, that of what `fill_maps` read, of any strides and at least as many rows."""
-    b, groups, height, width = weight_logits.shape
-    total = grad.numel()
-    if total:
+    if grad.numel():
+        launch = _unmake_launch(
+            weight_logits.shape, sigma.shape, (*grad_logits.stride(), *grad_sigma.stride(), *grad.stride()),
+            grad.shape[1], stride, (bound, largest, floor),
+            grad_logits.dtype, grad_sigma.dtype, grad.dtype, grad.device)
         with on_device(grad):
-            unmake[(triton.cdiv(total, BLOCK),)](
-                grad_logits, grad_sigma, weight_logits, sigma, grad, *grad_logits.stride(), *grad_sigma.stride(),
-                *grad.stride(), total, grad.shape[1], height, width, *sigma.shape[2:], bound, largest, floor,
-                GROUPS=groups, SUPPORTS=sigma.shape[1], STRIDE=stride, BOUNDED=bound > 0, BLOCK=BLOCK,
-                INDEX=index(total))
+            launch(grad_logits, grad_sigma, weight_logits, sigma, grad)
