@@ -19,17 +19,12 @@ from .markers import run_command
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = ROOT / 'docs' / 'flags.md'
 CASES = ROOT / 'tests' / 'engine' / 'flag_cases.json'
-EFFECTS = 'test_engine_flag_effects.py::test_flag_has_its_effect'
 PARSERS = {'train': train_flags.build_parser, 'validate': validate_flags.build_parser}
 
 
 def read_cases() -> dict[str, dict[str, Any]]:
     """Cases of both commands by the destination of the flag, with the `test` of each."""
     content = json.loads(CASES.read_text(encoding='utf-8'))
-    for command in ('train', 'validate'):
-        for name, case in content[command].items():
-            if 'probe' in case:
-                case['test'] = f'{EFFECTS}[{name}]'
     return {'train': content['train'], 'validate': {**content['train'], **content['validate']}}
 
 

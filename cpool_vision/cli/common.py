@@ -1,5 +1,4 @@
 """What both commands share: logging, errors as one line, exit codes."""
-import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,14 +22,6 @@ def run(command: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | No
         Exit code: 0, that of the error (2 for bad input), 130 after an interrupt, or 143 after another signal.
     """
     setup_logging()
-    code = _run(command, argv)
-    # A DDP model outlives its frames in cycles and keeps the threads of its process group, which abort the process if
-    # they still need the interpreter when that ends.
-    gc.collect()
-    return code
-
-
-def _run(command: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
     try:
         command(argv)
     except StopRequested as stop:

@@ -1,4 +1,5 @@
 """Command line of training: `python train.py`, `cpool-train`, or `torchrun train.py`."""
+import gc
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,11 @@ def _train(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains a model; see `--help`. Returns the exit code."""
-    return common.run(_train, argv)
+    code = common.run(_train, argv)
+    # a DDP model outlives its frames in cycles and keeps the threads of its process group, which abort the process if
+    # they still need the interpreter when that ends
+    gc.collect()
+    return code
 
 
 if __name__ == '__main__':

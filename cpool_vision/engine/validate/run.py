@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,8 @@ def _check(settings: ValidateSettings, runtime: Runtime) -> None:
             raise ConfigError(f'--predictions {settings.predictions!r}: give the file the suffix .npz')
     if settings.plots:
         results_plots.check_plots(settings.plots)
+    if settings.tf_preprocessing and find_spec('tensorflow') is None:
+        raise ConfigError('--tf-preprocessing needs TensorFlow: pip install tensorflow, or drop the flag')
 
 
 def is_part_of_imagenet(settings: ValidateSettings, num_classes: int, dataset: Any) -> bool:
