@@ -39,6 +39,21 @@ def _work(work: Callable[[int], Any], rank: int, count: int, place: str, group: 
     os._exit(0)
 
 
+def _apart(work: Callable[..., None], args: tuple[Any, ...], path: str) -> None:
+    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    work(*args)
+    os._exit(0)
+
+
+def start_apart(work: Callable[..., None], *args: Any, output: pathlib.Path) -> Any:
+    """Starts a function in a process of its own; what it writes to descriptors 1 and 2 goes to the file `output`."""
+    process = clean_context().Process(target=_apart, args=(work, args, str(output)))
+    process.start()
+    return process
+
+
 def in_processes(count: int, folder: pathlib.Path, work: Callable[[int], Any], group: bool = True) -> list[Any]:
     """Calls a function with the rank in each process of a gloo group and returns what it gives, by rank.
 

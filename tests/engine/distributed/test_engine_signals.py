@@ -1,14 +1,14 @@
 """SIGTERM, SIGUSR1 and SIGINT: saved between two updates, exit status 143 or 130, at once the second time."""
 import os
+import pathlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from process_tools import start_apart
 from resume_tools import rows, unequal
 
 from cpool_vision.cli import train as cli_train
@@ -150,16 +150,16 @@ def test_other_threads_leave_signals_alone() -> None:
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_the_second_signal_has_its_default_action(number: signal.Signals) -> None:
-    code = f'''
-import os
-from cpool_vision.engine.distributed.signals import StopSignals
-with StopSignals():
-    os.kill(os.getpid(), {number})
-    print('saved', flush=True)
-    os.kill(os.getpid(), {number})
-    print('still here', flush=True)
-'''
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)  # noqa: S603
-    assert done.returncode == -number and done.stdout == 'saved\n'
-    assert f'{number.name}: saving after this update' in done.stderr
+def test_the_second_signal_has_its_default_action(number: signal.Signals, tmp_path: pathlib.Path) -> None:
+    process = start_apart(_signalled_twice, number, output=tmp_path / 'said')
+    process.join(60)
+    text = (tmp_path / 'said').read_text()
+    assert process.exitcode == -number and f'{number.name}: saving after this update' in text
+    assert 'saved' in text and 'still here' not in text
+
+
+def _signalled_twice(number: int) -> None:
+    with StopSignals():
+        for text in (b'saved', b'still here'):
+            os.kill(os.getpid(), number)
+            os.write(1, text)

@@ -190,8 +190,8 @@ def test_a_model_is_compiled_by_the_backend_and_in_the_mode_asked_for(base_flags
         return graph.forward
 
     torch._dynamo.register_backend(note, name='noting')
-    train(read_train([*base_flags, '--epochs', '1', '--torchcompile', 'noting', '--torchcompile-mode',
-                      'reduce-overhead']))
+    train(read_train([*base_flags, '--epochs', '1', '--model-ema', '--torchcompile', 'noting',
+                      '--torchcompile-mode', 'reduce-overhead']))
     assert modes and set(modes) == {'reduce-overhead'}
 
 

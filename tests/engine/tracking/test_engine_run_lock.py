@@ -2,31 +2,41 @@
 import json
 import os
 import pathlib
-import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from process_tools import clean_context
 
 from cpool_vision.engine.tracking.run_lock import LOCK, Owner, RunLock
 from cpool_vision.errors import OutputError
 
-HOLDER = '''
-import sys, time
-from cpool_vision.engine.tracking.run_lock import RunLock
-RunLock().acquire(sys.argv[1])
-print('held', flush=True)
-time.sleep(60)
-'''
+
+def hold(folder: str, answers: Any) -> None:
+    lock = RunLock()
+    try:
+        lock.acquire(folder)
+    except OutputError:
+        answers.put('')
+        return
+    answers.put('held')
+    time.sleep(60)
 
 
-def held_by_another(folder: pathlib.Path) -> subprocess.Popen[str]:
+def holders(folder: pathlib.Path, count: int = 1) -> tuple[list[Any], list[str]]:
+    """Processes that try to hold a folder at once, and what became of each."""
+    answers = clean_context().SimpleQueue()
+    processes = [clean_context().Process(target=hold, args=(str(folder), answers)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    return processes, sorted(answers.get() for _ in processes)
+
+
+def held_by_another(folder: pathlib.Path) -> Any:
     """A process that holds a folder."""
-    process = subprocess.Popen(  # noqa: S603
-        [sys.executable, '-c', HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == 'held\n'
+    (process,), answers = holders(folder)
+    assert answers == ['held']
     return process
 
 
@@ -46,8 +56,8 @@ def test_two_processes_cannot_have_a_folder_and_the_dead_lose_it(
             RunLock().acquire(str(folder))
         assert json.loads((folder / LOCK).read_text()) == content
     finally:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
+        other.kill()
+        other.join()
     assert (folder / LOCK).exists()
     with RunLock() as lock:
         lock.acquire(str(folder))
@@ -122,23 +132,14 @@ def test_release_leaves_what_is_not_ours(tmp_path: pathlib.Path) -> None:
 
 def test_many_at_once_leave_one_owner(tmp_path: pathlib.Path) -> None:
     """All find the lock of a dead process; one may have it."""
-    code = HOLDER.replace("print('held', flush=True)", "print('held', flush=True)\n").replace(
-        'RunLock().acquire(sys.argv[1])', 'try:\n    RunLock().acquire(sys.argv[1])\nexcept OSError:\n    sys.exit()')
     dead = held_by_another(tmp_path)
     dead.kill()
-    dead.wait()
-    processes = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE,  # noqa: S603
-                                  text=True) for _ in range(4)]
-    lines = []
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            lines.append(process.stdout.readline())
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert sorted(lines) == ['', '', '', 'held\n']
+    dead.join()
+    processes, answers = holders(tmp_path, 4)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert answers == ['', '', '', 'held']
 
 
 def test_a_second_launch_of_a_run_is_refused_and_harms_nothing(
@@ -152,6 +153,6 @@ def test_a_second_launch_of_a_run_is_refused_and_harms_nothing(
         assert os.listdir(folder) == [LOCK]
     finally:
         other.kill()
-        other.wait()
+        other.join()
     result = run_train(*flags[len(base_flags):])
     assert len(result['epochs']) == 2 and LOCK not in os.listdir(folder)

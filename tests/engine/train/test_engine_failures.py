@@ -2,8 +2,6 @@
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from process_tools import start_apart
 from resume_tools import break_off
 
 from cpool_vision import files
@@ -103,29 +102,35 @@ def test_a_run_stops_when_torchrun_is_gone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
     received: list[int] = []
     former = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    real = os.getppid()
-    parents = iter([real, real, real])
-    monkeypatch.setattr(os, 'getppid', lambda: next(parents, 1))
     try:
         with AgentWatch(period=0.02, patience=60):
-            end = time.monotonic() + 20
-            while not received and time.monotonic() < end:
+            monkeypatch.setattr(os, 'getppid', lambda: 1)
+            for _ in range(3000):
+                if received:
+                    break
                 time.sleep(0.02)
     finally:
         signal.signal(signal.SIGTERM, former)
     assert received == [signal.SIGTERM]
 
 
-def test_a_run_that_cannot_stop_is_ended() -> None:
-    code = ('import os, signal, time\nfrom cpool_vision.engine.distributed.agent import AgentWatch\n'
-            'signal.signal(signal.SIGTERM, lambda *_: None)\n'
-            'with AgentWatch(0.02, 0.1) as watch:\n    watch._parent = -1\n    time.sleep(30)\n    time.sleep(30)\n')
-    done = subprocess.run([sys.executable, '-c', code], check=False, capture_output=True, text=True,  # noqa: S603
-                          env={**os.environ, 'TORCHELASTIC_RUN_ID': 'x'}, timeout=60)
-    assert done.returncode == 143 and 'torchrun is gone' in done.stderr
-    alone = subprocess.run([sys.executable, '-c', code.replace('(30)', '(0.2)')], check=False,  # noqa: S603
-                           env={key: value for key, value in os.environ.items() if key != 'TORCHELASTIC_RUN_ID'})
-    assert alone.returncode == 0
+def _watched(under_torchrun: bool, seconds: float) -> None:
+    if under_torchrun:
+        os.environ['TORCHELASTIC_RUN_ID'] = 'x'
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with AgentWatch(0.02, 0.1):
+        os.getppid = lambda: 1
+        for _ in range(2):  # the signal ends the first
+            time.sleep(seconds)
+
+
+def test_a_run_that_cannot_stop_is_ended(tmp_path: pathlib.Path) -> None:
+    done = start_apart(_watched, True, 30, output=tmp_path / 'said')
+    alone = start_apart(_watched, False, 0.2, output=tmp_path / 'nothing')
+    for process in (done, alone):
+        process.join(60)
+    assert (done.exitcode, alone.exitcode) == (143, 0)
+    assert 'torchrun is gone' in (tmp_path / 'said').read_text() and not (tmp_path / 'nothing').read_text()
 
 
 SPOILT = {
