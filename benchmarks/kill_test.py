@@ -4,7 +4,8 @@
 
 Flags after `--` go to train.py; they should contain `--recovery-interval`, or every kill costs an epoch. A kill hits
 all processes of the run, the data loading workers included, or one training process alone, which torchrun answers by
-ending the others. Instants are drawn over the time that the undisturbed run took. Compared are the last and the best
+ending the others. Instants are drawn over the time that the undisturbed run took. `benchmarks.kill_campaign` does this
+for many configurations. Compared are the last and the best
 checkpoint (weights, average, optimizer, scaler, schedule, position), the pipeline of `--aug-config` in
 augmentation.json, and summary.csv, updates.csv and supports.csv without what a clock measured.
 Exit status 0 if they are equal and all kills hit. Needs /proc (Linux).
@@ -65,18 +66,26 @@ class Run:
         return path.stat().st_mtime_ns if path.exists() else 0
 
     def launch(self) -> None:
-        """Starts or goes on with the run."""
+        """Starts or resumes the run."""
+        self.former = self._stamp()
+        self.process = self._spawn(
+            [*self.flags, '--output', str(self.output), '--experiment', self.name, '--resume', 'auto'])
+
+    def _spawn(self, flags: list[str]) -> Any:
+        """Starts train.py; gives an object with `pid`, `poll` and `wait` as those of `subprocess.Popen`."""
         launcher = [] if self.nproc == 1 else ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node',
                                                str(self.nproc)]
-        command = [sys.executable, *launcher, str(ROOT / 'train.py'), *self.flags, '--output', str(self.output),
-                   '--experiment', self.name, '--resume', 'auto']
-        self.former = self._stamp()
         with open(self.log, 'ab') as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)  # noqa: S603
+            return subprocess.Popen(  # noqa: S603
+                [sys.executable, *launcher, str(ROOT / 'train.py'), *flags], stdout=log, stderr=log, cwd=ROOT)
+
+    def opened(self) -> bool:
+        """Whether the latest launch has opened the run folder."""
+        return self._stamp() != self.former
 
     def wait_for_training(self) -> bool:
         """Waits until the run folder is open; False if the run ended before."""
-        while self._stamp() == self.former:
+        while not self.opened():
             if self.process.poll() is not None:
                 return False
             time.sleep(0.002)
@@ -130,6 +139,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def _alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
+    except OSError:
+        return False
+
+
 def _kill(pids: list[int], number: int = signal.SIGKILL) -> None:
     for pid in pids:
         try:
@@ -139,20 +155,26 @@ def _kill(pids: list[int], number: int = signal.SIGKILL) -> None:
 
 
 def kill(run: Run, one: bool, rng: random.Random) -> None:
-    """Kills all processes of a run, or one training process, and waits for the end of the rest."""
+    """Kills all processes of a run, or one training process alone, and waits for the end of the training processes.
+
+    Workers of a single training process that is killed alone notice it within seconds, and end after this returns.
+    """
     root = run.process.pid
-    if one and run.nproc > 1:
-        ranks = _children().get(root, [])
-        if ranks:
-            _kill([rng.choice(sorted(ranks))])
+    if one:
+        trainers = [root] if run.nproc == 1 else _children().get(root, [])
+        if trainers:
+            _kill([rng.choice(sorted(trainers))])
             try:
                 run.process.wait(60)
                 return
             except subprocess.TimeoutExpired:
                 pass
     _kill([root], signal.SIGSTOP)  # it shall not start others while they are listed
-    _kill([*descendants(root), root])
+    pids = descendants(root)
+    _kill([*pids, root])
     run.process.wait()
+    while any(_alive(pid) for pid in pids):
+        time.sleep(0.002)
 
 
 def flatten(value: Any, name: str = '') -> dict[str, Any]:
@@ -222,7 +244,25 @@ def compare_runs(one: pathlib.Path, two: pathlib.Path) -> list[str]:
     return wrong
 
 
-def run_killed(run: Run, kills: int, seconds: float, rng: random.Random) -> int:
+@dataclass(frozen=True)
+class Kill:
+    """A kill that hit a run.
+
+    Attributes:
+        seconds: since the launch, or since the run folder was opened.
+        early: the launch had not opened the run folder yet.
+        one: whether one training process was hit, not all.
+        in_write: whether a file was left half written.
+    """
+
+    seconds: float
+    early: bool
+    one: bool
+    in_write: bool
+
+
+def run_killed(run: Run, kills: int, seconds: float, rng: random.Random, startup: float = 0.,
+               early: float = 0.) -> list[Kill]:
     """Trains with kills at random instants, then to the end.
 
     Args:
@@ -230,23 +270,32 @@ def run_killed(run: Run, kills: int, seconds: float, rng: random.Random) -> int:
         kills: how many.
         seconds: how long it takes undisturbed.
         rng: draws the instants.
+        startup: seconds after a launch, about as long as it takes to open the run folder.
+        early: share of the kills that are drawn over this time.
 
     Returns:
-        How many kills hit a run that was not over.
+        The kills that hit a run that was not over.
+
+    Raises:
+        RuntimeError: the run failed.
     """
-    instants = [0., *sorted(rng.uniform(0, seconds) for _ in range(kills))]
-    hits = 0
-    for begin, end in zip(instants, instants[1:], strict=False):
+    hits: list[Kill] = []
+    done = 0.  # instant up to which the run may have come
+    for instant in sorted(rng.uniform(0, seconds) for _ in range(kills)):
         run.launch()
-        if run.wait_for_training():
-            time.sleep(end - begin)
+        soon = rng.random() < early
+        wait = rng.uniform(0, startup) if soon else instant - done
+        if soon or run.wait_for_training():
+            time.sleep(wait)
         if run.process.poll() is not None or run.complete():
             break
-        one = run.nproc > 1 and rng.random() < 0.5
+        one, opened = rng.random() < 0.5, run.opened()
         kill(run, one, rng)
-        hits += 1
-        print(f'kill {hits}: {end - begin:.2f} s after the start, {"one process" if one else "all processes"}')
-    if run.process.poll() is None:  # over before its kill
+        done = done if soon else instant
+        hits.append(Kill(wait, not opened, one, bool(list(run.folder.glob('.*tmp')))))
+        print(f'kill {len(hits)}: {wait:.2f} s after {"the launch" if soon else "the start"}, '
+              f'{"one process" if one else "all processes"}')
+    if run.process is not None and run.process.poll() is None:  # over before its kill
         run.process.wait(_PATIENCE)
     run.finish()
     for line in re.findall(r'Resumed from .*|.*is damaged.*', run.log.read_text(errors='replace')):
@@ -269,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f'{args.output} is not empty: choose another --output')
     whole, killed = (Run(args.output, name, args.flags, args.nproc) for name in NAMES)
     whole.finish()
-    hits = run_killed(killed, args.kills, whole.seconds(), random.Random(args.seed))  # noqa: S311
+    hits = len(run_killed(killed, args.kills, whole.seconds(), random.Random(args.seed)))  # noqa: S311
     wrong = compare_runs(whole.folder, killed.folder)
     for name in wrong[:20]:
         print(f'different: {name}')

@@ -30,9 +30,10 @@ def _first_line(path: str) -> str:
 
 
 def _birth(pid: int) -> str:
-    """When a process of this host started, in clock ticks since boot; '' where that is not told."""
+    """When a process of this host started, in clock ticks since boot; '' if it has ended, or where that is not told."""
     try:
-        return read_bytes(f'/proc/{pid}/stat').decode(errors='replace').rpartition(')')[2].split()[19]
+        fields = read_bytes(f'/proc/{pid}/stat').decode(errors='replace').rpartition(')')[2].split()
+        return '' if fields[0] in 'ZX' else fields[19]  # ended, but its parent has not asked how
     except (OSError, ValueError, IndexError):
         return ''
 
@@ -138,7 +139,7 @@ def _alone(folder: str) -> Iterator[None]:
 class RunLock:
     """Keeps other runs out of a folder from `acquire` to `release`.
 
-    A lock whose owner is provably dead is taken over: no process of that number and start on this host, or the host
+    A lock whose owner is provably dead is taken over: no process of that number and start runs on this host, or the host
     was started anew since. Network file systems whose locks do not reach other hosts are covered as far as the file
     itself is seen by them.
     """
