@@ -51,8 +51,8 @@ EARLY, STARTUP = 0.15, 1.  # share of the kills that hit within so many seconds 
 GRACE = 30.  # seconds that torchrun gives the others when one process has ended
 
 COMMON = [
-    '--num-classes', '10', '--img-size', '32', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'adamw', '--lr', '1e-3',
-    '--device', 'cpu', '--recovery-interval', '2', '--log-interval', '1000', '--no-tensorboard']
+    '--num-classes', '10', '--img-size', '32', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'adamw', '--lr',
+    '1e-3', '--device', 'cpu', '--recovery-interval', '2', '--log-interval', '1000', '--no-tensorboard']
 SHAPES = ['--dataset', 'cpool/shapes', '--train-num-samples', '48', '--val-num-samples', '15']
 RESNET = ['--model', 'resnet_micro_cpool_32', '--drop', '0.2', '-b', '4', '-j', '1']
 VIT = ['--model', 'vit_micro_cpool_patch4_32', '--model-kwargs', 'depth=2', '--drop', '0.1', '-b', '4', '-j', '1']
@@ -201,10 +201,10 @@ def run_round(whole: ForkedRun, kills: int, seed: int) -> dict[str, Any]:
     shutil.rmtree(killed.folder, ignore_errors=True)
     killed.log.unlink(missing_ok=True)
     begin = time.monotonic()
-    hits, failure = [], ''
+    hits, failure, rng = [], '', random.Random(f'{whole.output.name} {seed}')  # noqa: S311
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            hits = run_killed(killed, kills, whole.seconds(), random.Random(seed), STARTUP, EARLY)  # noqa: S311
+            hits = run_killed(killed, kills, whole.seconds(), rng, STARTUP, EARLY)
             different = compare_runs(whole.folder, killed.folder)
             different += [f'left over: {path.name}' for path in killed.folder.glob('.*')]
         except (RuntimeError, OSError):
@@ -245,8 +245,8 @@ def campaign(work: pathlib.Path, results: pathlib.Path, kills: int, per_run: int
 def make_table(results: pathlib.Path = RESULTS) -> str:
     """The results by configuration, in Markdown."""
     content = json.loads(results.read_text(encoding='utf-8'))
-    lines = ['| configuration | runs | kills | before the run folder was open | of one process alone | a file half written '
-             '| resumes | runs equal bit for bit |', '|---|---|---|---|---|---|---|---|']
+    lines = ['| configuration | runs | kills | before the run folder was open | of one process alone '
+             '| with a file half written | resumes | runs equal bit for bit |', '|---|---|---|---|---|---|---|---|']
     total: list[int] = []
     for name in CONFIGURATIONS:
         rows = [row for row in content['rounds'] if row['configuration'] == name]
@@ -259,8 +259,7 @@ def make_table(results: pathlib.Path = RESULTS) -> str:
     dates = sorted(row['date'][:10] for row in content['rounds'])
     commits = sorted({str(row['commit'])[:7] for row in content['rounds']})
     known = content['machine']
-    lines += ['', f'{dates[0]} to {dates[-1]}, commit {", ".join(commits)}, torch {known["torch"]}, Python '
-              f'{known["python"]}, {known["cpu"]}.']
+    lines += ['', f'{dates[0]} to {dates[-1]}, commit {", ".join(commits)}, torch {known["torch"]}, {known["cpu"]}.']
     return '\n'.join(lines)
 
 

@@ -139,9 +139,9 @@ def _alone(folder: str) -> Iterator[None]:
 class RunLock:
     """Keeps other runs out of a folder from `acquire` to `release`.
 
-    A lock whose owner is provably dead is taken over: no process of that number and start runs on this host, or the host
-    was started anew since. Network file systems whose locks do not reach other hosts are covered as far as the file
-    itself is seen by them.
+    A lock whose owner is provably dead is taken over: no process of that number and start runs on this host, or the
+    host was started anew since. Network file systems whose locks do not reach other hosts are covered as far as the
+    file itself is seen by them.
     """
 
     def __init__(self) -> None:
