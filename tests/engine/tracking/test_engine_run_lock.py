@@ -68,7 +68,7 @@ def test_two_processes_cannot_have_a_folder_and_the_dead_lose_it(
 def test_an_owner_that_nobody_has_waited_for_is_dead(tmp_path: pathlib.Path) -> None:
     """As after the end of its parent in a container whose first process leaves zombies."""
     other = held_by_another(tmp_path)
-    os.kill(other.pid, signal.SIGKILL)
+    other.kill()
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
     os.kill(other.pid, 0)  # still in the table
     with RunLock() as lock:
