@@ -135,6 +135,19 @@ class Launch:
             self._compiled = compiled[(self.grid, 1, 1)]
 
 
+def start(kernel: Any, grid: int, tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
+    """Launches `grid` programs of a kernel; `constants` are its compile-time arguments and launch options."""
+    compiled_for = tensors[0].device, *(t.dtype for t in tensors)
+    _launch(kernel, grid, numbers, tuple(constants.items()), compiled_for)(*tensors)
+
+
+@functools.lru_cache(1024)
+def _launch(
+        kernel: Any, grid: int, numbers: tuple[Any, ...], constants: tuple[tuple[str, Any], ...],
+        compiled_for: tuple[Any, ...]) -> Launch:
+    return Launch(kernel, grid, numbers, dict(constants))
+
+
 class Form(NamedTuple):
     """What tells one call from another apart from values: calls of one form launch the same programs."""
     x: tuple[int, ...]
@@ -251,6 +264,7 @@ def forget_launches() -> None:
     """Chooses and compiles anew from now on, where something that this module reads was replaced."""
     _forward_launches.cache_clear()
     _backward_launches.cache_clear()
+    _launch.cache_clear()
 
 
 def triton_forward(

@@ -1,5 +1,4 @@
 """Weight logits and supports from the predictor's output, and back: one kernel each, elementwise."""
-import functools
 from typing import Any
 
 import triton
@@ -8,7 +7,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .common import INTERPRETED
-from .launch import Launch, on_device
+from .launch import on_device, start
 
 BLOCK = 512
 
@@ -79,51 +78,32 @@ def _index(total: int) -> Any:
     return tl.int32 if total + BLOCK < 2 ** 31 else tl.int64
 
 
-# Also keyed by what kernels are compiled for: dtypes, and the device.
-@functools.lru_cache(1024)
-def _make_launch(
-        size: tuple[int, ...], out_size: tuple[int, ...], strides: tuple[int, ...], stride: int,
-        how: tuple[float, ...], *compiled_for: Any) -> Launch:
-    b, groups, height, width = size
-    rows = groups + out_size[1]
-    total = b * rows * height * width
-    return Launch(
-        make, triton.cdiv(total, BLOCK), (*strides, total, height, width, *out_size[2:], *how),
-        {'GROUPS': groups, 'SUPPORTS': out_size[1], 'STRIDE': stride, 'BOUNDED': how[0] > 0, 'BLOCK': BLOCK,
-         'INDEX': _index(total)})
-
-
-@functools.lru_cache(1024)
-def _unmake_launch(
-        size: tuple[int, ...], out_size: tuple[int, ...], strides: tuple[int, ...], rows: int, stride: int,
-        how: tuple[float, ...], *compiled_for: Any) -> Launch:
-    b, groups, height, width = size
-    total = b * rows * height * width
-    return Launch(
-        unmake, triton.cdiv(total, BLOCK), (*strides, total, rows, height, width, *out_size[2:], *how),
-        {'GROUPS': groups, 'SUPPORTS': out_size[1], 'STRIDE': stride, 'BOUNDED': how[0] > 0, 'BLOCK': BLOCK,
-         'INDEX': _index(total)})
-
-
 def fill_maps(
         raw: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, bound: float, largest: float, floor: float,
 ) -> None:
     """Fills `weight_logits` and `sigma`, contiguous and in fp32, from `raw` of any strides."""
-    if weight_logits.numel() + sigma.numel():
-        launch = _make_launch(
-            weight_logits.shape, sigma.shape, raw.stride(), stride, (bound, largest, floor), raw.dtype, raw.device)
+    b, groups, height, width = weight_logits.shape
+    supports = sigma.shape[1]
+    total = b * (groups + supports) * height * width
+    if total:
         with on_device(raw):
-            launch(raw, weight_logits, sigma)
+            start(
+                make, triton.cdiv(total, BLOCK), (raw, weight_logits, sigma),
+                (*raw.stride(), total, height, width, *sigma.shape[2:], bound, largest, floor),
+                GROUPS=groups, SUPPORTS=supports, STRIDE=stride, BOUNDED=bound > 0, BLOCK=BLOCK, INDEX=_index(total))
 
 
 def fill_gradient(
         grad_logits: Tensor, grad_sigma: Tensor, weight_logits: Tensor, sigma: Tensor, grad: Tensor, stride: int,
         bound: float, largest: float, floor: float) -> None:
     """Fills `grad`, that of what `fill_maps` read, of any strides and at least as many rows."""
-    if grad.numel():
-        launch = _unmake_launch(
-            weight_logits.shape, sigma.shape, (*grad_logits.stride(), *grad_sigma.stride(), *grad.stride()),
-            grad.shape[1], stride, (bound, largest, floor),
-            grad_logits.dtype, grad_sigma.dtype, grad.dtype, grad.device)
+    _, groups, height, width = weight_logits.shape
+    total = grad.numel()
+    if total:
         with on_device(grad):
-            launch(grad_logits, grad_sigma, weight_logits, sigma, grad)
+            start(
+                unmake, triton.cdiv(total, BLOCK), (grad_logits, grad_sigma, weight_logits, sigma, grad),
+                (*grad_logits.stride(), *grad_sigma.stride(), *grad.stride(), total, grad.shape[1], height, width,
+                 *sigma.shape[2:], bound, largest, floor),
+                GROUPS=groups, SUPPORTS=sigma.shape[1], STRIDE=stride, BOUNDED=bound > 0, BLOCK=BLOCK,
+                INDEX=_index(total))

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import dot
-from .maps import fill_gradient, on_device, tanh
+from .launch import on_device, start
+from .maps import fill_gradient, tanh
 
 # Programs that sum the gradient of each tap of the convolution: fixed, so that results never vary.
 PARTS = 32
@@ -172,7 +173,7 @@ def _config(hidden: Tensor) -> dict[str, int]:
     """Pixels of a block and launch options, without spilled registers."""
     size = hidden.element_size() * _padded(hidden.shape[2])
     return {'BLOCK': 64 if size <= 128 else 32 if size <= 256 else 16, 'num_warps': 4 if size <= 128 else 8,
-            'num_stages': 2}
+            'num_stages': 1}
 
 
 def _precision(x: Tensor) -> str:
@@ -188,9 +189,10 @@ def fill_predicted(
     config = _config(hidden)
     if total:
         with on_device(hidden):
-            predict[(triton.cdiv(total, config['BLOCK']),)](
-                hidden, bias1, weight, bias2, weight_logits, sigma, *weight.stride(), total, hidden.shape[1],
-                hidden.shape[1] - height * width, height, width, *sigma.shape[2:], bound, largest, floor,
+            start(
+                predict, triton.cdiv(total, config['BLOCK']), (hidden, bias1, weight, bias2, weight_logits, sigma),
+                (*weight.stride(), total, hidden.shape[1], hidden.shape[1] - height * width, height, width,
+                 *sigma.shape[2:], bound, largest, floor),
                 HIDDEN=hidden.shape[2], WIDTH=_padded(hidden.shape[2]), GROUPS=groups, SUPPORTS=sigma.shape[1],
                 KP=_padded(weight.shape[0]), STRIDE=stride, BOUNDED=bound > 0, PRECISION=_precision(hidden),
                 **config)
@@ -214,9 +216,10 @@ def predicted_gradients(
     sizes = {'HIDDEN': channels, 'WIDTH': cp, 'ROWS': rows, 'KP': kp, 'PARTS': PARTS}
     parts = [weight_logits.new_empty(PARTS, n) for n in (9 * cp * kp, kp, 9 * cp)]
     with on_device(hidden):
-        unpredict[(18 * PARTS,)](
-            grad, hidden, bias1, weight, dhidden, *parts, *weight.stride(), hidden.shape[0] * hidden.shape[1],
-            hidden.shape[1], hidden.shape[1] - height * width, height, width, PRECISION=_precision(hidden),
-            **_config(hidden), **sizes)
-        finish[(9 * channels + 2,)](*parts, dweight, dbias2, dbias1, *dweight.stride(), **sizes)
+        start(
+            unpredict, 18 * PARTS, (grad, hidden, bias1, weight, dhidden, *parts),
+            (*weight.stride(), hidden.shape[0] * hidden.shape[1], hidden.shape[1],
+             hidden.shape[1] - height * width, height, width),
+            PRECISION=_precision(hidden), **_config(hidden), **sizes)
+        start(finish, 9 * channels + 2, (*parts, dweight, dbias2, dbias1), dweight.stride(), **sizes)
     return dhidden, dbias1, dweight, dbias2
