@@ -8,7 +8,7 @@ import yaml
 
 from cpool_vision.engine.settings.recipes import recipe_path
 
-_KEYS = {'title', 'base', 'config', 'flags', 'model', 'model_kwargs', 'seeds', 'arms', 'contrasts'}
+_KEYS = {'title', 'base', 'config', 'flags', 'model', 'model_kwargs', 'seeds', 'arms', 'contrasts', 'equal_parameters'}
 _ARM_KEYS = {'model', 'model_kwargs', 'flags', 'seeds', 'base'}
 # Settings that the runner chooses for every run.
 _OWN_FLAGS = {'config', 'model', 'model_kwargs', 'seed', 'output', 'experiment', 'resume', 'data_dir'}
@@ -43,11 +43,13 @@ class Study:
         arms: By name.
         settings: Of train.py, or of the recipe of a stacked study.
         contrasts: Pairs of arms whose difference is a question of the study.
+        equal_parameters: Arms that must have as many parameters as one another, within 2 %.
     """
     title: str
     arms: dict[str, Arm]
     settings: dict[str, Any]
     contrasts: tuple[tuple[str, str], ...] = ()
+    equal_parameters: tuple[str, ...] = ()
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
         """Every run, all arms of a seed before the next seed, so that what is done can be compared at any time."""
@@ -97,8 +99,8 @@ def read_study(path: Path) -> Study:
 
     Keys of the file: `title`; `base`, the arm that the others are compared with; `config`, a recipe of the package
     by name or a YAML file of train.py's settings, and `flags` over it; `model`, `model_kwargs` and `seeds` of every
-    arm; `contrasts`, pairs of arms to be compared; `arms`, by name, each with `model`, `model_kwargs` (merged over
-    the study's), `flags`, `seeds` or `base` of its own.
+    arm; `contrasts`, pairs of arms to be compared; `equal_parameters`, arms of one size; `arms`, by name, each with
+    `model`, `model_kwargs` (merged over the study's), `flags`, `seeds` or `base` of its own.
 
     Raises:
         FileNotFoundError: `path` does not exist.
@@ -137,4 +139,8 @@ def read_study(path: Path) -> Study:
     for pair in contrasts:
         if len(pair) != 2 or not set(pair) <= set(made):
             raise ValueError(f'contrasts of {path} must be pairs of arms, got {list(pair)!r}')
-    return Study(str(raw.get('title', path.stem)), made, settings, contrasts)
+    equal = tuple(raw.get('equal_parameters') or ())
+    for name in equal:
+        if name not in made:
+            raise ValueError(f'equal_parameters of {path} must be arms, got {name!r}')
+    return Study(str(raw.get('title', path.stem)), made, settings, contrasts, equal)

@@ -22,7 +22,7 @@ from ...markers import write_between
 from ..report import draw, draw_contrasts, format_contrasts, format_table, summarise
 from ..runner import read_results, restore, write_text
 from ..spec import read_study
-from .runs import Data, recipe_of, replay_ratios, run_stack_of, score_test, stacks, step_ratios
+from .runs import Data, check_parameters, recipe_of, replay_ratios, run_stack_of, score_test, stacks, step_ratios
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     study = read_study(args.study)
     recipes = {name: recipe_of(study, arm) for name, arm in study.arms.items()}
+    check_parameters(study)
     metric = next(iter(recipes.values())).metric
     device, output = torch.device(args.device), args.output
     data = Data(output, args.data_dir, device)

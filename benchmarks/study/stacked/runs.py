@@ -63,6 +63,20 @@ def _costs(arm: Arm, recipe: Recipe) -> dict[str, float]:
     return {'params': sum(p.numel() for p in net.parameters()), 'macs': counter.get_total_flops() // 2}
 
 
+def check_parameters(study: Study, within: float = 0.02) -> None:
+    """Raises unless the arms that the study calls equal have as many parameters, the largest beside the smallest.
+
+    Raises:
+        ValueError: they differ by more than the share `within`.
+    """
+    counts = {}
+    for name in study.equal_parameters:
+        arm = study.arms[name]
+        counts[name] = sum(p.numel() for p in build_net(arm, recipe_of(study, arm), 0).parameters())
+    if counts and max(counts.values()) > (1 + within) * min(counts.values()):
+        raise ValueError(f'equal_parameters must agree within {within:.0%}, got {counts}: change mlp_ratio or groups')
+
+
 def weights_file(output: Path, name: str) -> Path:
     return output / 'weights' / f'{name}.safetensors'
 
