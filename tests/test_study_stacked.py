@@ -1,5 +1,6 @@
 """Stacked studies: a stack equals its nets, interruptions change nothing, scores are what they say."""
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,49 @@ def test_bad_recipes(flags, message):
 def test_images_from_a_folder_need_one(tmp_path):
     with pytest.raises(ValueError, match="'cifar10' needs --data-dir"):
         load_split(Recipe(), 'train', tmp_path)
+
+
+def test_images_from_an_archive_are_those_of_its_folder(tmp_path):
+    for name in ('a', 'b'):
+        folder = tmp_path / 'set' / 'train' / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new('RGB', (32, 32), (80 * i, 10 * ord(name) % 256, 0)).save(folder / f'{i}.png')
+    with tarfile.open(tmp_path / 'set.tar.xz', 'w:xz') as archive:
+        archive.add(tmp_path / 'set', 'set')
+    recipe = Recipe(train_samples=4, selection_samples=2, batch_size=2)
+    for split in ('train', 'selection'):
+        one, other = (
+            load_split(recipe, split, tmp_path / f'cache {place}', tmp_path / place) for place in ('set', 'set.tar.xz'))
+        assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
+
+
+def test_a_failing_arm_leaves_the_others_and_their_figures(tmp_path, monkeypatch):
+    file = tmp_path / 'tiny.yaml'
+    file.write_text(TEXT, encoding='utf-8')
+    run = command.run_stack_of
+
+    def fail(study, arm, *args):
+        if arm.name == 'plain':
+            raise RuntimeError('no memory')
+        kept = tmp_path / 'r.json'
+        assert not kept.exists() or json.loads(kept.read_text())
+        run(study, arm, *args)
+    monkeypatch.setattr(command, 'run_stack_of', fail)
+    assert command.main([str(file), '-o', str(tmp_path / 'out'), '--stack', '2', '--results', str(tmp_path / 'r.json'),
+                         '--test']) == 1
+    kept = json.loads((tmp_path / 'r.json').read_text())
+    assert [row['arm'] for row in kept['runs']] == ['pool', 'pool'] and kept['final'] == {}
+
+
+def test_arms_of_unequal_size_are_refused(tmp_path):
+    file = tmp_path / 'tiny.yaml'
+    file.write_text(TEXT + 'equal_parameters: [plain, pool]\n', encoding='utf-8')
+    with pytest.raises(ValueError, match=r"must agree within 2%, got \{'plain': \d+, 'pool': \d+\}"):
+        command.main([str(file), '-o', str(tmp_path / 'out')])
+    file.write_text(TEXT + 'equal_parameters: [pools]\n', encoding='utf-8')
+    with pytest.raises(ValueError, match="equal_parameters of .* must be arms, got 'pools'"):
+        read_study(file)
 
 
 @pytest.mark.parametrize('name', ['dose_response', 'dose_response_gpu', 'forms_gpu', 'mixer_gpu'])

@@ -8,9 +8,11 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 import cpool_vision  # noqa: F401  registers the variants
+from cpool_vision.models.metaformer import ContextPoolMixer
 
 from ..spec import Arm
 from .tasks import Recipe
@@ -41,7 +43,25 @@ class DenseViT(nn.Module):
         return self.head(self.body.forward_features(images), *self.body.patch_embed.grid_size)
 
 
+class MapAttention(nn.Module):
+    """Self-attention over the places of a map `(B, C, H, W)`, in heads of 32 channels: a MetaFormer's token mixer."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attn = Attention(dim, num_heads=max(1, dim // 32), qkv_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def _build(arm: Arm, recipe: Recipe, kwargs: dict[str, Any]) -> nn.Module:
+    """The net of an arm. `cpool_mixer: attention`, of the study alone, puts attention in the place of a token mixer."""
+    if kwargs.get('cpool_mixer') == 'attention':
+        net = _build(arm, recipe, dict(kwargs, cpool_mixer='identity'))
+        for module in net.modules():
+            if isinstance(getattr(module, 'token_mixer', None), ContextPoolMixer):
+                module.token_mixer = MapAttention(module.token_mixer.cpool.dim)  # type: ignore[union-attr,arg-type]
+        return net
     if not recipe.dense:
         return timm.create_model(arm.model, num_classes=recipe.num_classes, **kwargs)
     body = timm.create_model(arm.model, num_classes=0, img_size=recipe.image_size, global_pool='', **kwargs)
