@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             session.results['tests'] = run_tests(min(100.0, session.left() / 3))
             print(session.results['tests']['summary'], flush=True)
             session.save()
-        workers.shutdown(cancel_futures=True)
+        workers.shutdown()
     scale = 0.0 if args.tiny else 1.0
     _operators(session, cases, operator.FIRST, scale * _SECONDS['operator'], args.repeats)
     _steps(session, models, tuple(steps.ARMS), False, args.repeats)
