@@ -325,13 +325,13 @@ def test_correlation_with_the_radius(cache, monkeypatch):
     net = build_net(make_arm(), DENSE, 0).eval()
     pool, = pools_of(net)
     radii = split.radii[:, 2::4, 2::4].float()
-    predict = pool.predict_token_maps
+    predict = pool.read_maps
 
     def follow(*args):
         weights, sigma = predict(*args)
         return weights, (1 + radii[:, None]).expand_as(sigma)
     with monkeypatch.context() as patch:
-        patch.setattr(type(pool), 'predict_token_maps', lambda self, *args: follow(*args))
+        patch.setattr(type(pool), 'read_maps', lambda self, *args: follow(*args))
         assert radius_correlations(net, split) == [pytest.approx(1, abs=1e-3)]
     assert abs(radius_correlations(net, split)[0]) < 0.9
     assert radius_correlations(build_net(make_arm('constant'), DENSE, 0).eval(), split) == [None]

@@ -148,13 +148,18 @@ class ContextPool2d(Mixer2d):
             raise TypeError(f'act_layer must make a module, such as nn.GELU, got {act_layer!r}')
         outputs = groups + support_groups + (2 * groups if offset == 'cell' else 0)
         self.predict = nn.Conv2d(hidden_dim, outputs, 3, padding=1, **dd)
-        # whether one operator does all the predictor's work
-        self.fused = type(self.act) is nn.GELU and self.act.approximate == 'none' and offset != 'cell'
+        self.fused = self.may_fuse()
         self.offset = nn.Parameter(torch.empty(groups, 2, **dd)) if offset == 'group' else None
         self.register_buffer('logit_bound', torch.tensor(self.bound, device=device))
         self.depthwise = nn.Conv2d(
             dim, dim, depthwise, stride, depthwise // 2, groups=dim, **dd) if depthwise else None
         self.reset_parameters()
+
+    def may_fuse(self) -> bool:
+        """Whether one operator can do all the predictor's work, `self.fused`: as it does unless that is unset."""
+        rows = self.groups + self.support_groups
+        exact = type(self.act) is nn.GELU and self.act.approximate == 'none'
+        return exact and self.predict.out_channels == rows and self.mixer == 'context'
 
     def reset_parameters(self) -> None:
         """Sets small predictor weights (std .02), zero biases but for the supports', and the gate."""

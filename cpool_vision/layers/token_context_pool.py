@@ -133,6 +133,17 @@ class TokenContextPool(TokenMixer, ContextPool2d):
         hidden = self.act(F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias))
         return self.predict(self.grid_map(hidden, height, width))
 
+    def pool_predicted(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The pool of the tokens `x` by an operator for the maps, or several, and one for the pool."""
+        raw: Tensor | None = None
+        if self.fused:
+            weight_logits, sigma = self.predict_token_maps(x, height, width)
+        else:
+            raw = self.raw_token_maps(x, height, width)
+            weight_logits, sigma = self.read_maps(raw)
+        return torch.ops.cpool_vision.context_pool_tokens(
+            x, weight_logits, sigma, self.num_prefix_tokens, self.backend, self.read_offset(raw, height, width))
+
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         if not self.on_tokens:
             return self.from_map(x, self.mix_gated(self.to_map(x, height, width)))
@@ -141,15 +152,13 @@ class TokenContextPool(TokenMixer, ContextPool2d):
             if not isinstance(x, fx.Proxy):
                 check_tokens(x, self.dim, self.num_prefix_tokens, height, width)
         features = torch.ops.cpool_vision.to_autocast(x)
-        raw: Tensor | None = None
-        if self.fused:
-            weight_logits, sigma = self.predict_token_maps(features, height, width)
+        if self.fused and self.offset is None:
+            y = torch.ops.cpool_vision.pool_tokens(
+                features, self.reduce.weight, self.reduce.bias, self.predict.weight, self.predict.bias,
+                self.num_prefix_tokens, height, width, self.groups, self.support_groups, self.bound, self.ratio,
+                self.floor, self.backend)
         else:
-            raw = self.raw_token_maps(features, height, width)
-            weight_logits, sigma = self.read_maps(raw)
-        y = torch.ops.cpool_vision.context_pool_tokens(
-            features, weight_logits, sigma, self.num_prefix_tokens, self.backend,
-            self.read_offset(raw, height, width))
+            y = self.pool_predicted(features, height, width)
         if self.gamma is not None:
             y = torch.lerp(x, y.type_as(x), self.gamma.type_as(x))
         return y

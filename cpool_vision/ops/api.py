@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import predictor, registry  # noqa: F401  register torch.ops.cpool_vision
+from . import layer, registry  # noqa: F401  register torch.ops.cpool_vision
 
 
 def context_pool2d(

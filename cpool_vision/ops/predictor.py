@@ -14,16 +14,16 @@ from .maps import empty_pair, largest_support, make_fused_maps, make_fused_maps_
 
 _lib = torch.library.Library('cpool_vision', 'FRAGMENT')
 
-_WEIGHTS = 'Tensor reduce_weight, Tensor reduce_bias, Tensor predict_weight, Tensor predict_bias'
+WEIGHTS = 'Tensor reduce_weight, Tensor reduce_bias, Tensor predict_weight, Tensor predict_bias'
 _HOW = 'int height, int width, int groups, int support_groups, int stride, float bound, float ratio, float floor'
 # TorchScript says of every bias that it may be absent.
 _lib.define(
     'predict_maps(Tensor x, Tensor reduce_weight, Tensor? reduce_bias, Tensor predict_weight, Tensor? predict_bias, '
     f'{_HOW}) -> (Tensor, Tensor)')
-_lib.define(f'predict_maps_fused(Tensor x, {_WEIGHTS}, {_HOW}) -> (Tensor, Tensor, Tensor)')
+_lib.define(f'predict_maps_fused(Tensor x, {WEIGHTS}, {_HOW}) -> (Tensor, Tensor, Tensor)')
 _lib.define(
     'predict_maps_fused_backward(Tensor grad_logits, Tensor grad_sigma, Tensor weight_logits, Tensor sigma, '
-    f'Tensor hidden, Tensor x, {_WEIGHTS}, int stride, float bound, float ratio, float floor) '
+    f'Tensor hidden, Tensor x, {WEIGHTS}, int stride, float bound, float ratio, float floor) '
     '-> (Tensor, Tensor, Tensor, Tensor, Tensor)')
 # Most hidden channels and rows of output that the kernels take.
 MOST = 128, 64
@@ -51,9 +51,10 @@ def compose_maps(
     return torch.ops.cpool_vision.supports_and_logits(raw, *how)
 
 
-def _runs_fused(x: Tensor, predict_weight: Tensor, *biases: Tensor | None) -> bool:
-    return (type(x) is Tensor and x.stride(2) == 1 and runs_triton(x) and why_not_differentiable(x) is None
-            and predict_weight.shape[1] <= MOST[0] and predict_weight.shape[0] <= MOST[1] and None not in biases)
+def may_fuse(x: Tensor, predict_weight: Tensor, *biases: Tensor | None) -> bool:
+    """Whether the predictor of the tokens `x` can be a part of an operator with a derivative of its own."""
+    fits = not x.is_cuda or predict_weight.shape[1] <= MOST[0] and predict_weight.shape[0] <= MOST[1]
+    return type(x) is Tensor and x.stride(2) == 1 and why_not_differentiable(x) is None and fits and None not in biases
 
 
 def _predict_maps(
@@ -61,17 +62,17 @@ def _predict_maps(
         predict_bias: Tensor | None, *how: Any) -> tuple[Tensor, Tensor]:
     """What is traced, transformed or of another kind is left to torch's own operators, which compilers fuse."""
     run: Callable[..., tuple[Tensor, ...]] = compose_maps
-    if _runs_fused(x, predict_weight, reduce_bias, predict_bias):
+    if runs_triton(x) and may_fuse(x, predict_weight, reduce_bias, predict_bias):
         run = torch.ops.cpool_vision.predict_maps_fused.default
     weight_logits, sigma, *_ = run(x, reduce_weight, reduce_bias, predict_weight, predict_bias, *how)
     return weight_logits, sigma
 
 
-@without_autocast
-def _fused(
+def predict_with_hidden(
         x: Tensor, reduce_weight: Tensor, reduce_bias: Tensor, predict_weight: Tensor, predict_bias: Tensor,
         height: int, width: int, groups: int, support_groups: int, stride: int, bound: float, ratio: float,
         floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight logits and supports as `compose_maps`, and the hidden map before bias and activation, contiguous."""
     hidden = F.linear(x, reduce_weight.flatten(1).to(x.dtype))
     if runs_triton(x):
         from .triton.predictor import fill_predicted
@@ -92,33 +93,43 @@ def _fused_fake(
     return *maps, x.new_empty(*x.shape[:2], reduce_weight.shape[0])
 
 
+def hidden_gradients(
+        grad_logits: Tensor, grad_sigma: Tensor, weight_logits: Tensor, sigma: Tensor, hidden: Tensor,
+        reduce_bias: Tensor, predict_weight: Tensor, predict_bias: Tensor, stride: int, bound: float, ratio: float,
+        floor: float) -> tuple[Tensor, ...]:
+    """Gradients of the hidden map, the first bias, the second weight and the second bias."""
+    if runs_triton(hidden):
+        from .triton.predictor import predicted_gradients
+        return predicted_gradients(
+            grad_logits, grad_sigma, weight_logits, sigma, hidden, reduce_bias, predict_weight, predict_bias, stride,
+            bound, largest_support(weight_logits, ratio), floor)
+    dtype, (height, width) = hidden.dtype, weight_logits.shape[2:]
+    grad = make_fused_maps_backward(
+        grad_logits, grad_sigma, weight_logits, sigma, predict_weight.shape[0], True, dtype, stride, bound, ratio,
+        floor)
+    before = hidden + reduce_bias.to(dtype)
+    dact, dpredict, dbias2 = torch.ops.aten.convolution_backward(
+        grad, _grid(F.gelu(before), height, width), predict_weight.to(dtype), [predict_weight.shape[0]],
+        [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True] * 3)
+    dhidden = torch.zeros_like(hidden)
+    _grid(dhidden, height, width).copy_(torch.ops.aten.gelu_backward(dact, _grid(before, height, width)))
+    return dhidden, *(g.to(t.dtype) for g, t in (
+        (dhidden.sum((0, 1)), reduce_bias), (dpredict, predict_weight), (dbias2, predict_bias)))
+
+
+def reduce_gradient(dhidden: Tensor, x: Tensor, reduce_weight: Tensor) -> Tensor:
+    """Gradient of the first weight."""
+    product = dhidden.flatten(0, 1).t() @ x.flatten(0, 1)
+    return product.to(reduce_weight.dtype).view(reduce_weight.shape)
+
+
 @without_autocast
 def _fused_backward(
         grad_logits: Tensor, grad_sigma: Tensor, weight_logits: Tensor, sigma: Tensor, hidden: Tensor, x: Tensor,
-        reduce_weight: Tensor, reduce_bias: Tensor, predict_weight: Tensor, predict_bias: Tensor, stride: int,
-        bound: float, ratio: float, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if runs_triton(x):
-        from .triton.predictor import predicted_gradients
-        dhidden, *others = predicted_gradients(
-            grad_logits, grad_sigma, weight_logits, sigma, hidden, reduce_bias, predict_weight, predict_bias, stride,
-            bound, largest_support(weight_logits, ratio), floor)
-    else:
-        height, width = weight_logits.shape[2:]
-        raw_like = predict_weight.shape[0], True, x.dtype
-        grad = make_fused_maps_backward(
-            grad_logits, grad_sigma, weight_logits, sigma, *raw_like, stride, bound, ratio, floor)
-        before = hidden + reduce_bias.to(x.dtype)
-        dact, dpredict, dbias2 = torch.ops.aten.convolution_backward(
-            grad, _grid(F.gelu(before), height, width), predict_weight.to(x.dtype), [predict_weight.shape[0]],
-            [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True] * 3)
-        dhidden = torch.zeros_like(hidden)
-        _grid(dhidden, height, width).copy_(
-            torch.ops.aten.gelu_backward(dact, _grid(before, height, width)))
-        others = [g.to(t.dtype) for g, t in (
-            (dhidden.sum((0, 1)), reduce_bias), (dpredict, predict_weight), (dbias2, predict_bias))]
+        reduce_weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    dhidden, *grads = hidden_gradients(grad_logits, grad_sigma, weight_logits, sigma, hidden, *others)
     dx = dhidden @ reduce_weight.flatten(1).to(x.dtype)
-    dreduce = dhidden.flatten(0, 1).t() @ x.flatten(0, 1)
-    return dx, dreduce.to(reduce_weight.dtype).view(reduce_weight.shape), *others  # type: ignore[return-value]
+    return dx, reduce_gradient(dhidden, x, reduce_weight), *grads
 
 
 def _fused_backward_fake(
@@ -130,25 +141,27 @@ def _fused_backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output, *inputs[:5])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be written
     ctx.size, ctx.how = output[0].shape[2:], inputs[7:]
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     weight_logits, sigma, hidden, *inputs = ctx.saved_tensors
+    grads = tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, (weight_logits, sigma), strict=False))
     if torch.is_grad_enabled():  # gradients of gradients are asked for
         maps = compose_maps(*inputs, *ctx.size, *ctx.how)
         needed = [t for t, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
-        found = iter(torch.autograd.grad(maps, needed, grads[:2], create_graph=True))
+        found = iter(torch.autograd.grad(maps, needed, grads, create_graph=True))
         return *(next(found) if needs else None for needs in ctx.needs_input_grad[:5]), *(None,) * 8
     made = torch.ops.cpool_vision.predict_maps_fused_backward.default(
-        *grads[:2], weight_logits, sigma, hidden, *inputs, *ctx.how[2:])
+        *grads, weight_logits, sigma, hidden, *inputs, *ctx.how[2:])
     return *(g if needs else None for g, needs in zip(made, ctx.needs_input_grad, strict=False)), *(None,) * 8
 
 
 _lib.impl('predict_maps', _predict_maps, 'CompositeImplicitAutograd')
 # torch.func.vmap decomposes it too, into operators with rules of their own.
 _lib.impl('predict_maps', _predict_maps, 'FuncTorchBatchedDecomposition')
-_lib.impl('predict_maps_fused', _fused, 'CompositeExplicitAutograd')
+_lib.impl('predict_maps_fused', without_autocast(predict_with_hidden), 'CompositeExplicitAutograd')
 _lib.impl('predict_maps_fused_backward', _fused_backward, 'CompositeExplicitAutograd')
 torch.library.register_fake('cpool_vision::predict_maps_fused', _fused_fake, lib=_lib)
 torch.library.register_fake('cpool_vision::predict_maps_fused_backward', _fused_backward_fake, lib=_lib)

@@ -210,6 +210,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Ten
     aside = () if isinstance(output, Tensor) else output[1:]
     ctx.save_for_backward(*offset, x, weight_logits, sigma, *aside)
     ctx.mark_non_differentiable(*aside)
+    ctx.set_materialize_grads(False)  # zeros for what has no gradient would be written
     ctx.optional = len(offset)
 
 

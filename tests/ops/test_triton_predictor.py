@@ -5,6 +5,7 @@ from test_operator_predictor import CASES, make_inputs
 from test_triton_kernels import DEVICE
 from test_triton_kernels import pytestmark as pytestmark
 
+from cpool_vision.ops.layer import compose_layer
 from cpool_vision.ops.maps import empty_pair
 from cpool_vision.ops.predictor import compose_maps
 
@@ -66,6 +67,21 @@ def test_weights_of_any_strides():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_whole_layer_is_its_parts(dtype):
+    inputs, (height, width, groups, supports, _, *how) = make_inputs(CASES[0], dtype, weight_dtype=torch.float32)
+    inputs = [t.to(DEVICE).requires_grad_() for t in inputs]
+    args = (CASES[0][0][0], height, width, groups, supports, *how, 'triton')
+    y = torch.ops.cpool_vision.pool_tokens_fused(*inputs, *args)[0]
+    grad = torch.randn_like(y)
+    made = y, *torch.autograd.grad(y, inputs, grad)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y = compose_layer(*exact, *args[:-1], 'reference')
+    for got, want, like in zip(made, (y, *torch.autograd.grad(y, exact, grad.double())), (y, *inputs), strict=True):
+        assert got.dtype == like.dtype or got is made[0]
+        assert (got.double() - want).abs().max() <= (1e-4 if dtype == torch.float32 else .1) * want.abs().max()
+
+
 @pytest.mark.skipif(DEVICE == 'cpu', reason='needs CUDA')
 def test_is_what_a_layer_takes_on_cuda():
     from torch.profiler import profile
@@ -74,5 +90,5 @@ def test_is_what_a_layer_takes_on_cuda():
     pool = TokenContextPool(32, 1, grid_size=(4, 4)).cuda()
     with profile() as seen, torch.autocast('cuda', torch.bfloat16):
         pool(torch.randn(2, 17, 32, device='cuda')).float().sum().backward()
-    assert {'cpool_vision::predict_maps_fused', 'cpool_vision::predict_maps_fused_backward'} <= {
+    assert {'cpool_vision::pool_tokens_fused', 'cpool_vision::pool_tokens_fused_backward'} <= {
         e.name for e in seen.events()}

@@ -44,14 +44,15 @@ def pools_of(net: nn.Module) -> list[ContextPool2d]:
 
 def pass_maps_through(pool: ContextPool2d, function: Exchange) -> None:
     """Whatever weights and supports the pool makes go through `function`, until `undo_pass`."""
-    for name in ('read_maps', 'predict_token_maps'):
-        make = getattr(pool, name)
-        setattr(pool, name, lambda *args, make=make: function(*make(*args)))
+    make = pool.read_maps
+    pool.read_maps = lambda *args: function(*make(*args))  # type: ignore[method-assign]
+    pool.fused = False  # which would make the maps and pool at once
 
 
 def undo_pass(pool: ContextPool2d) -> None:
     """Undoes `pass_maps_through`."""
-    del pool.read_maps, pool.predict_token_maps
+    del pool.read_maps
+    pool.fused = pool.may_fuse()
 
 
 def exchange_maps(net: nn.Module, exchange: Exchange) -> Callable[[], None]:
