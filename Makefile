@@ -62,7 +62,7 @@ demo: $(VENV)/.installed-plot
 	$(BIN)/python train.py --config $(DEMO_CONFIG) --output $(DEMO_DIR) --experiment $(RUN)
 	$(BIN)/python validate.py --model $(DEMO_MODEL) --checkpoint $(DEMO_BEST) --dataset cpool/shapes --num-classes 10 \
 		--workers 0 --results-file $(DEMO_RUN)/validation.csv
-	$(BIN)/python -m cpool_vision.cli.draw $(DEMO_MODEL) --checkpoint $(DEMO_BEST) --num-classes 10 \
+	$(BIN)/python -m cpool_vision.cli.inspect $(DEMO_MODEL) --checkpoint $(DEMO_BEST) --num-classes 10 \
 		--output $(DEMO_RUN)/supports.png
 	@echo
 	@echo 'checkpoint  $(DEMO_BEST)'

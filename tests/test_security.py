@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from benchmarks import kill_test, release, results
-from cpool_vision.cli import draw, inspect, retrofit, train, validate
+from cpool_vision.cli import inspect, retrofit, train, validate
 from cpool_vision.data.augment import AugmentationError
 from cpool_vision.data.augment_config import read_config
 from cpool_vision.engine.checkpoints.checkpoint import read_checkpoint
@@ -188,12 +188,10 @@ ENTRIES = {
         validate.main, '--model', MODEL, *DATA, '--use-ema', '--checkpoint', 'PATH')),
     'validate, folder': Entry('run/a.pth.tar', CHECKPOINT, command(
         validate.main, '--model', MODEL, *DATA, '--checkpoint', 'FOLDER')),
-    'draw': Entry('a.pth.tar', CHECKPOINT, command(
-        draw.main, 'resnet_micro_cpool_32', '--checkpoint', 'PATH', '-o', 'FOLDER/o.png')),
-    'draw, model folder': Entry('m/pytorch_model.bin', CHECKPOINT, with_config(command(
-        draw.main, 'local-dir:FOLDER', '-o', 'FOLDER/o.png'))),
     'inspect': Entry('a.pth.tar', CHECKPOINT, command(
         inspect.main, 'resnet_micro_cpool_32', '--checkpoint', 'PATH', '--json', 'FOLDER/o.json')),
+    'inspect, model folder': Entry('m/pytorch_model.bin', CHECKPOINT, with_config(command(
+        inspect.main, 'local-dir:FOLDER', '-o', 'FOLDER/o.png'))),
     'inspect, settings of a run': Entry('run/args.yaml', ('yaml',), lambda path: report_on(path)),
     'retrofit': Entry('a.pth.tar', CHECKPOINT, command(
         retrofit.main, 'resnet18', '--checkpoint', 'PATH', '-o', 'FOLDER/out')),

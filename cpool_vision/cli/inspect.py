@@ -1,6 +1,7 @@
 """Command line of looking into models and runs: `cpool-inspect MODEL IMAGE... -o sheet.png --html report.html`."""
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -10,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 from cpool_vision.engine.settings.shared_flags import add_version_arg
 
 from . import common
-from .pictures import Loaded, add_picture_args, drawing, layers_of, load, load_maps
+from .pictures import RANDOM, Loaded, add_picture_args, drawing, layers_of, load, load_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cpool_vision.inspect.report import Report
 
+_logger = logging.getLogger(__name__)
 # by flag: the method that draws, and the caption in a report
 _FIGURES = {
     'output': ('sheet', 'Per layer, the supports over the image (circles of one standard deviation σ), the map of '
-               'supports, and the map of pooling weights relative to equal ones.'),
+               'supports, and the map of pooling weights relative to equal ones: means over the groups of channels.'),
+    'groups': ('groups', 'Supports and pooling weights of each group of channels of one context pool.'),
     'footprints': ('footprints', 'Weights with which the cells at the points read the map: every footprint sums to '
                    'one. Dashed circles have a radius of one standard deviation σ.'),
     'depth': ('depth', 'Supports of every context pool over all images and cells, in pixels of the image.'),
@@ -28,7 +31,7 @@ _FIGURES = {
                         '--rf-layer: root mean square of its gradient with respect to each pixel. Circles hold 50 % '
                         '(solid) and 90 % (dashed).'),
 }
-_FLAGS = {'output': '--output', 'footprints': '--footprints', 'depth': '--depth',
+_FLAGS = {'output': '--output', 'groups': '--groups', 'footprints': '--footprints', 'depth': '--depth',
           'receptive_field': '--receptive-field', 'json': '--json', 'html': '--html'}
 
 
@@ -45,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('what to write (pictures: .png, .pdf or .svg)')
     add = group.add_argument
     add('-o', '--output', metavar='FILE', help='sheet of images with their supports and pooling weights by layer')
+    add('--groups', metavar='FILE',
+        help='supports and pooling weights of each group of channels, of the first pool of --layers')
     add('--footprints', metavar='FILE', help='pooling weights of the cells at --points, by layer')
     add('--depth', metavar='FILE', help='distribution of supports by depth')
     add('--receptive-field', metavar='FILE', help='effective receptive field with the pools off and as they are')
@@ -110,14 +115,27 @@ class Inspection:
     def _over_images(self) -> None:
         if not self.whole:
             raise ValueError(f'model {self.args.model!r} pools windows only, which are no maps of the image: leave '
-                             '--output and --footprints out')
+                             '--output, --groups and --footprints out')
 
     def sheet(self) -> 'Figure':
-        """The sheet of `cpool-draw`."""
+        """Images with supports and pooling weights by layer."""
         from cpool_vision.inspect.draw import supports_figure
 
         self._over_images()
         return supports_figure(self.loaded.shown, self.whole, layers_of(self.args), self.loaded.labels)
+
+    def groups(self) -> 'Figure':
+        """Every group of channels of the first layer to draw."""
+        from cpool_vision.inspect.draw import groups_figure
+
+        self._over_images()
+        name = self._first_layer()
+        return groups_figure(self.loaded.shown, self.whole[name], name, self.loaded.labels)
+
+    def _first_layer(self) -> str:
+        from cpool_vision.inspect.draw import pick_layers
+
+        return pick_layers(list(self.whole), layers_of(self.args))[0]
 
     def footprints(self) -> 'Figure':
         """Footprints of the cells at the points."""
@@ -188,9 +206,12 @@ class Inspection:
             'would have the entropy of the pooling weights, of all in the map. Gate: mean size of the gates of a layer '
             'that began as the identity, of which 0 leaves its input as it is.', digits=3)
         for name, (_, caption) in _FIGURES.items():
-            if name in ('output', 'footprints') and not self.whole:
+            if name in ('output', 'groups', 'footprints') and not self.whole:
                 continue
-            report.section({'output': 'Supports and weights over the images', 'footprints': 'Footprints',
+            if name == 'groups' and self.whole[self._first_layer()].sigma.shape[1] == 1:
+                continue
+            report.section({'output': 'Supports and weights over the images', 'groups': 'Groups of channels',
+                            'footprints': 'Footprints',
                             'depth': 'Supports by depth', 'receptive_field': 'Effective receptive field'}[name])
             report.figure(self.figure(name), caption, self.args.dpi)
         report.table(
@@ -257,6 +278,9 @@ def _inspect(argv: Sequence[str] | None) -> None:
             elif inspection is not None:
                 save_figure(inspection.figure(name), path, args.dpi)
         print(path)
+    if inspection is not None and inspection.loaded.weights == RANDOM:
+        _logger.warning('Model %s has random weights, so that what it pools means nothing: name trained ones with '
+                        '--checkpoint, --pretrained or local-dir:FOLDER.', args.model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+RANDOM = 'none loaded, random'
+
 
 def add_picture_args(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that say which model, which images and which layers."""
@@ -150,7 +152,7 @@ def load(args: argparse.Namespace) -> Loaded:
     batch = torch.stack([transform(picture) for picture in pictures])
     mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ('mean', 'std'))
     shown = ((batch * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    weights = args.checkpoint or ('those named by the model' if pretrained else 'none loaded, fresh')
+    weights = args.checkpoint or ('those named by the model' if pretrained else RANDOM)
     return Loaded(model, batch, shown, labels, weights, data_config)
 
 

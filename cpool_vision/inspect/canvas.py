@@ -79,12 +79,12 @@ def check_images(images: NDArray[np.uint8], row_labels: Sequence[str] | None) ->
 class Sheet:
     """A figure with panels at exact places: one column for the image, then some a layer, colour bars underneath."""
 
-    def __init__(self, rows: int, layers: int, aspect: float, per_layer: int = 3) -> None:
-        self.rows, self.height = rows, CELL * aspect
+    def __init__(self, rows: int, layers: int, aspect: float, per_layer: int = 3, cell: float = CELL) -> None:
+        self.rows, self.cell, self.height = rows, cell, cell * aspect
         columns = 1 + per_layer * layers
         # inches: each layer stands a little apart
-        self.left = [_LEFT + i * (CELL + GAP) + -(-i // per_layer) * 2 * GAP for i in range(columns)]
-        self.width_in = self.left[-1] + CELL + GAP
+        self.left = [_LEFT + i * (cell + GAP) + -(-i // per_layer) * 2 * GAP for i in range(columns)]
+        self.width_in = self.left[-1] + cell + GAP
         self.height_in = _TOP + rows * (self.height + GAP) + _BOTTOM
         self.figure = new_figure(self.width_in, self.height_in)
 
@@ -94,21 +94,21 @@ class Sheet:
 
     def panel(self, row: int, column: int) -> Any:
         """Axes of one picture."""
-        return self._add(self.left[column], _TOP + row * (self.height + GAP), CELL, self.height)
+        return self._add(self.left[column], _TOP + row * (self.height + GAP), self.cell, self.height)
 
     def bar(self, column: int, last: int | None = None) -> Any:
         """Axes of a colour bar under a column, or in the middle under the columns to `last`, two cells wide at most."""
-        left, right = self.left[column], self.left[column if last is None else last] + CELL
+        left, right = self.left[column], self.left[column if last is None else last] + self.cell
         width = min(right - left, 2 * CELL) - 0.12
         return self._add((left + right - width) / 2, self.height_in - _BOTTOM + 0.04, width, 0.07)
 
     def heading(self, first: int, last: int, text: str, weight: str) -> None:
         """Text over the columns `first` to `last - 1`, made smaller to fit; the normal weight stands below the bold."""
-        x = (self.left[first] + self.left[last - 1] + CELL) / 2 / self.width_in
+        x = (self.left[first] + self.left[last - 1] + self.cell) / 2 / self.width_in
         y = 1 - (_TOP - (0.06 if weight == 'normal' else 0.21)) / self.height_in
         written = self.figure.text(x, y, text, ha='center', va='bottom', fontweight=weight)
         extent = written.get_window_extent()
-        _shrink(written, extent.width, (self.left[last - 1] + CELL - self.left[first]) * self.figure.dpi)
+        _shrink(written, extent.width, (self.left[last - 1] + self.cell - self.left[first]) * self.figure.dpi)
 
     def label(self, axes: Any, text: str) -> None:
         """Text beside a row, made smaller to fit."""

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from .maps import ContextMaps
 
 __all__ = [
-    'PlotDependencyError', 'pick_layers', 'relative_weight', 'save_figure', 'support_in_pixels', 'supports_figure']
+    'PlotDependencyError', 'groups_figure', 'pick_layers', 'relative_weight', 'save_figure', 'support_in_pixels',
+    'supports_figure']
 
-_MAX_CIRCLES = 7  # per side
+_MIN_CIRCLES, _MAX_CIRCLES = 3, 7  # per side
+_CLIPPED = 0.02  # share of the values beyond either end of a colour scale
 
 
 def support_in_pixels(maps: 'ContextMaps', image_size: tuple[int, int], group: int | None = None) -> Tensor:
@@ -40,11 +42,11 @@ def relative_weight(maps: 'ContextMaps', group: int | None = None) -> Tensor:
 
     Args:
         maps: maps of one context pool.
-        group: group to take; the mean over groups of the logarithm if None.
+        group: group to take; if None, the mean over groups of the weights, whose logarithm it is.
     """
     log_weight = maps.weight_logits.detach().float().cpu().flatten(2).log_softmax(-1)
     log_weight = log_weight.unflatten(-1, tuple(maps.grid))
-    log_weight = log_weight.mean(1) if group is None else log_weight[:, group]
+    log_weight = log_weight.logsumexp(1) - math.log(log_weight.shape[1]) if group is None else log_weight[:, group]
     return (log_weight + math.log(maps.grid[0] * maps.grid[1])) / math.log(2)
 
 
@@ -66,27 +68,52 @@ def pick_layers(names: Sequence[str], wanted: Sequence[str] | int = 2) -> list[s
 
 
 def _circles(axes: Any, sigma: NDArray[Any], maps: 'ContextMaps', size: tuple[int, int], colour: Any) -> None:
-    """One circle of radius sigma at every few output cells."""
+    """One circle of radius sigma at every few output cells, so far apart that most do not overlap."""
     from matplotlib.collections import EllipseCollection
     rows, cols = sigma.shape
     cell = size[0] / maps.grid[0], size[1] / maps.grid[1]
-    step_y, step_x = -(-rows // _MAX_CIRCLES), -(-cols // _MAX_CIRCLES)
+    diameter = 2 * max(float(np.median(sigma)), 1e-6)
+    step_y, step_x = (
+        -(-cells // round(min(max(extent / diameter, _MIN_CIRCLES), _MAX_CIRCLES)))
+        for cells, extent in ((rows, size[0]), (cols, size[1])))
     i, j = np.mgrid[step_y // 2:rows:step_y, step_x // 2:cols:step_x]
     # the centre of output cell i, in pixels of an image whose first pixel spans [0, 1]
     y = (i * maps.stride + maps.stride / 2) * cell[0]
     x = (j * maps.stride + maps.stride / 2) * cell[1]
-    diameter = 2 * sigma[i, j].ravel()
+    diameters = 2 * sigma[i, j].ravel()
     for colours, width in (('black', 1.4), (colour(sigma[i, j].ravel()), 0.8)):
         axes.add_collection(EllipseCollection(
-            diameter, diameter, np.zeros_like(diameter), units='xy', offsets=np.stack([x.ravel(), y.ravel()], 1),
+            diameters, diameters, np.zeros_like(diameters), units='xy', offsets=np.stack([x.ravel(), y.ravel()], 1),
             offset_transform=axes.transData, facecolors='none', edgecolors=colours, linewidths=width))
 
 
 def _limits(values: NDArray[Any]) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
+    low, high = (float(each) for each in np.quantile(values, (_CLIPPED, 1 - _CLIPPED)))
     # a nearly constant map gets a scale of a tenth of its value, not of its rounding errors
     pad = max(0.05 * abs(high) - (high - low) / 2, 0.0)
     return low - pad, high + pad
+
+
+def _reach(weight: NDArray[Any]) -> float:
+    """Half the width of the scale of relative weights."""
+    return max(float(np.quantile(np.abs(weight), 1 - _CLIPPED)), 0.1)
+
+
+def _bars(sheet: Sheet, column: int, supports: Any, weights: Any) -> None:
+    """Colour bars under the columns of supports and weights."""
+    from matplotlib.ticker import MaxNLocator
+    for offset, (values, label) in enumerate(((supports, 'σ (px)'), (weights, 'log₂ (weight / uniform)'))):
+        sheet.figure.colorbar(values, cax=sheet.bar(column + offset), orientation='horizontal', label=label,
+                              ticks=MaxNLocator(3), extend='both', extendfrac=0.03)
+
+
+def _describe(maps: 'ContextMaps', size: tuple[int, int], group: int | None) -> str:
+    """Mean support of the groups that are drawn, and how far the groups lie apart."""
+    means = [support_in_pixels(maps, size, each).mean().item() for each in range(maps.sigma.shape[1])]
+    if group is not None:
+        return f'group {group} of {len(means)}, mean σ {means[group]:.3g} px'
+    text = f'mean σ {sum(means) / len(means):.3g} px'
+    return text if len(means) == 1 else f'{text} ({len(means)} groups: {min(means):.3g} to {max(means):.3g})'
 
 
 def supports_figure(
@@ -100,14 +127,14 @@ def supports_figure(
 
     The circles have a radius of one standard deviation of the pooling mask and the colour of the support map beside
     them. Supports are in pixels of the image; the weight map shows the binary logarithm of the weight over a uniform
-    one. Colour scales are those of the layer, over all rows.
+    one. Colour scales are those of the layer, over all rows, without the outermost 2 % of values at either end.
 
     Args:
         images: `(B, H, W, 3)` uint8.
         maps: `context_maps` of the same B images.
         layers: names of layers, or how many of them, spread over the model.
         row_labels: B labels.
-        group: group of channels to draw; the mean over groups if None.
+        group: group of channels to draw; the mean over groups of supports and of weights if None.
 
     Returns:
         A figure, to be written by `save_figure`.
@@ -142,12 +169,11 @@ def _draw_layer(
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.ticker import MaxNLocator
     size = images.shape[1:3]
     sigma = support_in_pixels(maps, size, group).numpy()
     weight = relative_weight(maps, group).numpy()
     scale = ScalarMappable(Normalize(*_limits(sigma)), matplotlib.colormaps['viridis'])
-    reach = max(float(np.abs(weight).max()), 0.1)
+    reach = _reach(weight)
     for row, image in enumerate(images):
         pale = 0.25 * 255 + 0.75 * image.astype(np.float32)
         overlay = sheet.panel(row, column)
@@ -155,9 +181,73 @@ def _draw_layer(
         _circles(overlay, sigma[row], maps, size, scale.to_rgba)
         show(sheet.panel(row, column + 1), sigma[row], size, norm=scale.norm, cmap=scale.cmap)
         shown = show(sheet.panel(row, column + 2), weight[row], size, vmin=-reach, vmax=reach, cmap='RdBu_r')
-    sheet.heading(column, column + 3, f'{name}: mean σ {sigma.mean():.3g} px', 'bold')
+    sheet.heading(column, column + 3, f'{name}: {_describe(maps, size, group)}', 'bold')
     for offset, title in enumerate(('supports, radius 1 σ', 'support map', 'pooling weight')):
         sheet.heading(column + offset, column + offset + 1, title, 'normal')
-    for offset, (values, label) in enumerate(((scale, 'σ (px)'), (shown, 'log₂ (weight / uniform)')), start=1):
-        sheet.figure.colorbar(
-            values, cax=sheet.bar(column + offset), orientation='horizontal', label=label, ticks=MaxNLocator(3))
+    _bars(sheet, column + 1, scale, shown)
+
+
+def _tiles(values: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
+    """Maps `(G, h, w)` side by side in a grid of (rows, columns), with a gap of NaN between them."""
+    count, height, width = values.shape
+    gap = max(1, round(0.06 * max(height, width)))
+    tiled = np.full((grid[0] * (height + gap) - gap, grid[1] * (width + gap) - gap), np.nan)
+    for index in range(count):
+        top, left = index // grid[1] * (height + gap), index % grid[1] * (width + gap)
+        tiled[top:top + height, left:left + width] = values[index]
+    return tiled
+
+
+def groups_figure(
+        images: NDArray[np.uint8],
+        maps: 'ContextMaps',
+        name: str,
+        row_labels: Sequence[str] | None = None,
+) -> 'Figure':
+    """Draws every group of channels of one context pool: a row per image; its support maps and weight maps as tiles.
+
+    Tiles are numbered row by row from 0. Units and colour scales are those of `supports_figure`.
+
+    Args:
+        images: `(B, H, W, 3)` uint8.
+        maps: maps of one context pool for the same B images.
+        name: name of the pool, for the heading.
+        row_labels: B labels.
+
+    Raises:
+        PlotDependencyError: matplotlib is not installed.
+        ValueError: images of another shape or number than the maps.
+    """
+    matplotlib = require_matplotlib()
+    check_images(images, row_labels)
+    if len(maps.sigma) != len(images):
+        raise ValueError(f'layer {name!r} has maps of {len(maps.sigma)} images, got {len(images)} images')
+    size, groups = images.shape[1:3], maps.sigma.shape[1]
+    grid = -(-groups // math.ceil(groups ** 0.5)), math.ceil(groups ** 0.5)
+    sigma, weight = (
+        np.stack([take(group).numpy() for group in range(groups)], 1)
+        for take in (lambda group: support_in_pixels(maps, size, group), lambda group: relative_weight(maps, group)))
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*_limits(sigma)), matplotlib.colormaps['viridis'])
+    reach = _reach(weight)
+    with matplotlib.rc_context(STYLE):
+        sheet = Sheet(len(images), 1, size[0] / size[1], per_layer=2, cell=2.3)
+        for row, image in enumerate(images):
+            axes = sheet.panel(row, 0)
+            show(axes, image, size)
+            if row_labels is not None:
+                sheet.label(axes, row_labels[row])
+            for column, values, options in (
+                    (1, sigma, dict(norm=scale.norm, cmap=scale.cmap)),
+                    (2, weight, dict(vmin=-reach, vmax=reach, cmap='RdBu_r'))):
+                axes = sheet.panel(row, column)
+                shown = show(axes, _tiles(values[row], grid), size, **options)
+                for group in range(groups):
+                    axes.text(group % grid[1] / grid[1], 1 - group // grid[1] / grid[0], f' {group}', fontsize=4.5,
+                              transform=axes.transAxes, ha='left', va='top', color='black',
+                              bbox=dict(facecolor='white', alpha=0.6, linewidth=0, pad=0.3))
+        sheet.heading(0, 1, 'image', 'normal')
+        sheet.heading(1, 3, f'{name}: {_describe(maps, size, None)}', 'bold')
+        sheet.heading(1, 2, 'support maps of the groups', 'normal')
+        sheet.heading(2, 3, 'pooling weights of the groups', 'normal')
+        _bars(sheet, 1, scale, shown)
+    return sheet.figure

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cpool_vision.cli import draw as cli
+from cpool_vision.cli import inspect as cli
 from cpool_vision.inspect import ContextMaps
 from cpool_vision.inspect.draw import (
     PlotDependencyError,
+    groups_figure,
     pick_layers,
     relative_weight,
     save_figure,
@@ -65,7 +66,8 @@ def test_figure_shows_every_layer_and_image() -> None:
     figure = supports_figure(fake_images(), maps, layers=['first', 'second'], row_labels=['cat', 'dog'])
     titles = [text.get_text() for text in figure.texts]
     mean = support_in_pixels(maps['second'], (32, 32)).mean().item()
-    assert f'second: mean σ {mean:.3g} px' in titles and not any('third' in title for title in titles)
+    assert any(title.startswith(f'second: mean σ {mean:.3g} px (2 groups: ') for title in titles)
+    assert not any('third' in title for title in titles)
     assert {'cat', 'dog'} <= {axes.get_ylabel() for axes in figure.axes}
     assert len(figure.axes) == 2 * 7 + 4  # two rows of panels, two colour bars per layer
 
@@ -82,6 +84,49 @@ def test_circles_stand_on_cell_centres_with_the_radius_of_the_support(grid, stri
     expected = 2 * support_in_pixels(maps, size)[0].numpy()[row, column]
     assert np.allclose(2 * np.asarray(circles._widths), expected)
     assert 1 <= len(expected) <= 49 and circles._units == 'xy'
+
+
+@pytest.mark.parametrize('sigma, per_side', [(0.2, 7), (2., 4), (20., 3)])
+def test_circles_leave_the_image_visible(sigma: float, per_side: int) -> None:
+    maps = ContextMaps(torch.zeros(1, 1, 14, 14), torch.full((1, 1, 14, 14), sigma), (14, 14), 1)
+    figure = supports_figure(fake_images(1, (224, 224)), {'only': maps})
+    centres = np.asarray(figure.axes[1].collections[-1].get_offsets())
+    assert len(centres) <= per_side ** 2 and len(set(centres[:, 0])) >= 3
+    assert per_side == 3 or np.diff(np.unique(centres[:, 0])).min() >= 2 * sigma * 16 - 1e-6
+
+
+def test_one_extreme_value_does_not_take_the_colour_scale() -> None:
+    logits, sigma = torch.zeros(1, 1, 16, 16), torch.linspace(1, 2, 256).view(1, 1, 16, 16).clone()
+    logits[0, 0, 0, 0], sigma[0, 0, 0, 0] = 50., 1000.
+    figure = supports_figure(fake_images(1, (16, 16)), {'only': ContextMaps(logits, sigma, (16, 16), 1)})
+    low, high = figure.axes[2].images[0].get_clim()
+    assert 1 <= low < 1.1 and 1.9 < high <= 2
+
+
+def test_the_summary_of_groups_is_the_mean_of_their_weights() -> None:
+    logits = torch.zeros(1, 2, 1, 4)
+    logits[0, 0, 0, 0] = 100.  # this group reads the first pixel alone, the other one all alike
+    maps = ContextMaps(logits, torch.tensor([1., 3.]).view(1, 2, 1, 1).expand(1, 2, 1, 4), (1, 4), 1)
+    share = relative_weight(maps)[0, 0].exp2() / 4
+    torch.testing.assert_close(share, torch.tensor([(1 + .25) / 2, .125, .125, .125]))
+    titles = [text.get_text() for text in supports_figure(fake_images(1, (8, 32)), {'only': maps}).texts]
+    assert 'only: mean σ 16 px (2 groups: 8 to 24)' in titles
+    assert any('group 1 of 2, mean σ 24 px' in text.get_text()
+               for text in supports_figure(fake_images(1, (8, 32)), {'only': maps}, group=1).texts)
+
+
+def test_every_group_has_a_tile() -> None:
+    sigma = torch.arange(1., 7).view(1, 6, 1, 1).expand(2, 6, 4, 4)
+    maps = ContextMaps(torch.randn(2, 6, 4, 4), sigma, (4, 4), 1)
+    figure = groups_figure(fake_images(), maps, 'only', ['cat', 'dog'])
+    tiles = np.ma.getdata(figure.axes[1].images[0].get_array())
+    assert tiles.shape == (4 + 1 + 4, 4 + 1 + 4 + 1 + 4)  # two rows of three
+    assert tiles[0, 0] == 8 and tiles[0, 5] == 16 and tiles[5, 10] == 48 and np.isnan(tiles[4, 0])
+    weights = np.ma.getdata(figure.axes[5].images[0].get_array())
+    assert np.allclose(weights[5:9, :4], relative_weight(maps, group=3)[1])
+    assert {'cat', 'dog'} <= {axes.get_ylabel() for axes in figure.axes}
+    with pytest.raises(ValueError, match="'only' has maps of 2 images, got 1"):
+        groups_figure(fake_images(1), maps, 'only')
 
 
 def test_constant_maps_can_be_drawn() -> None:
@@ -128,9 +173,12 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_draws_the_built_in_set(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / 'supports.png')
     arguments = ['vit_micro_cpool_patch4_32', '-o', path, '--num-images', '2', '--dpi', '40']
-    assert cli.main([*arguments, '--layers', 'blocks.1.cpool_attn']) == 0
-    assert capsys.readouterr().out.strip() == path
-    assert math.prod(Image.open(path).size) > 5000
+    groups = str(tmp_path / 'groups.png')
+    assert cli.main([*arguments, '--layers', 'blocks.1.cpool_attn', '--groups', groups]) == 0
+    out, err = capsys.readouterr()
+    assert out.split() == [path, groups]
+    assert math.prod(Image.open(path).size) > 5000 and math.prod(Image.open(groups).size) > 5000
+    assert 'vit_micro_cpool_patch4_32 has random weights' in err
 
 
 def test_command_draws_files_through_a_map_model(tmp_path: pathlib.Path) -> None:

@@ -46,21 +46,18 @@ def test_everything_of_a_model(tmp_path: pathlib.Path, capsys) -> None:
     assert all(4 < value < 28 for value in field['pools_off']['centre_px'])
     assert 0 < field['pools_off']['radius_50_px'] < field['pools_off']['radius_90_px'] < 32
     page = check_page(paths[5].read_text(encoding='utf-8'))
-    assert len(page.images) == 4
+    assert len(page.images) == 5
     for text in ('Context pools of vit_micro_cpool_patch4_32', 'blocks.4.cpool_attn', f'{numbers["parameters"]:,}',
-                 f'{numbers["layers"][0]["mean_px"]:.3g}', f'{field["pools_off"]["radius_90_px"]:.4g}', 'fresh'):
+                 f'{numbers["layers"][0]["mean_px"]:.3g}', f'{field["pools_off"]["radius_90_px"]:.4g}', 'random'):
         assert text in page.text
 
 
-def test_the_sheet_is_that_of_cpool_draw(tmp_path: pathlib.Path, capsys) -> None:
-    from cpool_vision.cli import draw
-
+def test_options_may_stand_before_the_images(tmp_path: pathlib.Path, capsys) -> None:
     photo = tmp_path / 'photo.png'
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(photo)
     common = ['local-dir:models/resnet_micro_cpool_32.cifar10', str(photo), '--dpi', '40']
-    # options may stand before the images as well
     run(capsys, common[0], '-o', tmp_path / 'a.png', *common[1:])
-    assert draw.main([*common, '-o', str(tmp_path / 'b.png')]) == 0
+    run(capsys, *common, '-o', tmp_path / 'b.png')
     assert np.array_equal(Image.open(tmp_path / 'a.png'), Image.open(tmp_path / 'b.png'))
 
 
@@ -128,7 +125,7 @@ def test_report_of_a_run_with_its_model(run_folder: pathlib.Path, tmp_path: path
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['resnet_micro_cpool_32'], 'nothing to write: give one of --output, --footprints'),
+    (['resnet_micro_cpool_32'], 'nothing to write: give one of --output, --groups, --footprints'),
     (['--html', 'OUT.html'], '--html needs a MODEL'),
     (['--run', 'RUN', '-o', 'OUT.png'], "--run 'RUN' goes into a report: add --html FILE"),
     (['--run', 'RUN', '--html', 'OUT.html', '--json', 'OUT.json'], '--json needs a MODEL'),
