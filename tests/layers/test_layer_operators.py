@@ -39,8 +39,8 @@ def operators(pool, x, autocast):
 def make(form, **kwargs):
     if form == 'tokens':
         return TokenContextPool(32, 1, grid_size=(4, 4), groups=4, **kwargs), torch.randn(2, 17, 32)
-    x = torch.randn(2, 32, 8, 8)
-    return ContextPool2d(32, groups=4, **kwargs), x.to(memory_format=torch.channels_last) if form == 'nhwc' else x
+    layout = torch.channels_last if form == 'nhwc' else torch.contiguous_format
+    return (t.to(memory_format=layout) for t in (ContextPool2d(32, groups=4, **kwargs), torch.randn(2, 32, 8, 8)))
 
 
 # Most operators forward and backward.
