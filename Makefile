@@ -64,8 +64,10 @@ demo: $(VENV)/.installed-plot
 		--workers 0 --results-file $(DEMO_RUN)/validation.csv
 	$(BIN)/python -m cpool_vision.cli.inspect $(DEMO_MODEL) --checkpoint $(DEMO_BEST) --num-classes 10 \
 		--output $(DEMO_RUN)/supports.png
+	$(BIN)/python -m benchmarks.adaptation -o $(DEMO_RUN)/adaptation.png
 	@echo
 	@echo 'checkpoint  $(DEMO_BEST)'
 	@echo 'epochs      $(DEMO_RUN)/summary.csv'
 	@echo 'validation  $(DEMO_RUN)/validation.csv'
 	@echo 'supports    $(DEMO_RUN)/supports.png'
+	@echo 'adaptation  $(DEMO_RUN)/adaptation.png'

@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--results', type=Path, help='JSON file that keeps the figures, as in benchmarks.study')
     parser.add_argument('--plot', type=Path, help='accuracy against cost goes here, the contrasts to *_contrasts.png')
     parser.add_argument(
-        '--write', type=Path, help='Markdown file with the markers of benchmarks.study, and STEM contrasts')
+        '--write', type=Path, help='Markdown with markers, as in benchmarks.study: STEM, STEM contrasts, STEM test')
     return parser
 
 
@@ -105,8 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if study.contrasts:
             draw_contrasts(study, results, args.plot.with_name(f'{args.plot.stem}_contrasts.png'), metric)
     if args.write:
-        for name, text in tables.items():
-            write_between(args.write, f'<!-- study {name} -->', f'<!-- /study {name} -->', text)
+        page = args.write.read_text(encoding='utf-8')
+        there = [name for name in tables if f'<!-- study {name} -->' in page]
+        for name in there:
+            write_between(args.write, f'<!-- study {name} -->', f'<!-- /study {name} -->', tables[name])
+        if not there:
+            raise SystemExit(f'{args.write} has no markers <!-- study {args.study.stem} -->: add them')
     if failed:
         print(f'these arms failed: {", ".join(failed)}')
     return 1 if failed else 0
