@@ -28,7 +28,7 @@ ARROWS = {
     'layers': {'ops'},
     'models': {'layers', 'ops'},
     'inspect': {'layers', 'ops'},
-    'retrofit': {'layers', 'models'},
+    'retrofit': {'inspect', 'layers', 'models'},
     'data': set(),
     'engine': {'data', 'inspect'},
     'cli': {'data', 'engine', 'inspect', 'retrofit'},
@@ -245,6 +245,61 @@ def test_public_names_have_docstrings() -> None:
                 if not ast.get_docstring(node):
                     bare.append(f'{path.relative_to(ROOT)}:{node.lineno} {node.name}')
     assert bare == []
+
+
+def long_functions(tree: ast.AST, most: int = 60) -> list[str]:
+    """Functions with more lines, docstring included."""
+    return [f'{node.name} {node.end_lineno - node.lineno + 1}' for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= most]
+
+
+def test_functions_and_files_of_the_engine_stay_short() -> None:
+    paths = [path for room in ('engine', 'cli') for path in sorted((PACKAGE / room).rglob('*.py'))]
+    assert {str(path): long for path in paths if (long := long_functions(parsed(path)))} == {}
+    assert [str(path) for path in paths if len(path.read_text(encoding='utf-8').splitlines()) > 350] == []
+
+
+def test_long_functions_are_found() -> None:
+    text = 'def f():\n' + '    x = 1\n' * 60
+    assert long_functions(ast.parse(text)) == ['f 61'] and not long_functions(ast.parse(text[:-10]))
+
+
+# PyTorch has one error for every end of a worker, and only words say which
+_DECIDING = ('replace', 'startswith', 'endswith', 'search', 'match', 'find')
+BY_WORDS = {'engine/data/worker.py'}
+
+
+def decisions_by_words(tree: ast.AST) -> Iterator[int]:
+    """Lines that decide by the words of an error, or change them: `'x' in str(error)`, `str(error).replace(...)`."""
+    for handler in ast.walk(tree):
+        if not isinstance(handler, ast.ExceptHandler) or handler.name is None:
+            continue
+        texts = {f'str({handler.name})', f'repr({handler.name})', f'{handler.name}.args[0]', f'{handler.name}.msg'}
+        for node in ast.walk(handler):
+            if isinstance(node, ast.Assign) and any(text in ast.unparse(node.value) for text in texts):
+                texts |= {each.id for each in node.targets if isinstance(each, ast.Name)}
+        for node in ast.walk(handler):
+            if isinstance(node, ast.Compare) and texts & {ast.unparse(each) for each in ast.walk(node)}:
+                yield node.lineno
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                inside = {ast.unparse(each) for each in (node.func.value, *node.args)}
+                if node.func.attr in _DECIDING and texts & inside:
+                    yield node.lineno
+
+
+def test_no_decision_hangs_on_the_words_of_an_error() -> None:
+    found = [f'{path}:{line}' for path in sources('cpool_vision', 'benchmarks')
+             if not any(path.match(name) for name in BY_WORDS) for line in decisions_by_words(parsed(path))]
+    assert found == []
+    assert all(list(decisions_by_words(parsed(PACKAGE / name))) for name in BY_WORDS)
+
+
+@pytest.mark.parametrize('code, count', [
+    ("if 'x' in str(e): pass", 1), ("raise A(str(e).replace('a', 'b'))", 1), ("t = str(e)\n if R.search(t): pass", 1),
+    ("if str(e).startswith('x'): pass", 1), ("if e.args[0] == 'x': pass", 1),
+    ("raise A(f'{e}: do so') from e", 0), ("raise A(' '.join(str(e).split()))", 0), ('if e.errno == 2: pass', 0)])
+def test_decisions_by_words_are_found(code: str, count: int) -> None:
+    assert len(list(decisions_by_words(ast.parse(f'try: pass\nexcept E as e:\n {code}')))) == count
 
 
 def test_files_stay_short() -> None:

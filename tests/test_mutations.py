@@ -81,8 +81,7 @@ FAULTS = {
         'engine/train/loop.py', 'seed_everything(settings.seed, runtime.rank, epoch, step + 1)', 'pass',
         RESUME + '::test_a_run_that_breaks_off_inside_an_epoch_ends_as_the_uninterrupted_one[plain-1-stops0]'),
     'statistics keep a trace of a skipped update': Fault(
-        'engine/train/loop.py', 'buffers.restore()\n                    if scaler',
-        'pass\n                    if scaler',
+        'engine/train/loop.py', 'buffers.restore()\n    if run', 'pass\n    if run',
         ENGINE + 'train/test_engine_nonfinite.py::test_a_skipped_update_leaves_no_trace'),
     'every process takes the same images': Fault(
         'engine/data/sampling.py', '* self.world_size + self.rank', '* self.world_size',

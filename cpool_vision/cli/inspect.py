@@ -229,6 +229,7 @@ def _check(args: argparse.Namespace) -> list[str]:
     """
     from cpool_vision.engine.validate.results import check_writable
     from cpool_vision.errors import ConfigError
+    from cpool_vision.inspect.canvas import check_suffix
 
     wanted = [name for name in _FLAGS if getattr(args, name)]
     if not wanted:
@@ -242,10 +243,8 @@ def _check(args: argparse.Namespace) -> list[str]:
     for name in wanted:
         path = getattr(args, name)
         if name in _FIGURES:
-            # as the drawing functions do, which make missing folders
-            suffix = os.path.splitext(path)[1].lower()
-            if suffix not in ('.png', '.pdf', '.svg'):
-                raise ConfigError(f'{_FLAGS[name]} {path!r} must end in .png, .pdf or .svg')
+            with drawing(_FLAGS[name], path):
+                check_suffix(path)
         else:
             check_writable(path, _FLAGS[name])
     return wanted

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from cpool_vision.engine.settings.shared_flags import add_version_arg
 
 from . import common
+from .pictures import drawing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,19 +26,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _plot(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     from cpool_vision.engine.tracking.run_plots import read_run, runs_figure
-    from cpool_vision.errors import ConfigError, OutputError
-    from cpool_vision.inspect.draw import PlotDependencyError, save_figure
+    from cpool_vision.errors import ConfigError
+    from cpool_vision.inspect.canvas import save_figure
 
     if args.dpi < 1:
         raise ConfigError(f'--dpi must be >= 1, got {args.dpi}')
     runs = [read_run(folder) for folder in args.runs]
-    try:
+    with drawing('--output', args.output):
         save_figure(runs_figure(runs), args.output, args.dpi)
-    except (PlotDependencyError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    except OSError as error:
-        raise OutputError(f'--output {args.output!r} cannot be written ({error.strerror}): name another file') \
-            from error
     print(args.output)
 
 

@@ -74,7 +74,8 @@ def _retrofit(argv: Sequence[str] | None) -> None:
     try:
         save_model(model, args.output, force=args.force)
     except FileExistsError as error:
-        raise OutputError(str(error).replace('force it', 'pass --force')) from error
+        raise OutputError(f'--output {args.output!r} holds a model, or is a file: pass --force to replace the model, '
+                          'or name another folder') from error
     except OSError as error:
         raise OutputError(f'--output {args.output!r} cannot be written ({error.strerror or error}): name another '
                           'folder') from error

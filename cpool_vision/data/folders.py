@@ -49,7 +49,32 @@ def walk_files(folder: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str
                         _logger.warning('%s is no regular file: it is left out.', one_line(entry.path))
 
 
-class FolderReader(Reader):
+class PathReader(Reader):
+    """Reader of timm's `ImageDataset` over files with a path each.
+
+    Attributes:
+        root: folder that names of samples start from.
+        samples: path and target of each image.
+    """
+
+    root: str
+    samples: list[tuple[str, Any]]
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        path, target = self.samples[index]
+        return open_regular(path), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
+
+
+class FolderReader(PathReader):
     """Reader of timm's `ImageDataset` for a folder: samples and classes as timm's own reader finds them.
 
     A class is named by the last folder above an image.
@@ -86,19 +111,6 @@ class FolderReader(Reader):
         if not self.samples:
             raise RuntimeError(f'there is no image in class folders below {root!r}; endings that count: '
                                f'{", ".join(sorted(endings))}')
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        return open_regular(path), target
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        if basename:
-            return os.path.basename(path)
-        return path if absolute else os.path.relpath(path, self.root)
 
 
 class SafeImageFolder(ImageFolder):

@@ -1,9 +1,8 @@
 """Looking into trained models."""
 from .footprints import Footprints, gaussian_footprints, grid_points
-from .histogram import SupportHistogram, support_histogram
 from .maps import ContextMaps, context_maps
 from .receptive_field import ReceptiveField, effective_receptive_field, without_pools
-from .supports import SupportStatistics, support_statistics
+from .supports import SupportHistogram, SupportStatistics, support_histogram, support_statistics
 
 __all__ = [
     'ContextMaps', 'Footprints', 'ReceptiveField', 'SupportHistogram', 'SupportStatistics', 'context_maps',

@@ -1,11 +1,12 @@
 """What the pictures have in common: style, panels at exact places, and writing them whole."""
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,11 +15,16 @@ STYLE = {
     'font.family': 'sans-serif',
     'font.size': 7,
     'axes.labelsize': 7,
+    'axes.titlesize': 7,
     'axes.linewidth': 0.5,
     'xtick.labelsize': 6,
     'ytick.labelsize': 6,
     'xtick.major.width': 0.5,
+    'ytick.major.width': 0.5,
     'xtick.major.size': 2,
+    'ytick.major.size': 2,
+    'legend.fontsize': 6,
+    'legend.frameon': False,
     'pdf.fonttype': 42,
     'svg.fonttype': 'none',
 }
@@ -141,15 +147,6 @@ def save_figure(figure: 'Figure', path: str, dpi: int = 200) -> None:
         OSError: the folder cannot be written.
     """
     check_suffix(path)
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=os.path.splitext(path)[1], prefix='.draw-', dir=folder)
-    os.close(handle)
-    try:
-        with require_matplotlib().rc_context(STYLE):
-            figure.savefig(temporary, dpi=dpi)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with require_matplotlib().rc_context(STYLE):
+        write_atomic(path, lambda file: figure.savefig(file, dpi=dpi, format=os.path.splitext(path)[1][1:].lower()))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .canvas import STYLE, Sheet, check_images, new_figure, require_matplotlib, show
 from .draw import pick_layers
-from .histogram import layer_supports
+from .supports import layer_supports
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

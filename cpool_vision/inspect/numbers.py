@@ -7,10 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from .footprints import Footprints
-from .histogram import layer_supports, support_histogram
 from .maps import ContextMaps
 from .receptive_field import ReceptiveField
-from .supports import QUANTILES
+from .supports import QUANTILES, layer_supports, support_histogram
 
 
 def _plain(values: Tensor) -> list[Any]:

@@ -197,16 +197,9 @@ def add_context_pool(
     del finder
     options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'support_init': support_init,
                'hidden_dim': hidden_dim, 'backend': backend}
-    attached: list[nn.Module] = []
     try:
         for place, runs in zip(chosen, native, strict=True):
-            module = model.get_submodule(place.name)
-            parameter = next(p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point())
-            pool = make_pool(place.features.layout, place.features.dim, place.features.prefix, place.features.grid,
-                             device=parameter.device, dtype=parameter.dtype, **options)
-            pool.train(module.training)
-            attach(module, pool, place.side, runs, place.index)
-            attached.append(module)
+            _attach_pool(model, place, runs, options)
         followers = [pool for pool in context_pools(model).values() if isinstance(pool, GridContextPool)]
         if followers and image_reader is not None:
             follow_images(model.get_submodule(image_reader), followers)
@@ -216,15 +209,31 @@ def add_context_pool(
                 f'{type(model).__name__} does not give the same output with untrained pools at '
                 f"{', '.join(place.name for place in chosen)}: choose other positions or stages")
     except BaseException:
-        unfollow_images(model)
-        for module in attached:
-            detach(module)
+        _detach_pools(model)
         raise
     args = {f'cpool_{key}': value for key, value in options.items() if value is not None}
     # the places themselves are kept: a saved model stays rebuildable whatever the choice of places depends on
     args['cpool_places'] = [place.name if place.side == 'output' else f'{place.name}:input' for place in chosen]
     _record_args(model, args)
     return model
+
+
+def _attach_pool(model: nn.Module, place: Place, native: bool, options: dict[str, Any]) -> None:
+    module = model.get_submodule(place.name)
+    parameter = next(p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point())
+    pool = make_pool(place.features.layout, place.features.dim, place.features.prefix, place.features.grid,
+                     device=parameter.device, dtype=parameter.dtype, **options)
+    pool.train(module.training)
+    attach(module, pool, place.side, native, place.index)
+
+
+def _detach_pools(model: nn.Module) -> list[str]:
+    """Takes out all pools that `attach` put in, and names the modules that had one."""
+    names = [name.rpartition('.')[0] for name in context_pools(model) if name.rpartition('.')[2] == 'cpool']
+    unfollow_images(model)
+    for name in names:
+        detach(model.get_submodule(name))
+    return names
 
 
 def _record_args(model: Any, args: dict[str, Any]) -> None:
@@ -244,12 +253,8 @@ def remove_context_pool(model: Any) -> Any:
     Raises:
         ValueError: The model holds no pool of `add_context_pool`.
     """
-    names = [name.rpartition('.')[0] for name in context_pools(model) if name.rpartition('.')[2] == 'cpool']
-    if not names:
+    if not _detach_pools(model):
         raise ValueError(f'{type(model).__name__} holds no context pool that add_context_pool put in')
-    unfollow_images(model)
-    for name in names:
-        detach(model.get_submodule(name))
     if hasattr(model, '_base_cfg'):
         cfg, args = model._base_cfg
         model.pretrained_cfg = model.default_cfg = cfg

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from typing import Any
 
-from timm.models import create_model
+from timm.models import create_model, is_model
 
 from ..models._compat import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from .add import ARCHITECTURE, add_context_pool
@@ -48,6 +48,8 @@ def contextpool_retrofit(
     if not isinstance(base, str) or not base or ':' in base or base.partition('.')[0] == ARCHITECTURE:
         raise ValueError(f'{ARCHITECTURE} needs the registered name of a base model, got base={base!r}: pass base, '
                          "for example base='resnet18'")
+    if not is_model(base.partition('.')[0]):
+        raise ValueError(f'unknown base model {base!r}: timm.list_models() lists the names')
     pool_args = {key[len('cpool_'):]: kwargs.pop(key) for key in list(kwargs) if key.startswith('cpool_')}
     unknown = sorted(set(pool_args) - set(POOL_KEYS))
     if unknown:
@@ -58,14 +60,9 @@ def contextpool_retrofit(
     feature_args: dict[str, Any] = {key: kwargs.pop(key) for key in ('out_indices', 'feature_cls') if key in kwargs}
     cache_dir = kwargs.pop('cache_dir', None)
     source_args = kwargs.pop('pretrained_model_args', None)
-    try:
-        model: Any = create_model(
-            base, pretrained=pretrained and cfg is None, cache_dir=cache_dir,
-            pretrained_cfg_overlay=None if cfg else pretrained_cfg_overlay, **_base_args(cfg, kwargs))
-    except RuntimeError as error:
-        if 'Unknown model' not in str(error):
-            raise
-        raise ValueError(f'unknown base model {base!r}: timm.list_models() lists the names') from error
+    model: Any = create_model(
+        base, pretrained=pretrained and cfg is None, cache_dir=cache_dir,
+        pretrained_cfg_overlay=None if cfg else pretrained_cfg_overlay, **_base_args(cfg, kwargs))
     add_context_pool(model, **pool_args)
     args = model._model_args
     if cfg is None:

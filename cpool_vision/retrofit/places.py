@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inspect.maps import kept_modes
 from .pools import solve_grid
 
 POSITIONS = ('stage', 'post_block', 'pre_attn')
@@ -68,14 +69,8 @@ def _tensor(value: Any, index: int = 0) -> Tensor | None:
 
 def run_eval(model: nn.Module, x: Tensor) -> Any:
     """`model(x)` in eval mode without gradients; the mode of every module is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            return model(x)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with kept_modes(model), torch.no_grad():
+        return model(x)
 
 
 def _record(model: nn.Module, x: Tensor, shapes: 'Shapes') -> dict[str, _Record]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..inspect.maps import kept_modes
 from .attach import NAME, attach, detach
 from .places import Features, NoPlaceError, Place, entry, run_eval
 
@@ -117,18 +118,14 @@ def runs_children(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool
 def _fixed(model: nn.Module) -> Iterator[None]:
     """Eval mode and gradients for no parameter; both are restored."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with kept_modes(model), torch.enable_grad():
             yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
 
 
 def reaches_output(model: nn.Module, x: Tensor, places: list[Place], native: list[bool]) -> list[bool]:

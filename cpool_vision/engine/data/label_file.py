@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.reader import Reader
 from timm.data.readers.targets import get_field, has_field, parse_target_keys
 from timm.utils import natural_key
 
+from cpool_vision.data.folders import PathReader
 from cpool_vision.errors import DatasetError, DatasetNotFoundError
-from cpool_vision.reading import open_regular
 
 NAMES = ('labels.csv', 'labels.jsonl', 'metadata.csv', 'metadata.jsonl')
 SEPARATOR = '|'
@@ -230,14 +229,14 @@ def _index_of(table: LabelTable, line: int, label: Any, classes: Mapping[str, in
     if isinstance(label, int) or not classes and label.isdecimal():
         if 0 <= int(label) < num_classes:
             return int(label)
-        raise table.fault(line, f'{label} is no class below {num_classes}: set --num-classes, or mend it')
+        raise table.fault(line, f'{label} is no class below {num_classes}: set --num-classes, or fix it')
     close = difflib.get_close_matches(label, classes, n=1)
     hint = f'did you mean {close[0]!r}?' if close else f'known are {next(iter(classes))!r} and {len(classes) - 1} more'
     raise table.fault(line, f'unknown label {label!r}: {hint} (the classes are those of --class-map, or of the '
                             'checkpoint or split before)')
 
 
-class LabelFileReader(Reader):
+class LabelFileReader(PathReader):
     """Reader of timm's `ImageDataset`: a sample is an image file and a list of class numbers, which may be empty.
 
     Args:
@@ -272,20 +271,6 @@ class LabelFileReader(Reader):
         classes = load_class_map(class_map, root) if class_map else _number_names(table, num_classes)
         self.class_to_idx: dict[str, int] = dict(classes)
         self.samples = list(_place(table, root, classes, num_classes))
-
-    def __getitem__(self, index: int) -> tuple[Any, list[int]]:
-        path, labels = self.samples[index]
-        return open_regular(path), labels
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        if basename:
-            return os.path.basename(path)
-        return path if absolute else os.path.relpath(path, self.root)
-
 
 def _place(table: LabelTable, root: str, classes: Mapping[str, int], num_classes: int,
            ) -> Iterator[tuple[str, list[int]]]:

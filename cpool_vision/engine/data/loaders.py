@@ -75,26 +75,9 @@ def build_train_loader(
         settings, classes, settings.train_split, True, image_mode(settings, data_config), settings.train_num_samples)
     order = _order_of(dataset, settings, runtime)
     mix = mixing(settings, classes.count)
-    if settings.aug_splits > 1:
-        dataset = AugMixDataset(dataset, num_splits=settings.aug_splits)
     try:
-        built = create_loader(
-            dataset,
-            batch_size=settings.batch_size,
-            is_training=True,
-            re_split=settings.resplit,
-            num_aug_splits=settings.aug_splits,
-            num_workers=settings.workers,
-            collate_fn=FastCollateMixup(**mix) if mix and not settings.no_prefetcher else None,
-            worker_seeding=settings.worker_seeding,
-            persistent_workers=False,
-            input_size_choices=settings.train_img_sizes,
-            batch_size_choices=settings.train_batch_sizes,
-            batch_choice_weights=settings.train_size_probs,
-            **augmentation(settings, data_config),
-            **_common(settings, runtime, data_config),
-        )
-        inner = built.loader if isinstance(built, PrefetchLoader) else built
+        built: Any = _timm_loader(settings, runtime, data_config, dataset, mix)
+        inner = _stream(built)
         if order is None:
             stream: Any = StreamedTrainStream(inner, settings.seed, runtime.rank)
         else:
@@ -116,6 +99,29 @@ def build_train_loader(
         prefetcher.random_erasing = KeyedErasing(
             prefetcher.random_erasing, stream, settings.seed, runtime.rank, runtime.device)
     return prefetcher, None
+
+
+def _timm_loader(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], dataset: Any,
+                 mix: dict[str, Any]) -> Any:
+    """timm's own loader, of which transforms, collation and prefetcher are used."""
+    if settings.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=settings.aug_splits)
+    return create_loader(
+        dataset,
+        batch_size=settings.batch_size,
+        is_training=True,
+        re_split=settings.resplit,
+        num_aug_splits=settings.aug_splits,
+        num_workers=settings.workers,
+        collate_fn=FastCollateMixup(**mix) if mix and not settings.no_prefetcher else None,
+        worker_seeding=settings.worker_seeding,
+        persistent_workers=False,
+        input_size_choices=settings.train_img_sizes,
+        batch_size_choices=settings.train_batch_sizes,
+        batch_choice_weights=settings.train_size_probs,
+        **augmentation(settings, data_config),
+        **_common(settings, runtime, data_config),
+    )
 
 
 def _order_of(dataset: Any, settings: LoaderSettings, runtime: Runtime) -> EpochOrder | None:

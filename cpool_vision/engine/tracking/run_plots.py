@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpool_vision.errors import ConfigError
-from cpool_vision.inspect.canvas import new_figure, require_matplotlib
+from cpool_vision.inspect.canvas import STYLE, new_figure, require_matplotlib
 from cpool_vision.reading import one_line
 
 from .table import is_spoilt, read_rows
@@ -18,11 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SUMMARY = 'summary.csv'
-_STYLE: Any = {
-    'font.size': 7, 'axes.linewidth': 0.5, 'axes.labelsize': 7, 'axes.titlesize': 7, 'xtick.labelsize': 6,
-    'ytick.labelsize': 6, 'xtick.major.width': 0.5, 'ytick.major.width': 0.5, 'xtick.major.size': 2,
-    'ytick.major.size': 2, 'legend.fontsize': 6, 'legend.frameon': False, 'lines.linewidth': 1.,
-    'axes.spines.top': False, 'axes.spines.right': False}
+_STYLE: dict[str, Any] = {
+    **STYLE, 'lines.linewidth': 1., 'axes.spines.top': False, 'axes.spines.right': False}
 # panel of scores by what a run is measured by: its title, and the columns drawn solid and dashed
 _SCORES = {
     'accuracy (%)': (('eval_top1', 'top-1'), ('eval_top5', 'top-5')),

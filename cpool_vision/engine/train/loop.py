@@ -58,14 +58,13 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     Raises:
         NonFiniteLossError: loss or gradient are NaN or infinite; the weights are those before the failing update.
     """
-    settings, runtime, optimizer, scaler = run.settings, run.runtime, run.optimizer, run.loss_scaler
+    settings, runtime, optimizer = run.settings, run.runtime, run.optimizer
     task: Any = run.task
     run.enter(epoch)
     first, batches, accum = run.position.batch, len(run.loader), settings.grad_accum_steps
     second_order = bool(getattr(optimizer, 'is_second_order', False))
     buffers = _Buffers(task.get_trainable_module(), settings.nonfinite == 'skip')
     group: list[tuple[torch.Tensor, int]] = []
-
     task.get_trainable_module().train()
     optimizer.zero_grad()
     with progress(batches, f'Epoch {epoch}', runtime.primary, settings.log_interval, first) as shown:
@@ -75,8 +74,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             complete = last or (step + 1) % accum == 0
             image, target = _to_device(run, image, target)
             reporter.begin_batch()
-            if not run.rehearsed:
-                _rehearse(run, image, target)
+            _rehearse(run, image, target)
             if not group:
                 buffers.keep()
             seed_everything(settings.seed, runtime.rank, epoch, step + 1)  # trailing zeros would not count
@@ -86,17 +84,12 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
                 with runtime.precision.autocast():
                     loss = task(image, target)['loss']
                 scale = _batch_scale(run, len(target)) / group_size(step, batches, accum)
-                scaler.scale(loss * scale).backward(create_graph=second_order)
+                run.loss_scaler.scale(loss * scale).backward(create_graph=second_order)
             group.append((loss.detach(), len(target)))
             reporter.end_batch(len(target))
             if complete:
                 verdict, sound = _judge(run, group, step)
-                if sound:
-                    _step(run, group)
-                else:
-                    buffers.restore()
-                    if scaler.is_enabled():
-                        scaler.update()  # ends the unscaled state
+                _step(run, group) if sound else _leave_out(run, buffers)
                 optimizer.zero_grad()
                 group.clear()
                 _move(run, step + 1, sound)
@@ -122,6 +115,13 @@ def _step(run: Run, group: list[tuple[torch.Tensor, int]]) -> None:
     task.update_ema(step=run.updates_before(run.position) + 1)
 
 
+def _leave_out(run: Run, buffers: '_Buffers') -> None:
+    """An update that is not sound leaves no trace."""
+    buffers.restore()
+    if run.loss_scaler.is_enabled():
+        run.loss_scaler.update()  # ends the unscaled state
+
+
 def _move(run: Run, batch: int, sound: bool) -> None:
     """The run stands behind an update now, also one that was left out."""
     if run.settings.synchronize_step:
@@ -132,15 +132,15 @@ def _move(run: Run, batch: int, sound: bool) -> None:
 
 
 def _rehearse(run: Run, image: torch.Tensor, target: torch.Tensor) -> None:
-    """Lets DDP arrange its buckets before the first update of a launch.
+    """Lets DDP arrange its buckets before the first update of a launch; does nothing later.
 
     DDP reorders the gradients in its buckets after the first backward pass. With three processes or more the order
     decides in which order the addends of a gradient are summed, so that the first update after a resume would differ
     in the last bits from the same update amid a run. One pass on the first batch, without effect, takes that ahead.
     """
-    run.rehearsed = True
-    if run.runtime.world_size < 3:
+    if run.rehearsed or run.runtime.world_size < 3:
         return
+    run.rehearsed = True
     task: Any = run.task
     buffers = _Buffers(task.get_trainable_module(), True)
     buffers.keep()

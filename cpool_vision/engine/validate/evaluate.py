@@ -43,20 +43,34 @@ class Rows:
     Args:
         loader: the loader.
         distributed: whether other processes share the data set.
+
+    Attributes:
+        numbers: of the images so far.
     """
 
     def __init__(self, loader: Any, distributed: bool = False) -> None:
         self.limit = evaluation_sample_limit(loader)
+        self.distributed = distributed
         self.rank, self.world_size = 0, 1
         if distributed:
             self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.seen = 0
+        self.numbers: list[int] = []
+        self._unreadable: list[torch.Tensor] = []
 
-    def take(self, count: int) -> list[int]:
-        """Numbers of the images in the next `count` rows; those after them are padding."""
-        first, self.seen = self.seen, self.seen + count
+    def take(self, target: torch.Tensor) -> list[int]:
+        """Numbers of the images in the rows of a batch; those after them are padding."""
+        first, self.seen = self.seen, self.seen + len(target)
         last = self.seen if self.limit is None else min(self.seen, self.limit)
-        return [self.rank + row * self.world_size for row in range(first, last)]
+        positions = [self.rank + row * self.world_size for row in range(first, last)]
+        self.numbers += positions
+        self._unreadable.append(unreadable_rows(target[:len(positions)]))
+        return positions
+
+    def unreadable(self) -> list[int]:
+        """Numbers of the images of all processes that could not be decoded; every process must call it."""
+        rows = torch.cat(self._unreadable).nonzero().flatten().tolist() if self._unreadable else []
+        return gather_numbers([self.numbers[row] for row in rows], self.distributed)
 
 
 def first_output(output: Any) -> torch.Tensor:
@@ -97,6 +111,15 @@ def fill_batch(image: Any, size: int) -> Any:
     return torch.cat([image, image[:1].expand(missing, *image.shape[1:])]) if missing > 0 else image
 
 
+def _prepare(image: Any, target: torch.Tensor, runtime: Runtime, prefetched: bool, channels_last: bool, fill: int,
+             ) -> tuple[Any, torch.Tensor]:
+    if not prefetched:
+        image = image.to(device=runtime.device, dtype=runtime.precision.model_dtype)
+        target = target.to(device=runtime.device)
+    image = fill_batch(image, fill)
+    return image.contiguous(memory_format=torch.channels_last) if channels_last else image, target
+
+
 def gather_numbers(numbers: list[int], distributed: bool) -> list[int]:
     """Sorted union of the integers of all processes; every process must call it."""
     if not distributed:
@@ -122,7 +145,7 @@ def evaluate(
         tally: Tally | None = None,
         on_batch: Callable[[torch.Tensor, torch.Tensor, list[int]], None] | None = None,
 ) -> Evaluation:
-    """Runs a model over a loader.
+    """Runs a model over a loader; every image counts once.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes); left in eval mode.
@@ -130,59 +153,41 @@ def evaluate(
         runtime: where to compute; the counts of all its processes are added.
         prefetched: the loader puts normalised images on the device itself.
         channels_last: layout of the images.
-        log_interval: batches between log lines.
-        title: text of log lines.
+        log_interval, title: batches between log lines, and their text.
         valid_labels: outputs that compete; targets are positions in this list.
         views: 2 to average the logits of each image and its mirror image.
         fill: size that every batch is filled up to, so that an image gives the same logits in whichever it is.
         tally: takes the metrics; a plain `Tally` if None.
         on_batch: called with logits and targets of each batch and the numbers of its images, padding left out.
 
-    Returns:
-        Metrics over all images, each counted once.
-
     Raises:
         DatasetError: images without a label, or with one that is no class.
     """
     model.eval()
-    device, distributed = runtime.device, runtime.distributed
-    tally = tally or Tally(device)
-    rows = Rows(loader, distributed)
-    numbers: list[int] = []
-    bad: list[torch.Tensor] = []
-    total = len(loader)
-    start, images = time.perf_counter(), 0
+    tally = tally or Tally(runtime.device)
+    rows, total, start = Rows(loader, runtime.distributed), len(loader), time.perf_counter()
     with progress(total, title, runtime.primary, log_interval) as shown:
         for step, (image, target) in enumerate(loader):
-            if not prefetched:
-                image = image.to(device=device, dtype=runtime.precision.model_dtype)
-                target = target.to(device=device)
-            image = fill_batch(image, fill)
-            if channels_last:
-                image = image.contiguous(memory_format=torch.channels_last)
+            image, target = _prepare(image, target, runtime, prefetched, channels_last, fill)
             output = predict(model, image, runtime.precision, views)
-            positions = rows.take(len(target))
+            positions = rows.take(target)
             output, target = output[:len(positions)], target[:len(positions)]
             if valid_labels is not None:
                 output = output[:, valid_labels]
             if on_batch is not None:
                 on_batch(output, target, positions)
             tally.update(output, target)
-            numbers += positions
-            bad.append(unreadable_rows(target))
-            images += len(target)
             shown.advance()
             if runtime.primary and shown.due(step, step == total - 1):
                 line, short = tally.headline()
-                rate = images / (time.perf_counter() - start)
+                rate = len(rows.numbers) / (time.perf_counter() - start)
                 shown.report(_logger, f'{title}: [{step + 1:>4d}/{total}]  {line}  {rate:.1f} img/s', short)
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    elapsed = time.perf_counter() - start
-    unreadable = [numbers[row] for row in torch.cat(bad).nonzero().flatten().tolist()] if bad else []
-    metrics = tally.compute_over_processes() if distributed else tally.compute()
+    if runtime.device.type == 'cuda':
+        torch.cuda.synchronize(runtime.device)
+    images_per_sec = len(rows.numbers) / max(time.perf_counter() - start, 1e-9)
+    metrics = tally.compute_over_processes() if runtime.distributed else tally.compute()
     _check(metrics, title, runtime.primary)
-    return Evaluation(metrics, images / elapsed if elapsed else 0., gather_numbers(unreadable, distributed))
+    return Evaluation(metrics, images_per_sec, rows.unreadable())
 
 
 def _check(metrics: dict[str, float], title: str, primary: bool) -> None:

@@ -6,13 +6,11 @@ from typing import Any
 import numpy as np
 
 from cpool_vision.errors import ConfigError, OutputError
-from cpool_vision.inspect.canvas import PlotDependencyError, new_figure, require_matplotlib, save_figure
+from cpool_vision.inspect.canvas import STYLE, PlotDependencyError, new_figure, require_matplotlib, save_figure
 
 from .metrics import BINS, ClassFigures
 from .multi_label import LabelFigures
 
-_STYLE = {'font.size': 7, 'axes.linewidth': 0.5, 'axes.labelsize': 7, 'axes.titlesize': 7, 'xtick.labelsize': 6,
-          'ytick.labelsize': 6, 'xtick.major.width': 0.5, 'ytick.major.width': 0.5}
 _NAMED = 40  # more class names than these would not be legible
 _WRITTEN = 20  # likewise numbers in the cells of the matrix
 _BLUE, _RED, _GREY = '#3b6ea5', '#c0504d', '#9a9a9a'
@@ -138,7 +136,7 @@ def _draw(folder: str, drawn: Mapping[str, Any]) -> list[str]:
 
 def draw_label_plots(folder: str, figures: LabelFigures, names: Sequence[str]) -> list[str]:
     """Writes per_class.png (average precision) and precision_recall.png; see `draw_plots`."""
-    with _matplotlib().rc_context(_STYLE):
+    with _matplotlib().rc_context(STYLE):
         return _draw(folder, {'per_class': per_class_figure(figures.ap, names, 'average precision (%)'),
                               'precision_recall': precision_recall_figure(figures, names)})
 
@@ -158,7 +156,7 @@ def draw_plots(folder: str, figures: ClassFigures, names: Sequence[str], ece: fl
     Raises:
         OutputError: a file cannot be written.
     """
-    with _matplotlib().rc_context(_STYLE):
+    with _matplotlib().rc_context(STYLE):
         drawn = {'reliability': reliability_figure(figures, ece),
                  'per_class': per_class_figure(figures.accuracy, names)}
         if figures.confusion is not None:
