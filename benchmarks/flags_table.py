@@ -12,14 +12,14 @@ import pathlib
 import sys
 from typing import Any
 
-from cpool_vision.engine.settings import train_flags, validate_flags
+from cpool_vision.engine.settings import train, validate
 
 from .markers import run_command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = ROOT / 'docs' / 'flags.md'
 CASES = ROOT / 'tests' / 'engine' / 'flag_cases.json'
-PARSERS = {'train': train_flags.build_parser, 'validate': validate_flags.build_parser}
+PARSERS = {'train': train.build_parser, 'validate': validate.build_parser}
 
 
 def read_cases() -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import timm
 
 import cpool_vision  # noqa: F401  registers the variants
 from cpool_vision.engine.checkpoints.checkpoint import load_weights, read_weights
-from cpool_vision.engine.settings import train_flags
+from cpool_vision.engine.settings import train
 from cpool_vision.hub import save_for_hub
 
 from .results import measure, read_settings
@@ -25,7 +25,7 @@ NO_BEARING = {
 
 def changed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """What of `args.yaml` differs from the defaults of train.py and bears on the result."""
-    defaults = vars(train_flags.build_parser().parse_args([]))
+    defaults = vars(train.build_parser().parse_args([]))
     return {key: value for key, value in settings.items()
             if key in defaults and key not in NO_BEARING and value != defaults[key]}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from cpool_vision.engine.settings.shared_flags import add_version_arg
+from cpool_vision.engine.settings.flags import add_version_arg
 
 from . import common
 from .pictures import RANDOM, Loaded, add_picture_args, drawing, layers_of, load, load_maps

@@ -55,7 +55,7 @@ def add_run(report: 'Report', folder: str, dpi: int) -> None:
     Raises:
         ConfigError: no run, or its files cannot be read.
     """
-    from cpool_vision.engine.settings.train_flags import build_parser
+    from cpool_vision.engine.settings.train import build_parser
     from cpool_vision.engine.tracking.run_plots import read_run, runs_figure
 
     run = read_run(folder)

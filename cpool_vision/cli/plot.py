@@ -3,7 +3,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cpool_vision.engine.settings.shared_flags import add_version_arg
+from cpool_vision.engine.settings.flags import add_version_arg
 
 from . import common
 from .pictures import drawing

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cpool_vision.engine.settings.shared_flags import add_version_arg
+from cpool_vision.engine.settings.flags import add_version_arg
 
 from . import common
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpool_vision.cli import common
-from cpool_vision.engine.settings.shared_flags import add_version_arg
+from cpool_vision.engine.settings.flags import add_version_arg
 
 SWEEPS = ('size', 'support')
 

@@ -12,7 +12,7 @@ from benchmarks import zoo
 from benchmarks.model_table import count
 from benchmarks.release import changed_settings
 from cpool_vision.cli import inspect, validate
-from cpool_vision.engine.settings import train_flags
+from cpool_vision.engine.settings import train
 from cpool_vision.engine.settings.config import parse_args
 
 LOGITS = json.loads(zoo.LOGITS.read_text(encoding='utf-8'))
@@ -57,7 +57,7 @@ def test_entries_are_small_and_complete(entry: Path) -> None:
 def test_the_printed_command_gives_the_settings_and_the_size_of_the_entry(entry: Path) -> None:
     facts = json.loads((entry / 'release.json').read_text(encoding='utf-8'))
     _, script, *argv = shlex.split(facts['command'].replace('\\\n', ' '))
-    args = parse_args(train_flags.build_parser, argv)
+    args = parse_args(train.build_parser, argv)
     assert script == 'train.py' and args.model == facts['model']
     assert changed_settings(vars(args)) == facts['settings']
     _, params, macs = count(args.model, num_classes=10, **args.model_kwargs)
@@ -72,7 +72,7 @@ def test_the_table_of_results_follows_from_the_named_keywords() -> None:
     assert {row['model'] for row in rows} == set(keywords)
     for row in rows:
         plain = ['cpool_positions=[]'] if row['arm'] == 'plain base' else []
-        args = train_flags.build_parser().parse_args(['--model-kwargs', *keywords[row['model']], *plain])
+        args = train.build_parser().parse_args(['--model-kwargs', *keywords[row['model']], *plain])
         assert count(row['model'], num_classes=10, **args.model_kwargs)[1:] == (row['params'], row['macs'])
 
 

@@ -13,7 +13,7 @@ from timm.utils import ParseKwargs
 from cpool_vision import reading
 from cpool_vision.errors import ConfigError
 
-from . import train_flags, validate_flags
+from . import train, validate
 from .limits import check_limits
 from .recipes import LIST, describe_recipes, recipe_path
 from .train import TrainSettings
@@ -189,7 +189,7 @@ def read_train(argv: Sequence[str] | None = None) -> TrainSettings:
     Raises:
         ConfigError: see `yaml_defaults`.
     """
-    settings = _read(TrainSettings, parse_args(train_flags.build_parser, argv))
+    settings = _read(TrainSettings, parse_args(train.build_parser, argv))
     if settings.multi_label and settings.eval_metric == 'top1':  # timm's default, which stands for no choice
         return dataclasses.replace(settings, eval_metric='map')
     return settings
@@ -197,4 +197,4 @@ def read_train(argv: Sequence[str] | None = None) -> TrainSettings:
 
 def read_validate(argv: Sequence[str] | None = None) -> ValidateSettings:
     """Settings of a command line of validate.py; see `parse_args`."""
-    return _read(ValidateSettings, parse_args(validate_flags.build_parser, argv))
+    return _read(ValidateSettings, parse_args(validate.build_parser, argv))

@@ -1,92 +1,119 @@
-"""Settings that training and validation share; fields have the names and defaults of the flags."""
+"""Settings that training and validation share, by the names, defaults and meanings of timm's flags."""
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
+from .flags import Settings, flag
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Base of all settings. Frozen: what a run finds out, such as its device, lives in the objects that own it."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The settings by their names."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+def task_name(text: str) -> str:
+    """A task by its name here; timm's own is understood."""
+    return 'multi_label' if text == 'multilabel' else text
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings(Settings):
     """Device, arithmetic and code generation."""
 
-    device: str = 'cuda'
-    amp: bool = False
-    amp_dtype: str = 'float16'
-    model_dtype: str | None = None
-    fuser: str = ''
-    fast_norm: bool = False
-    device_modules: tuple[str, ...] | None = None
-    deterministic: bool = False
+    title = 'device and arithmetic'
+    device: str = flag('cuda', 'device to run on; when not given and there is no CUDA device, the CPU is used')
+    amp: bool = flag(False, 'mixed precision by autocast')
+    amp_dtype: str = flag('float16', 'autocast dtype: float16 or bfloat16')
+    model_dtype: str | None = flag(None, 'dtype of the weights without autocast (float32 if left out)')
+    fuser: str = flag('', 'fuser of TorchScript: te, old or nvfuser')
+    fast_norm: bool = flag(False, "timm's reduced-precision norm layers under autocast")
+    device_modules: tuple[str, ...] | None = flag(None, 'Python modules to import first (device backends)')
+    deterministic: bool = flag(
+        False, 'kernels that give the same last bits each time; slower on CUDA, and an error where there is none')
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
     """Which model, and what it is fed with; None stands for the model's own value."""
 
-    model: str = 'resnet50'
-    pretrained: bool = False
-    num_classes: int | None = None
-    gp: str | None = None
-    in_chans: int | None = None
-    img_size: int | None = None
-    input_size: tuple[int, ...] | None = None
-    crop_pct: float | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    interpolation: str = ''
-    channels_last: bool = False
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    torchscript: bool = False
-    torchcompile: str | None = None
-    torchcompile_mode: str | None = None
+    title = 'model and its input'
+    model: str = flag(
+        'resnet50', 'registered name, local-dir:FOLDER or hf-hub:OWNER/NAME (default: resnet50)', metavar='MODEL')
+    pretrained: bool = flag(False, "start from the model's pretrained weights")
+    num_classes: int | None = flag(None, 'number of classes (model default if left out)', metavar='N')
+    gp: str | None = flag(None, 'global pooling of the model', metavar='POOL')
+    in_chans: int | None = flag(None, 'number of image channels (3 if left out)', metavar='N')
+    img_size: int | None = flag(None, 'side of a square input image, in pixels', metavar='N')
+    input_size: tuple[int, ...] | None = flag(
+        None, 'input as channels height width, e.g. --input-size 3 224 224', metavar='N', nargs=3)
+    crop_pct: float | None = flag(None, 'side of the evaluation crop over the resized side', metavar='N')
+    mean: tuple[float, ...] | None = flag(None, 'channel means, images scaled to 0..1', metavar='MEAN')
+    std: tuple[float, ...] | None = flag(None, 'channel standard deviations', metavar='STD')
+    interpolation: str = flag('', 'how evaluation images are resized', metavar='NAME')
+    channels_last: bool = flag(False, 'NHWC memory layout')
+    model_kwargs: Mapping[str, Any] = flag(
+        {}, 'further arguments of the model, e.g. --model-kwargs cpool_positions=[] img_size=64', metavar='KEY=VALUE')
+    torchscript: bool = flag(False, 'script the model with torch.jit', exclusive='code generation')
+    torchcompile: str | None = flag(None, 'compile the model with torch.compile (backend inductor if none is named)',
+        metavar='BACKEND', nargs='?', const='inductor', exclusive='code generation')
+    torchcompile_mode: str | None = flag(None, 'mode passed on to torch.compile')
 
 
 @dataclass(frozen=True, kw_only=True)
 class NaflexSettings(Settings):
     """Sequences of patches at native aspect ratio."""
 
-    naflex_loader: bool = False
-    naflex_train_seq_lens: tuple[int, ...] = (128, 256, 576, 784, 1024)
-    naflex_max_seq_len: int = 576
-    naflex_patch_sizes: tuple[int, ...] | None = None
-    naflex_patch_size_probs: tuple[float, ...] | None = None
-    naflex_loss_scale: str = 'linear'
-    naflex_patchify_channels_first: bool = False
+    title = 'NaFlex loader'
+    naflex_loader: bool = flag(False, 'use the NaFlex loader')
+    naflex_train_seq_lens: tuple[int, ...] = flag((128, 256, 576, 784, 1024), 'sequence lengths to train with')
+    naflex_max_seq_len: int = flag(576, 'sequence length in validation')
+    naflex_patch_sizes: tuple[int, ...] | None = flag(None, 'patch sizes to draw from')
+    naflex_patch_size_probs: tuple[float, ...] | None = flag(None, 'their probabilities')
+    naflex_loss_scale: str = flag('linear', 'scale the loss by batch size', choices=('none', 'sqrt', 'linear'))
+    naflex_patchify_channels_first: bool = flag(False, 'flatten patches with channels first')
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(NaflexSettings):
+class BatchSettings(Settings):
+    """What order and size of the batches, and the learning rate, depend on."""
+
+    title = 'batches'
+    batch_size: int = flag(128, 'images per batch and process (default: 128)', '-b', metavar='N')
+    seed: int = flag(42, 'random seed (default: 42)', metavar='S')
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(BatchSettings, NaflexSettings):
     """Where the images and their labels come from, and how batches of them are loaded."""
 
-    data: str | None = None
-    data_dir: str | None = None
-    dataset: str = ''
-    dataset_download: bool = False
-    class_map: str | Mapping[str, int] = ''
-    input_img_mode: str | None = None
-    input_key: str | None = None
-    target_key: str | None = None
-    dataset_trust_remote_code: bool = False
-    task: str = 'classification'
-    label_file: str = ''
-    target_format: str | None = None
-    threshold: float = 0.5
-    max_bad_samples: float = 0.001
-    epoch_repeats: float = 0.0
-    batch_size: int = 128
-    workers: int = 4
-    pin_mem: bool = False
-    no_prefetcher: bool = False
-    seed: int = 42
+    title = 'data and labels'
+    data: str | None = flag(None, 'root folder of the data (--data-dir is preferred)', 'data', metavar='DIR', nargs='?')
+    data_dir: str | None = flag(None, 'root folder of the data', metavar='DIR')
+    dataset: str = flag('',
+        'data set: empty for a folder of class folders or a tar, cpool/shapes for the built-in set, or a name that '
+        'timm knows: torch/..., hfds/..., hfids/..., tfds/..., wds/...', metavar='NAME')
+    dataset_download: bool = flag(False, 'let torch/ and tfds/ data sets download themselves')
+    class_map: str | Mapping[str, int] = flag('', 'file that maps class names to indices', metavar='FILENAME')
+    input_img_mode: str | None = flag(None, 'PIL mode that images are converted to (by default RGB or L)')
+    input_key: str | None = flag(None, 'name of the field that holds the image')
+    target_key: str | None = flag(None, 'name of the field that holds the label')
+    dataset_trust_remote_code: bool = flag(
+        False, 'let a Hugging Face data set run code from its repository (only for repositories you trust)')
+    task: str = flag('classification',
+        'one class for each image, or multi_label: any number of labels, also none (default: classification)',
+        choices=('classification', 'multi_label'), type=task_name)
+    label_file: str = flag('',
+        'multi_label from a folder: CSV or JSON lines with the labels of each image, in the folder of the split or in '
+        '--data-dir; {split} stands for the name of the split (default: labels.csv, labels.jsonl, metadata.csv or '
+        'metadata.jsonl)', metavar='FILE')
+    target_format: str | None = flag(
+        None, 'multi_label: what the label field holds, a list of labels or one number per class (default: indices)',
+        choices=('indices', 'multihot'))
+    threshold: float = flag(0.5, 'multi_label: probability from which a label counts as predicted (default: 0.5)',
+        '--multilabel-threshold', metavar='P')
+    max_bad_samples: float = flag(0.001,
+        'unreadable training images to replace and list, and validation images to leave out, before the run stops: a '
+        'number, or below 1 a share of the split, rounded up (default: 0.001)', metavar='N')
+    epoch_repeats: float = flag(0.0, 'passes over a streamed set per epoch', metavar='N')
+    workers: int = flag(4, 'data loading processes per device', '-j', metavar='N')
+    pin_mem: bool = flag(False, 'page-locked host memory for faster copies to the GPU')
+    no_prefetcher: bool = flag(False, "normalise on the CPU instead of in timm's device-side prefetcher")
 
     @property
     def multi_label(self) -> bool:

@@ -1,214 +1,277 @@
-"""Settings of train.py as the functions of the engine take them."""
+"""Settings of train.py: timm's flags by the same name, default and meaning, and ours."""
+import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from .shared import DataSettings, DeviceSettings, ModelSettings, Settings
+from timm.loss import LOSS_TYPES
+
+from . import flags
+from .flags import Settings, flag
+from .shared import BatchSettings, DataSettings, DeviceSettings, ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentSettings(Settings):
     """Augmentation of training images."""
 
-    no_aug: bool = False
-    train_crop_mode: str | None = None
-    scale: tuple[float, ...] = (0.08, 1.0)
-    ratio: tuple[float, ...] = (0.75, 1.3333333333333333)
-    hflip: float = 0.5
-    vflip: float = 0.0
-    color_jitter: float = 0.4
-    color_jitter_prob: float | None = None
-    grayscale_prob: float | None = None
-    gaussian_blur_prob: float | None = None
-    aa: str | None = None
-    aug_repeats: float = 0
-    aug_splits: int = 0
-    reprob: float = 0.0
-    remode: str = 'pixel'
-    recount: int = 1
-    resplit: bool = False
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    cutmix_minmax: tuple[float, ...] | None = None
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    mixup_mode: str = 'batch'
-    mixup_off_epoch: int = 0
-    train_interpolation: str = 'random'
-    aug_config: str = ''
+    title = 'augmentation'
+    no_aug: bool = flag(False, 'train on plain resized crops, whatever the other flags say')
+    train_crop_mode: str | None = flag(None, 'rrc, rkrc or rkrr (default: rrc)')
+    scale: tuple[float, ...] = flag((0.08, 1.0), 'area of the random crop', metavar='PCT')
+    ratio: tuple[float, ...] = flag((0.75, 1.3333333333333333), 'aspect of the random crop', metavar='RATIO')
+    hflip: float = flag(0.5, 'probability of a horizontal flip')
+    vflip: float = flag(0.0, 'probability of a vertical flip')
+    color_jitter: float = flag(0.4, 'strength of colour jitter', metavar='PCT')
+    color_jitter_prob: float | None = flag(None, 'probability of colour jitter', metavar='PCT')
+    grayscale_prob: float | None = flag(None, 'probability of dropping colour', metavar='PCT')
+    gaussian_blur_prob: float | None = flag(None, 'probability of a blur', metavar='PCT')
+    aa: str | None = flag(None, 'AutoAugment, RandAugment or AugMix policy of timm', metavar='NAME')
+    aug_repeats: float = flag(0, 'repeated augmentation, copies per image (several processes only)')
+    aug_splits: int = flag(0, 'differently augmented copies per batch: 0, or 2 and more')
+    reprob: float = flag(0.0, 'probability of random erasing', metavar='PCT')
+    remode: str = flag('pixel', 'fill of the erased part: const, rand or pixel')
+    recount: int = flag(1, 'erased parts per image at most')
+    resplit: bool = flag(False, 'erase nothing in the first augmentation split')
+    mixup: float = flag(0.0, 'alpha of mixup (0: off)')
+    cutmix: float = flag(0.0, 'alpha of CutMix (0: off)')
+    cutmix_minmax: tuple[float, ...] | None = flag(None, 'smallest and largest side of the CutMix box')
+    mixup_prob: float = flag(1.0, 'probability that a batch is mixed')
+    mixup_switch_prob: float = flag(0.5, 'probability of CutMix where both are on')
+    mixup_mode: str = flag('batch', 'one draw per batch, pair or elem')
+    mixup_off_epoch: int = flag(0, 'epoch from which nothing is mixed (0: never)', metavar='N')
+    train_interpolation: str = flag('random', 'random, bilinear or bicubic')
+    aug_config: str = flag('',
+        'augment with albumentations instead: a preset (cifar, imagenet, light, strong) or a .yaml or .json file, see '
+        'docs/augmentation.md', metavar='NAME|FILE')
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizedBatchSettings(Settings):
     """Batches that differ in image size."""
 
-    train_img_sizes: tuple[int, ...] | None = None
-    train_batch_sizes: tuple[int, ...] | None = None
-    train_size_probs: tuple[float, ...] | None = None
-    train_size_schedule: str = 'constant'
-    train_size_schedule_spread: float = 0.65
-    train_size_random_mix: float = 0.1
-    train_batches_per_epoch: int | None = None
-    variable_batch_loss_scale: str = 'none'
+    title = 'batches of several image sizes'
+    train_img_sizes: tuple[int, ...] | None = flag(None, 'sides of square images, one drawn per batch')
+    train_batch_sizes: tuple[int, ...] | None = flag(None, 'batch for each of them (--batch-size for all)')
+    train_size_probs: tuple[float, ...] | None = flag(None, 'weights of the draw (equal if left out)')
+    train_size_schedule: str = flag(
+        'constant', 'progressive: from the first size to the last over the epochs', choices=('constant', 'progressive'))
+    train_size_schedule_spread: float = flag(0.65, 'width of the progressive draw, in sizes')
+    train_size_random_mix: float = flag(0.1, 'share of uniform draws in the progressive schedule')
+    train_batches_per_epoch: int | None = flag(
+        None, 'batches per epoch, before accumulation (from the data if left out)', '--train-steps-per-epoch')
+    variable_batch_loss_scale: str = flag(
+        'none', 'scale the loss of a batch by its size over the average size', choices=('none', 'sqrt', 'linear'))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderSettings(DataSettings, AugmentSettings, SizedBatchSettings):
+class EpochSettings(Settings):
+    """How long a run is, which schedules depend on."""
+
+    title = 'length of the run'
+    epochs: int = flag(300, 'epochs to train (default: 300)', metavar='N')
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings(DataSettings, AugmentSettings, SizedBatchSettings, EpochSettings):
     """What the loaders of a training run are made from."""
 
-    train_split: str = 'train'
-    val_split: str = 'validation'
-    train_num_samples: int | None = None
-    val_num_samples: int | None = None
-    validation_batch_size: int | None = None
-    use_multi_epochs_loader: bool = False
-    worker_seeding: str = 'all'
-    epochs: int = 300
+    title = 'training and validation splits'
+    train_split: str = flag('train', 'split to train on (default: train)', metavar='NAME')
+    val_split: str = flag(
+        'validation', 'split to validate on (default: validation); empty for no validation', metavar='NAME')
+    train_num_samples: int | None = flag(None, 'size of the training split, if streamed', metavar='N')
+    val_num_samples: int | None = flag(None, 'size of the validation split, if streamed', metavar='N')
+    validation_batch_size: int | None = flag(
+        None, 'images per validation batch (default: --batch-size)', '-vb', metavar='N')
+    use_multi_epochs_loader: bool = flag(False, 'keep one iterator alive over all epochs')
+    worker_seeding: str = flag('all', "random generators seeded in workers: 'all' or 'part'")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings(ModelSettings):
     """How the model begins, and what regularises it."""
 
-    pretrained_path: str | None = None
-    initial_checkpoint: str = ''
-    grad_checkpointing: bool = False
-    head_init_scale: float | None = None
-    head_init_bias: float | None = None
-    drop: float = 0.0
-    drop_connect: float | None = None
-    drop_path: float | None = None
-    drop_block: float | None = None
-    bn_momentum: float | None = None
-    bn_eps: float | None = None
-    sync_bn: bool = False
-    dist_bn: str = 'reduce'
-    split_bn: bool = False
+    title = 'start and regularisation of the model'
+    pretrained_path: str | None = flag(
+        None, 'weights to start from in place of the published ones, adapted to classes and channels')
+    initial_checkpoint: str = flag('', 'weights to start from; must fit exactly', metavar='PATH')
+    grad_checkpointing: bool = flag(False, 'recompute activations in the backward pass to save memory')
+    head_init_scale: float | None = flag(None, 'factor on the initial classifier weights')
+    head_init_bias: float | None = flag(None, 'initial bias of the classifier')
+    drop: float = flag(0.0, 'dropout rate before the classifier', metavar='PCT')
+    drop_connect: float | None = flag(None, 'former name of --drop-path', metavar='PCT')
+    drop_path: float | None = flag(None, 'stochastic depth rate', metavar='PCT')
+    drop_block: float | None = flag(None, 'DropBlock rate', metavar='PCT')
+    bn_momentum: float | None = flag(None, 'momentum of running statistics')
+    bn_eps: float | None = flag(None, 'epsilon')
+    sync_bn: bool = flag(False, 'statistics over all processes in each forward pass')
+    dist_bn: str = flag('reduce', "running statistics after each epoch: reduce, broadcast or ''")
+    split_bn: bool = flag(False, 'separate statistics for each augmentation split')
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(LoaderSettings):
     """What is minimised; class weights are counted in the data."""
 
-    smoothing: float = 0.1
-    jsd_loss: bool = False
-    bce_loss: bool = False
-    bce_sum: bool = False
-    bce_target_thresh: float | None = None
-    bce_pos_weight: float | None = None
-    loss_type: str | None = None
-    class_weights: str | None = None
+    title = 'loss'
+    smoothing: float = flag(0.1, 'label smoothing (default: 0.1)')
+    jsd_loss: bool = flag(False, 'cross-entropy plus Jensen-Shannon divergence over --aug-splits')
+    bce_loss: bool = flag(False, 'binary cross-entropy on each class')
+    bce_sum: bool = flag(False, 'sum binary cross-entropy over classes instead of averaging')
+    bce_target_thresh: float | None = flag(None, 'make soft targets above this 1 and the rest 0')
+    bce_pos_weight: float | None = flag(None, 'weight of positive targets')
+    loss_type: str | None = flag(None,
+        'cross-entropy, binary cross-entropy, asymmetric loss, Poly-1, Jensen-Shannon divergence; of multi_label also '
+        'two-way loss, ZLPR and distribution-balanced loss (default: what --bce-loss and --jsd-loss say, else ce, or '
+        'bce for multi_label)', '--loss', choices=LOSS_TYPES)
+    class_weights: str | None = flag(None,
+        "weights of the classes in ce and bce: a file of numbers (text, or a JSON list), 'balanced' for the inverse "
+        "frequency in the training split, or 'effective_num' for the effective number of samples; of multi_label also "
+        "in asl, and 'neg_pos' for negatives over positives as the weight of positive targets", metavar='FILE')
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings(Settings):
     """A pretrained teacher."""
 
-    kd_model_name: str | None = None
-    kd_distill_type: str = 'logit'
-    kd_loss_type: str = 'kl'
-    distill_loss_weight: float | None = None
-    task_loss_weight: float | None = None
-    kd_temperature: float = 4.0
-    kd_student_feature_dim: int | None = None
-    kd_teacher_feature_dim: int | None = None
-    kd_token_distill_type: str = 'soft'  # noqa: S105
+    title = 'knowledge distillation'
+    kd_model_name: str | None = flag(None, 'teacher model; none without it')
+    kd_distill_type: str = flag('logit', 'learn from logits, from pooled features, or by a distillation token',
+        choices=('logit', 'feature', 'token'))
+    kd_loss_type: str = flag('kl', 'loss on logits: kl')
+    distill_loss_weight: float | None = flag(None, 'weight of the distillation loss (1 if left out)')
+    task_loss_weight: float | None = flag(
+        None, 'weight w of the classification loss (1 if left out); alone, distillation weighs 1 - w')
+    kd_temperature: float = flag(4.0, 'temperature of the softmax (default: 4)')
+    kd_student_feature_dim: int | None = flag(None, 'width of student features (from the model)')
+    kd_teacher_feature_dim: int | None = flag(None, 'width of teacher features (from the model)')
+    kd_token_distill_type: str = flag(
+        'soft', 'token distillation by KL divergence or by the class the teacher names', choices=('soft', 'hard'))
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimSettings(Settings):
+class OptimSettings(BatchSettings, EpochSettings):
     """Optimizer and learning rate schedule."""
 
-    opt: str = 'sgd'
-    opt_eps: float | None = None
-    opt_betas: tuple[float, ...] | None = None
-    momentum: float = 0.9
-    weight_decay: float = 2e-05
-    clip_grad: float | None = None
-    clip_mode: str = 'norm'
-    layer_decay: float | None = None
-    layer_decay_min_scale: float = 0
-    layer_decay_no_opt_scale: float | None = None
-    opt_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    grad_accum_steps: int = 1
-    batch_size: int = 128
-    sched: str = 'cosine'
-    sched_on_updates: bool = False
-    lr: float | None = None
-    lr_base: float = 0.1
-    lr_base_size: int = 256
-    lr_base_scale: str = ''
-    lr_noise: tuple[float, ...] | None = None
-    lr_noise_pct: float = 0.67
-    lr_noise_std: float = 1.0
-    lr_cycle_mul: float = 1.0
-    lr_cycle_decay: float = 0.5
-    lr_cycle_limit: int = 1
-    lr_k_decay: float = 1.0
-    warmup_lr: float = 1e-05
-    min_lr: float = 0
-    epochs: int = 300
-    decay_milestones: tuple[int, ...] = (90, 180, 270)
-    decay_epochs: float | None = None
-    warmup_epochs: int = 5
-    warmup_prefix: bool = False
-    cooldown_epochs: int = 0
-    patience_epochs: int = 10
-    decay_rate: float = 0.1
-    lr_decay_fn: str | None = None
-    lr_stable_timescale: float | None = None
-    seed: int = 42
+    title = 'optimizer and learning rate schedule'
+    opt: str = flag('sgd', 'optimizer, by its name in timm (default: sgd)', metavar='OPTIMIZER')
+    opt_eps: float | None = flag(None, "epsilon (the optimizer's own if left out)", metavar='EPSILON')
+    opt_betas: tuple[float, ...] | None = flag(None, 'betas of Adam-like optimizers', metavar='BETA')
+    momentum: float = flag(0.9, 'momentum (default: 0.9)', metavar='M')
+    weight_decay: float = flag(2e-05, 'weight decay (default: 2e-5); none on biases and norms')
+    clip_grad: float | None = flag(None, 'limit of the gradient (no clipping if left out)', metavar='NORM')
+    clip_mode: str = flag('norm', 'how to clip: norm, value or agc (default: norm)')
+    layer_decay: float | None = flag(None, 'factor on the learning rate per layer below the head')
+    layer_decay_min_scale: float = flag(0, 'floor of that factor')
+    layer_decay_no_opt_scale: float | None = flag(None, 'freeze layers whose factor falls below this')
+    opt_kwargs: Mapping[str, Any] = flag({}, 'further arguments of the optimizer', metavar='KEY=VALUE')
+    grad_accum_steps: int = flag(1, 'batches per optimizer step (default: 1)', metavar='N')
+    sched: str = flag(
+        'cosine', 'cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau or none (default: cosine)',
+        metavar='SCHEDULER')
+    sched_on_updates: bool = flag(False, 'step the schedule per update instead of per epoch')
+    lr: float | None = flag(None, 'learning rate; left out, it follows from --lr-base', metavar='LR')
+    lr_base: float = flag(0.1, 'learning rate at --lr-base-size (default: 0.1)', metavar='LR')
+    lr_base_size: int = flag(256, 'global batch that --lr-base is for', metavar='DIV')
+    lr_base_scale: str = flag(
+        '', 'linear or sqrt in the global batch; left out: sqrt for ada* and lamb, linear for the rest',
+        metavar='SCALE')
+    lr_noise: tuple[float, ...] | None = flag(
+        None, 'fractions of the schedule between which the rate is perturbed', metavar='pct, pct')
+    lr_noise_pct: float = flag(0.67, 'bound of the perturbation', metavar='PERCENT')
+    lr_noise_std: float = flag(1.0, 'standard deviation of the perturbation', metavar='STDDEV')
+    lr_cycle_mul: float = flag(1.0, 'growth of the cycle length', metavar='MULT')
+    lr_cycle_decay: float = flag(0.5, 'factor on the rate per cycle', metavar='MULT')
+    lr_cycle_limit: int = flag(1, 'number of cycles', metavar='N')
+    lr_k_decay: float = flag(1.0, 'k of k-decay (cosine and poly)')
+    warmup_lr: float = flag(1e-05, 'rate at the start of the warm-up', metavar='LR')
+    min_lr: float = flag(0, 'floor of the schedule', metavar='LR')
+    decay_milestones: tuple[int, ...] = flag(
+        (90, 180, 270), 'epochs at which multistep lowers the rate, increasing', metavar='MILESTONES')
+    decay_epochs: float | None = flag(None,
+        'epochs between the steps of step (90 if left out), or of the decay of wsd and rsqrt, below 1 a share of the '
+        'schedule (0.2 if left out)', metavar='N')
+    warmup_epochs: int = flag(5, 'epochs of linear warm-up (default: 5)', metavar='N')
+    warmup_prefix: bool = flag(False, 'run the warm-up before the schedule instead of inside it')
+    cooldown_epochs: int = flag(0, 'epochs at the floor after the schedule', metavar='N')
+    patience_epochs: int = flag(10, 'epochs without gain before plateau acts', metavar='N')
+    decay_rate: float = flag(0.1, 'factor of each decay', '--dr', metavar='RATE')
+    lr_decay_fn: str | None = flag(
+        None, 'decay of wsd and rsqrt: linear, cosine, 1-sqrt and others of timm (1-sqrt for wsd, linear for rsqrt)',
+        metavar='NAME')
+    lr_stable_timescale: float | None = flag(
+        None, 'time scale of rsqrt in epochs (the warm-up if left out)', metavar='N')
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmaSettings(Settings):
     """Moving average of the weights."""
 
-    model_ema: bool = False
-    model_ema_force_cpu: bool = False
-    model_ema_decay: float = 0.9998
-    model_ema_warmup: bool = False
+    title = 'weight averaging'
+    model_ema: bool = flag(False, 'keep a moving average of the weights, and validate it')
+    model_ema_force_cpu: bool = flag(False, 'keep the average on the CPU; it is then not validated')
+    model_ema_decay: float = flag(0.9998, 'decay per update (default: 0.9998)')
+    model_ema_warmup: bool = flag(False, 'start with a smaller decay')
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackSettings(Settings):
     """Where a run records its figures."""
 
-    log_wandb: bool = False
-    wandb_project: str | None = None
-    wandb_tags: tuple[str, ...] = ()
-    wandb_resume_id: str = ''
-    no_tensorboard: bool = False
-    log_mlflow: bool = False
-    resume: str = ''
+    title = 'services that record the run'
+    log_wandb: bool = flag(False, 'log to Weights & Biases')
+    wandb_project: str | None = flag(None, 'its project')
+    wandb_tags: tuple[str, ...] = flag((), 'its tags')
+    wandb_resume_id: str = flag('', 'its run to continue', metavar='ID')
+    no_tensorboard: bool = flag(False, 'write no event files; they are written if TensorBoard is installed')
+    log_mlflow: bool = flag(False, 'log to MLflow, at MLFLOW_TRACKING_URI in MLFLOW_EXPERIMENT_NAME')
+    resume: str = flag(
+        '', "checkpoint to continue from; 'auto' takes the newest good one of --experiment, or starts a new run",
+        metavar='PATH')
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(TrackSettings):
     """Folder, checkpoints, intervals and faults of a run."""
 
-    output: str = ''
-    experiment: str = ''
-    no_resume_opt: bool = False
-    start_epoch: int | None = None
-    stop_epoch: int | None = None
-    save_epochs: tuple[int, ...] = ()
-    log_interval: int = 50
-    val_interval: int = 1
-    recovery_interval: int = 0
-    checkpoint_hist: int = 10
-    eval_metric: str = 'top1'
-    tta: int = 0
-    save_images: bool = False
-    nonfinite: str = 'raise'
-    max_skipped: int = 10
-    no_ddp_bb: bool = False
-    synchronize_step: bool = False
-    local_rank: int = 0
-    fsdp: bool = False
+    title = 'run, checkpoints and logs'
+    output: str = flag('', 'folder of runs (default: output/train)', metavar='PATH')
+    experiment: str = flag('', 'name of this run (default: time, model and size)', metavar='NAME')
+    no_resume_opt: bool = flag(False, 'resume the weights only, not optimizer, scaler and schedule state')
+    start_epoch: int | None = flag(None, 'first epoch, whatever the checkpoint says', metavar='N')
+    stop_epoch: int | None = flag(
+        None, 'stop once N epochs are done; the schedule stays that of --epochs, to which a resumed run goes on',
+        metavar='N')
+    save_epochs: tuple[int, ...] = flag(
+        (), 'numbers of epochs after which the checkpoint is kept as milestone-N, whatever its rank', metavar='N')
+    log_interval: int = flag(50, 'updates between log lines (default: 50)', metavar='N')
+    val_interval: int = flag(1, 'epochs between validations and checkpoints', metavar='N')
+    recovery_interval: int = flag(0, 'updates between checkpoints inside an epoch (0: none)', metavar='N')
+    checkpoint_hist: int = flag(10, 'checkpoints to keep, best first (default: 10)', metavar='N')
+    eval_metric: str = flag('top1',
+        'top1, top5 or loss (default: top1); of multi_label map, micro_f1 or any other figure of summary.csv (default: '
+        'map, for which top1 stands there)', metavar='EVAL_METRIC')
+    tta: int = flag(0,
+        'views of each validation image whose logits are averaged: 0 or 1 the image alone, 2 also its mirror image (N '
+        "is not timm's number of adjacent samples)", metavar='N')
+    save_images: bool = flag(False, 'save a training batch as a picture at each log line')
+    nonfinite: str = flag('raise', 'stop at a loss or gradient that is not finite, or skip the update (default: raise)',
+        choices=('raise', 'skip'))
+    max_skipped: int = flag(
+        10, 'updates that --nonfinite skip may leave out before the run stops (default: 10)', metavar='N')
+    no_ddp_bb: bool = flag(False, 'do not broadcast buffers in DDP')
+    synchronize_step: bool = flag(False, 'wait for the device after each update')
+    local_rank: int = flag(0, 'accepted for old launchers; the environment decides', '--local_rank')
+    fsdp: bool = flag(False, 'divide parameters, gradients and optimizer state among the processes (FSDP2)')
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(DeviceSettings, NetworkSettings, LossSettings, DistillSettings, OptimSettings, EmaSettings,
+class TrainSettings(LossSettings, NetworkSettings, OptimSettings, EmaSettings, DistillSettings, DeviceSettings,
                     RunSettings):
     """Every setting of train.py."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A fresh parser with every flag of train.py."""
+    return flags.build_parser(TrainSettings, 'train.py', 'Train an image classifier.', config=True)

@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 
 from cpool_vision.errors import ConfigError
 
-from ..settings.validate_flags import SUBSETS
+from ..settings.validate import SUBSETS
 
 _IMAGENET_CLASSES = 1000
 # set -> list of its synsets within timm.data, '' for the 1000 of ImageNet-1k

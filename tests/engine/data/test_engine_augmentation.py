@@ -17,7 +17,7 @@ from cpool_vision.data.augment_config import list_presets
 from cpool_vision.engine.data import keyed
 from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.data.augmentation import check_same_pipeline
-from cpool_vision.engine.settings import train_flags
+from cpool_vision.engine.settings import train
 from cpool_vision.errors import ConfigError
 
 Train = Callable[..., dict[str, Any]]
@@ -251,7 +251,7 @@ def test_checkpoints_that_name_no_pipeline_are_accepted(content: dict[str, Any])
 
 
 def test_help_names_the_presets() -> None:
-    action = next(each for each in train_flags.build_parser()._actions if each.dest == 'aug_config')
+    action = next(each for each in train.build_parser()._actions if each.dest == 'aug_config')
     assert f'({", ".join(list_presets())})' in str(action.help)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cpool_vision.engine.settings import train_flags, validate_flags
+from cpool_vision.engine.settings import train, validate
 
 with open(os.path.join(os.path.dirname(__file__), '..', 'timm_flags.json'), encoding='utf-8') as file:
     FACTS = json.load(file)
@@ -17,7 +17,14 @@ with open(os.path.join(os.path.dirname(__file__), '..', 'timm_flags.json'), enco
 DEVIATIONS: dict[str, dict[str, Any]] = {
     'decay_epochs': {'default': None},  # timm's factory then takes 90 for step, and a share of the epochs for wsd
 }
-PARSERS = {'train': train_flags.build_parser, 'validate': validate_flags.build_parser}
+PARSERS = {'train': train.build_parser, 'validate': validate.build_parser}
+
+
+def type_of(action: argparse.Action) -> str | None:
+    """Name of the type of the values; text is what a flag takes that names none."""
+    if action.nargs == 0 or type(action).__name__ == 'ParseKwargs':
+        return None
+    return 'str' if action.type is None else getattr(action.type, '__name__', str(action.type))
 
 
 def facts_of(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
@@ -30,7 +37,7 @@ def facts_of(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
             'nargs': action.nargs,
             'const': action.const,
             'default': action.default,
-            'type': None if action.type is None else getattr(action.type, '__name__', str(action.type)),
+            'type': type_of(action),
             'choices': None if action.choices is None else list(action.choices),
         }
         for action in parser._actions if action.dest not in ('help', 'version')
@@ -50,6 +57,8 @@ def wanted(name: str) -> dict[str, Any]:
     """Facts of timm's script, with our deviations."""
     facts: dict[str, Any] = copy.deepcopy(FACTS[name])
     for fact in facts['flags']:
+        if fact['type'] is None and fact['nargs'] != 0 and fact['kind'] != 'ParseKwargs':
+            fact['type'] = 'str'
         change = DEVIATIONS.get(fact['dest'], {})
         assert all(fact[field] != value for field, value in change.items())
         fact.update(change)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import flags_table
-from cpool_vision.engine.settings import train_flags
+from cpool_vision.engine.settings import train
 
 TESTS = {path.name: set(re.findall(r'^def (test_\w+)', path.read_text(encoding='utf-8'), re.MULTILINE))
          for path in pathlib.Path(__file__).parents[1].rglob('test_*.py')}
@@ -35,5 +35,5 @@ def test_each_flag_has_a_part_and_a_test_that_exists(command: str) -> None:
 
 
 def test_cases_name_flags_of_the_parser() -> None:
-    known = {action.dest for action in train_flags.build_parser()._actions}
+    known = {action.dest for action in train.build_parser()._actions}
     assert set(flags_table.read_cases()['train']) <= known

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cpool_vision.cli import inspect, train, validate
-from cpool_vision.engine.settings import train_flags, validate_flags
+from cpool_vision.engine.settings import train as train_settings
+from cpool_vision.engine.settings import validate as validate_settings
 from cpool_vision.engine.settings.limits import CHOICES, RANGES, Range, check_limits
 from cpool_vision.engine.validate import bulk
 
@@ -67,7 +68,7 @@ def test_ends_of_ranges() -> None:
     assert [str(each) for each in (Range(), Range(1), Range(0, 1, True, True))] == ['finite', '>= 1', '> 0 and < 1']
 
 
-@pytest.mark.parametrize('module', [train_flags, validate_flags])
+@pytest.mark.parametrize('module', [train_settings, validate_settings])
 def test_help_names_what_is_allowed_and_defaults_are(module: Any) -> None:
     parser: argparse.ArgumentParser = module.build_parser()
     check_limits(parser.parse_args([]))
@@ -83,7 +84,7 @@ def test_help_names_what_is_allowed_and_defaults_are(module: Any) -> None:
 
 
 def test_every_entry_is_a_flag() -> None:
-    dests = {action.dest for module in (train_flags, validate_flags) for action in module.build_parser()._actions}
+    dests = {action.dest for module in (train_settings, validate_settings) for action in module.build_parser()._actions}
     assert set(RANGES) | set(CHOICES) <= dests
 
 
