@@ -152,8 +152,8 @@ def test_figure_is_written_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypat
     before = path.read_bytes()
     assert np.asarray(Image.open(io.BytesIO(before))).std() > 10
 
-    def fail(target: str, **kwargs) -> None:
-        pathlib.Path(target).write_bytes(b'half')
+    def fail(file: io.BufferedWriter, **kwargs) -> None:
+        file.write(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr(figure, 'savefig', fail)

@@ -82,28 +82,37 @@ def test_two_processes_see_each_image_once(build: Callable[..., Any]) -> None:
     assert [sum(count) for count in counts] == [12, 12] and len(counts[0]) == len(counts[1])
 
 
-OFF = ['--no-aug']
-EFFECTS: dict[str, tuple[list[str], list[str]]] = {  # flags without and with
-    'naflex_train_seq_lens': ([], ['--naflex-train-seq-lens', '16']),
-    'naflex_patch_sizes': ([], ['--naflex-patch-sizes', '4', '8']),
-    'naflex_patch_size_probs': (['--naflex-patch-sizes', '4', '8'],
-                                ['--naflex-patch-sizes', '4', '8', '--naflex-patch-size-probs', '1', '0']),
-    'naflex_patchify_channels_first': (OFF, [*OFF, '--naflex-patchify-channels-first']),
-    'reprob': (OFF[:0], ['--reprob', '1']),
-    'mixup': (OFF, [*OFF, '--mixup', '1']),
-    'hflip': ([], ['--hflip', '0']),
-    'no_aug': ([], ['--no-aug']),
-    'aa': ([], ['--aa', 'rand-m9']),
-    'mixup_off_epoch': (['--mixup', '1'], ['--mixup', '1', '--mixup-off-epoch', '1']),
-}
+@pytest.mark.parametrize('flags, shapes', [
+    (['--naflex-train-seq-lens', '16'], {(16, 192)}),
+    (['--naflex-patch-sizes', '4', '8', '--naflex-patch-size-probs', '1', '0'], {(4, 4, 4, 3), (9, 4, 4, 3)}),
+    (['--naflex-patch-sizes', '4', '8', '--naflex-patch-size-probs', '0', '1'], {(4, 8, 8, 3), (9, 8, 8, 3)})])
+def test_lengths_and_sizes_of_patches(
+        build: Callable[..., Any], flags: list[str], shapes: set[tuple[int, ...]]) -> None:
+    assert {tuple(patches['patches'].shape[1:]) for patches, _ in take(build(*flags)[0])} == shapes
 
 
-@pytest.mark.parametrize('name', EFFECTS)
-def test_flags_change_the_batches(build: Callable[..., Any], name: str) -> None:
-    off, on = EFFECTS[name]
-    before = take(build(*off)[0], 1)
-    assert same(before, take(build(*off)[0], 1))
-    assert not same(before, take(build(*on)[0], 1))
+WHOLE = ['--no-aug', '--naflex-train-seq-lens', '9', '--smoothing', '0', '-b', '8']
+
+
+def test_channels_first(build: Callable[..., Any]) -> None:
+    (last, _), *_ = take(build(*WHOLE)[0])
+    (first, _), *_ = take(build(*WHOLE, '--naflex-patchify-channels-first')[0])
+    valid = last['patch_valid']
+    assert torch.equal(first['patches'][valid].unflatten(-1, (3, 64)).mT.flatten(-2), last['patches'][valid])
+
+
+def test_augmentation_of_patches(build: Callable[..., Any]) -> None:
+    plain, again = (take(build(*WHOLE)[0], epoch) for epoch in (0, 1))
+    pixels = sorted(float(each.sum()) for batch, _ in plain for each in batch['patches'])
+    assert sorted(float(each.sum()) for batch, _ in again for each in batch['patches']) == pytest.approx(pixels)
+    whole, erased = (torch.cat([batch['patches'] for batch, _ in take(build(
+        '--naflex-train-seq-lens', '9', '--reprob', rate)[0])]) for rate in ('0', '1'))
+    changed = (whole != erased).any(-1).float().mean(1)
+    assert 0 < changed.mean() < 0.5 and changed.max() < 1
+    mixing = build(*WHOLE, '--mixup', '1', '--mixup-off-epoch', '1')[0]
+    mixed, later = take(mixing), take(mixing, 1)
+    assert any(((target > 0) & (target < 1)).any() for _, target in mixed)
+    assert same([(batch, target.argmax(1)) for batch, target in later], again)
 
 
 def test_validation_sees_each_image_at_the_length_asked_for(build: Callable[..., Any]) -> None:

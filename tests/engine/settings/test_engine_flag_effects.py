@@ -1,5 +1,4 @@
-"""What each flag leads to: the model, its input, optimizer, schedule, loss and teacher, and the processes."""
-import math
+"""What each flag leads to: the model, its input, optimizer, loss and teacher, and the processes."""
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -229,7 +228,7 @@ def test_statistics_of_several_processes(tmp_path: Path) -> None:
     assert found == [[0.5, 0., 0.], [0.5, 0., 1.]]
 
 
-# optimizer and schedule
+# optimizer
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     'opt': ('--opt adamw', {'betas': (0.9, 0.999)}),
@@ -263,71 +262,6 @@ def test_rates_of_layers() -> None:
     assert scales('--layer-decay-no-opt-scale', '0.3') == [0.5, 1.]
 
 
-@pytest.mark.parametrize('flags, rate', [
-    ('', 0.05), ('--lr 0.3', 0.3), ('--lr-base 0.3', 0.15), ('--lr-base-size 64', 0.2),
-    ('--lr-base-scale sqrt', 0.1 * 0.5 ** 0.5), ('-b 256', 0.1), ('--grad-accum-steps 4', 0.2)])
-def test_rate(flags: str, rate: float) -> None:
-    assert objective.resolve_lr(parse(*flags.split())) == pytest.approx(rate)
-
-
-def rates_of(flags: str) -> list[float]:
-    settings = parse('--epochs', '10', '--warmup-epochs', '0', *flags.split())
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    scheduler, epochs = objective.build_scheduler(settings, optimizer, 1, decreasing=False)
-    rates = []
-    for epoch in range(epochs):
-        rates.append(optimizer.param_groups[0]['lr'])
-        scheduler.step(epoch + 1, 1.)
-    return rates
-
-
-def cosine(length: int, height: float = 0.4, low: float = 0., power: float = 1.) -> list[float]:
-    return [low + (height - low) / 2 * (1 + math.cos(math.pi * (step / length) ** power)) for step in range(length)]
-
-
-CURVES: dict[str, tuple[str, list[float]]] = {
-    'sched': ('--sched poly --decay-rate 1', [0.4 * (1 - step / 10) for step in range(10)]),
-    'epochs': ('--epochs 12', cosine(12)),
-    'min_lr': ('--min-lr 0.1', cosine(10, low=0.1)),
-    'lr_k_decay': ('--lr-k-decay 2', cosine(10, power=2)),
-    'lr_cycle_limit': ('--lr-cycle-limit 2 --epochs 5', cosine(5) + cosine(5, 0.2)),
-    'lr_cycle_decay': ('--lr-cycle-limit 2 --epochs 5 --lr-cycle-decay 0.1', cosine(5) + cosine(5, 0.04)),
-    'lr_cycle_mul': ('--lr-cycle-limit 2 --epochs 5 --lr-cycle-mul 2', cosine(5) + cosine(10, 0.2)),
-    'warmup_lr': ('--warmup-epochs 2 --warmup-lr 0.01', [0.01, 0.205, *cosine(10)[2:]]),
-    'warmup_epochs': ('--warmup-epochs 1 --warmup-lr 0.1', [0.1, *cosine(10)[1:]]),
-    'warmup_prefix': ('--warmup-epochs 2 --warmup-lr 0.01 --warmup-prefix', [0.01, 0.205, *cosine(10)]),
-    'cooldown_epochs': ('--cooldown-epochs 2', [*cosine(10), 0., 0.]),
-    'decay_epochs': ('--sched step --decay-epochs 4', [0.4] * 4 + [0.04] * 4 + [0.004] * 2),
-    'decay_rate': ('--sched step --decay-epochs 5 --decay-rate 0.5', [0.4] * 5 + [0.2] * 5),
-    # timm lowers the rate one step before a milestone
-    'decay_milestones': ('--sched multistep --decay-milestones 4 8', [0.4] * 3 + [0.04] * 4 + [0.004] * 3),
-    'patience_epochs': ('--sched plateau --patience-epochs 1', [0.4] * 3 + [0.04] * 2 + [0.004] * 2 + [4e-4] * 2 + [
-        4e-5]),
-    'lr_stable_timescale': ('--sched rsqrt --lr-stable-timescale 4 --decay-epochs 1', [
-        0.4 / math.sqrt(1 + step / 4) for step in range(10)]),
-}
-
-
-@pytest.mark.parametrize('flag', CURVES)
-def test_schedule(flag: str) -> None:
-    words, expected = CURVES[flag]
-    assert rates_of(words) == pytest.approx(expected, abs=1e-7)
-
-
-def test_decay_function_of_wsd() -> None:
-    flags = '--sched wsd --decay-epochs 5 --lr-decay-fn '
-    assert rates_of(f'{flags}linear') == pytest.approx([0.4] * 6 + [0.32, 0.24, 0.16, 0.08])
-    assert rates_of(f'{flags}cosine') == pytest.approx([0.4] * 5 + cosine(5))
-
-
-def test_noise_of_the_rate() -> None:
-    plain, noisy = cosine(10), rates_of('--lr-noise 0.5 --lr-noise-pct 0.2')
-    assert noisy[:5] == pytest.approx(plain[:5]) and noisy[5:] != pytest.approx(plain[5:])
-    assert all(abs(one / two - 1) <= 0.2 for one, two in zip(noisy, plain, strict=True))
-    quiet = rates_of('--lr-noise 0 --lr-noise-std 0.001')
-    assert quiet == pytest.approx(plain, rel=0.01) and quiet != pytest.approx(plain, rel=1e-6)
-
-
 # loss and teacher
 
 def bce(target: torch.Tensor, **kwargs: Any) -> float:
@@ -341,13 +275,17 @@ LOSSES: dict[str, tuple[str, Callable[[], float]]] = {
     'bce_target_thresh': ('--bce-loss --bce-target-thresh 0.2', lambda: bce(HOT)),
     'bce_pos_weight': ('--bce-loss --bce-pos-weight 3', lambda: bce(SMOOTH, pos_weight=torch.tensor(3.))),
     'loss_type': ('--loss-type bce --smoothing 0', lambda: bce(HOT)),
+    # labels that mixup has smoothed are not smoothed again
+    'mixup': ('--mixup 1', lambda: float(nn.functional.cross_entropy(LOGITS, HOT))),
+    'mixup and bce': ('--mixup 1 --bce-loss', lambda: bce(HOT)),
 }
 
 
 @pytest.mark.parametrize('flag', LOSSES)
 def test_loss(flag: str) -> None:
     words, expected = LOSSES[flag]
-    assert loss.build_loss(parse(*words.split()), Classes(3))(LOGITS, TARGET).item() == pytest.approx(expected())
+    target = HOT if 'mixup' in flag else TARGET
+    assert loss.build_loss(parse(*words.split()), Classes(3))(LOGITS, target).item() == pytest.approx(expected())
 
 
 def test_divergence_of_splits() -> None:

@@ -5,18 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn as nn
 import yaml
 from resume_tools import flatten, rows, unequal
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model
 from timm.models import load_checkpoint as timm_load_checkpoint
 
-from cpool_vision.engine.data.multi_label import Classes
 from cpool_vision.engine.tracking import run_folder
 from cpool_vision.engine.train import fit, objective
 from cpool_vision.engine.train import loop as train_loop
-from cpool_vision.engine.train.loss import build_loss
 from cpool_vision.errors import CheckpointError, ConfigError, DatasetError, OutputError, UnknownModelError
 
 Train = Callable[..., dict[str, Any]]
@@ -165,13 +161,11 @@ def test_unwritable_output_is_refused_before_training(run_train: Train, tmp_path
     ['--amp', '--amp-dtype', 'bfloat16', '--channels-last', '--model-ema'],
     ['--amp', '--amp-dtype', 'float16', '--model', 'test_vit', '--clip-grad', '1.0', '--clip-mode', 'agc'],
     ['--model-dtype', 'bfloat16', '--model-ema', '--no-prefetcher'],
-    ['--jsd-loss', '--aug-splits', '3', '--split-bn', '--aa', 'augmix-m3'],
-    ['--bce-loss', '--smoothing', '0', '--bce-target-thresh', '0.2', '--layer-decay', '0.7'],
+    ['--jsd-loss', '--aug-splits', '3', '--split-bn', '--aa', 'augmix-m3', '--grad-checkpointing'],
     ['--train-img-sizes', '32', '48', '--train-batch-sizes', '8', '4', '--variable-batch-loss-scale', 'linear'],
     ['--torchscript', '--opt', 'lookahead_sgd', '--sched', 'none'],
     ['--val-split', '', '--no-aug', '--use-multi-epochs-loader'],
     ['--mixup', '0.2', '--mixup-off-epoch', '1', '--epochs', '2', '-j', '1', '--save-images', '--synchronize-step'],
-    ['--eval-metric', 'loss', '--grad-checkpointing', '--head-init-scale', '0.1', '--head-init-bias', '-2'],
     ['--input-size', '1', '32', '32', '--mean', '0.5', '--std', '0.25', '--fast-norm'],
 ], ids=lambda flags: flags[0].strip('-'))
 def test_flags_train(run_train: Train, load: Load, flags: list[str]) -> None:
@@ -192,32 +186,6 @@ def test_distillation_trains_and_resumes(run_train: Train, load: Load, kind: str
     again = run_train(*flags, '--experiment', 'rest', '--resume', os.path.join(folder, 'checkpoint-0.pth.tar'))
     assert set(load(again['folder'], 'last.pth.tar')['state_dict']) == set(
         create_model('test_resnet', num_classes=3).state_dict())
-
-
-def test_update_schedule_follows_updates(run_train: Train) -> None:
-    steps = run_train('--experiment', 'updates', '--sched-on-updates', '--min-lr', '0')['epochs']
-    epochs = run_train('--experiment', 'epochs', '--min-lr', '0')['epochs']
-    assert [row['lr'] for row in steps] == pytest.approx([5e-4, 0], abs=1e-9)  # half of the cosine, and its end
-    assert [row['lr'] for row in epochs] == pytest.approx([1e-3, 5e-4])
-
-
-@pytest.mark.parametrize('flags, kind', [
-    ([], LabelSmoothingCrossEntropy),
-    (['--smoothing', '0'], nn.CrossEntropyLoss),
-    (['--mixup', '0.1'], SoftTargetCrossEntropy),
-    (['--bce-loss'], BinaryCrossEntropy),
-    (['--bce-loss', '--smoothing', '0'], BinaryCrossEntropy),
-    (['--bce-loss', '--cutmix', '1'], BinaryCrossEntropy),
-    (['--jsd-loss', '--aug-splits', '3'], JsdCrossEntropy),
-])
-def test_loss_follows_the_flags(train_args: Any, flags: list[str], kind: type) -> None:
-    assert type(build_loss(train_args('--num-classes', '3', *flags), Classes(3))) is kind
-
-
-def test_bce_smooths_hard_targets_only(train_args: Any) -> None:
-    flags = ['--bce-loss', '--smoothing', '0.2']
-    assert build_loss(train_args(*flags), Classes(3)).smoothing == 0.2
-    assert build_loss(train_args(*flags, '--mixup', '1'), Classes(3)).smoothing == 0
 
 
 @pytest.mark.parametrize('flags, expected', [
