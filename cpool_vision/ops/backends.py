@@ -40,13 +40,18 @@ def _why_not_dtype(x: Tensor, dtypes: Iterable[torch.dtype]) -> str | None:
     return None if x.dtype in dtypes else f'x.dtype={x.dtype} is not one of {", ".join(map(str, dtypes))}'
 
 
+def _why_not_kernel(
+        x: Tensor, weight_logits: Tensor, sigma: Tensor, offset: Tensor | None) -> str | None:
+    """What the kernels in C and those of Triton both refuse."""
+    reason = _why_not_dtype(x, HALF_AND_SINGLE) or why_not_differentiable(x, weight_logits, sigma, offset)
+    return reason or (None if offset is None else 'it takes no offset')
+
+
 def _can_run_triton(
         x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None) -> str | None:
-    reason = _why_not_dtype(x, HALF_AND_SINGLE) or why_not_differentiable(x, weight_logits, sigma, offset)
+    reason = _why_not_kernel(x, weight_logits, sigma, offset)
     if reason is not None:
         return reason
-    if offset is not None:
-        return 'it takes no offset'
     if not _has_triton():
         return 'triton is not installed'
     if not x.is_cuda:
@@ -59,14 +64,10 @@ def _can_run_triton(
 
 def _can_run_native(
         x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, offset: Tensor | None) -> str | None:
-    reason = _why_not_dtype(x, HALF_AND_SINGLE) or why_not_differentiable(x, weight_logits, sigma, offset)
-    if reason is not None:
-        return reason
-    if offset is not None:
-        return 'it takes no offset'
-    if x.device.type != 'cpu':
-        return f'x is on {x.device} and not on the CPU'
-    return native.why_not()
+    reason = _why_not_kernel(x, weight_logits, sigma, offset)
+    if reason is None and x.device.type != 'cpu':
+        reason = f'x is on {x.device} and not on the CPU'
+    return reason or native.why_not()
 
 
 def _can_run_tiled(

@@ -144,7 +144,7 @@ int cpool_forward(const Shape *p, const float *x, const float *logits, const flo
         FLUSH_SUBNORMALS;
         Tile tile, *t = &tile;
         const int ok = begin(t, p, 0, logits, pixel, facts, &failed);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t job = 0; job < shares * rows; ++job) {
             const int64_t share = job / rows, first = share * p->shared;
             for (int tx = 0; ok && tx < cols; ++tx) {
@@ -178,7 +178,7 @@ int cpool_backward(const Shape *p, const float *grad, const float *x, const floa
         FLUSH_SUBNORMALS;
         Tile tile, *t = &tile;
         const int ok = begin(t, p, 1, logits, pixel, facts, &failed);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t job = 0; job < shares * p->bands; ++job) {
             const int64_t share = job / p->bands, band = job % p->bands, first = share * p->shared;
             const int from = (int)(rows * band / p->bands), to = (int)(rows * (band + 1) / p->bands);
