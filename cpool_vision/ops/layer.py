@@ -9,7 +9,7 @@ from .autocast import without_autocast
 from .backends import choose_backend, runs_triton
 from .native import native_backward, native_forward
 from .predictor import WEIGHTS, hidden_gradients, may_fuse, predict_with_hidden, reduce_gradient
-from .tokens import backward_on_tokens, on_tokens, writes_tokens
+from .tokens import WRITE_TOKENS, backward_on_tokens, on_tokens
 
 _lib = torch.library.Library('cpool_vision', 'FRAGMENT')
 
@@ -44,7 +44,7 @@ def _chosen(x: Tensor, backend: str | None, *weights: Tensor | None) -> str | No
     if predict_weight is None or not x.shape[1] or not may_fuse(x, predict_weight, *biases):
         return None
     chosen = choose_backend(x, x, x, 1, None, backend)
-    return chosen if writes_tokens(chosen, x.dtype) and runs_triton(x) == (chosen == 'triton') else None
+    return chosen if chosen in WRITE_TOKENS and runs_triton(x) == (chosen == 'triton') else None
 
 
 def _pool_tokens(
@@ -103,7 +103,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.how = inputs[5:]
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     *aside, x, w1, b1, w2, b2 = ctx.saved_tensors
     prefix, *_, bound, ratio, floor, backend = ctx.how
     made = torch.ops.cpool_vision.pool_tokens_fused_backward.default(

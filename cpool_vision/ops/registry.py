@@ -218,7 +218,9 @@ def _register_autograd(form: str, backend: str, fake: Callable[..., Any], backwa
     name = f'cpool_vision::{form}_{backend}'
     run_backward = getattr(torch.ops.cpool_vision, f'{form}_{backend}_backward').default
 
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         kept = ctx.saved_tensors  # which checkpointing lets be read but once
         offset, saved = kept[:ctx.optional], kept[ctx.optional:]
         grads = list(run_backward(grad, *saved, ctx.stride, *offset))

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from .backends import choose_backend
 
-
-def writes_tokens(backend: str, dtype: torch.dtype) -> bool:
-    """Whether the kernels of a backend write behind a prefix: those in C where no rounding follows."""
-    return backend == 'triton' or backend == 'native' and dtype == torch.float32
+# Backends whose kernels write behind a prefix.
+WRITE_TOKENS = ('triton', 'native')
 
 
 def context_pool_tokens(
@@ -19,7 +17,7 @@ def context_pool_tokens(
     """Tokens `(B, P + H * W, C)` whose grid is pooled with maps `(B, G, H, W)`; P prefix tokens pass as they are."""
     grid = grid_map(x, num_prefix_tokens, weight_logits)
     chosen = choose_backend(grid, weight_logits, sigma, 1, offset, backend)
-    if num_prefix_tokens > 0 and writes_tokens(chosen, x.dtype):
+    if num_prefix_tokens > 0 and chosen in WRITE_TOKENS:
         operator = getattr(torch.ops.cpool_vision, f'context_pool_tokens_{chosen}').default
         result = operator(x, weight_logits, sigma, num_prefix_tokens)
         return result if isinstance(result, Tensor) else result[0]
