@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -67,13 +68,17 @@ def test_two_processes_cannot_have_a_folder_and_the_dead_lose_it(
 
 def test_an_owner_that_nobody_has_waited_for_is_dead(tmp_path: pathlib.Path) -> None:
     """As after the end of its parent in a container whose first process leaves zombies."""
-    other = held_by_another(tmp_path)
-    other.kill()
-    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-    os.kill(other.pid, 0)  # still in the table
-    with RunLock() as lock:
-        lock.acquire(str(tmp_path))
-    other.wait()
+    RunLock().acquire(str(tmp_path))
+    with subprocess.Popen(['sleep', '60']) as other:  # noqa: S607
+        birth = pathlib.Path(f'/proc/{other.pid}/stat').read_text().split()[21]
+        alter(tmp_path, process=other.pid, birth=birth)
+        with pytest.raises(OutputError, match='in use'):  # control
+            RunLock().acquire(str(tmp_path))
+        other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        os.kill(other.pid, 0)  # still in the table
+        with RunLock() as lock:
+            lock.acquire(str(tmp_path))
 
 
 def test_a_process_of_the_same_number_is_not_the_owner(tmp_path: pathlib.Path) -> None:
