@@ -18,6 +18,7 @@ from ..data.fingerprint import check_same_data, compare_splits, fingerprint
 from ..data.multi_label import CLASS_NAMES, Classes, check_task, names_of
 from ..device import Runtime, seed_everything
 from ..distributed.sharding import check_fsdp, shard_task
+from ..distributed.signals import StopSignals
 from ..model import create_train_model, place_model, resolve_input
 from ..settings.limits import check_limits
 from ..settings.train import LossSettings, TrainSettings
@@ -52,13 +53,14 @@ def check(settings: TrainSettings, runtime: Runtime) -> None:
         check_services(settings)
 
 
-def build(settings: TrainSettings, runtime: Runtime, lock: RunLock) -> Run:
+def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: StopSignals | None = None) -> Run:
     """Everything that a run needs, at the position where it begins or continues; every process must call it.
 
     Args:
         settings: as `config.read_train` gives them.
         runtime: where this process computes.
         lock: takes the run folder, on the first process.
+        signals: what asks the run to stop.
 
     Raises:
         UserError: bad input; see `cpool_vision.errors`.
@@ -93,7 +95,7 @@ def build(settings: TrainSettings, runtime: Runtime, lock: RunLock) -> Run:
         shard_task(task, settings, runtime.device)
     lr = objective.resolve_lr(settings, runtime.world_size, mean_batch)
     optimizer = objective.build_optimizer(settings, task.get_trainable_module(), lr)
-    run = Run(settings, runtime, task, optimizer, loader, mixup_fn=mixup_fn, mean_batch=mean_batch)
+    run = Run(settings, runtime, task, optimizer, loader, mixup_fn=mixup_fn, mean_batch=mean_batch, signals=signals)
     run.data = fingerprint(train_set) if runtime.primary else None
     run.metric = settings.eval_metric if eval_loader is not None else 'loss'
     run.scheduler, run.epochs = objective.build_scheduler(

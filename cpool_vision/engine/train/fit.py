@@ -11,6 +11,7 @@ from ..data.unreadable import LIST_NAME
 from ..data.worker import explained_deaths
 from ..device import Precision, leave_processes, settle_threads, start_runtime
 from ..distributed.agent import AgentWatch
+from ..distributed.signals import StopSignals
 from ..settings.train import TrainSettings
 from ..tracking.progress import silence_logging
 from ..tracking.run_lock import RunLock
@@ -44,8 +45,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if not runtime.primary:
         silence_logging()
     try:
-        with AgentWatch(), explained_deaths(), RunLock() as lock:
-            return fit(build(settings, runtime, lock))
+        # a signal that comes before the first update would leave the lock behind
+        with AgentWatch(), explained_deaths(), StopSignals() as signals, RunLock() as lock:
+            return fit(build(settings, runtime, lock, signals))
     finally:
         leave_processes()
 
@@ -63,7 +65,7 @@ def fit(run: Run) -> dict[str, Any]:
     _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', run.folder, run.position.epoch,
                  run.end - 1, run.updates_per_epoch, _describe(run.runtime.precision))
     rows: list[dict[str, Any]] = []
-    with _closing(run.loader), run.trackers, run.vote.signals:
+    with _closing(run.loader), run.trackers:
         first, batch = run.position.epoch, run.position.batch
         for epoch in range(first, run.end):
             loaders.set_position(run.loader, epoch, batch if epoch == first else 0)

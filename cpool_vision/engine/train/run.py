@@ -10,6 +10,7 @@ from timm.task import TrainingTask
 from ..checkpoints.position import Position
 from ..checkpoints.saver import CheckpointSaver
 from ..device import Runtime
+from ..distributed.signals import StopSignals
 from ..distributed.vote import Verdict, Vote
 from ..settings.train import TrainSettings
 from ..tracking.meter import LossMeter
@@ -52,6 +53,7 @@ class Run:
         meter: loss of the epoch so far.
         vote: what the processes agree on before an update.
         data: `fingerprint` of the training set on the first process, for the checkpoints.
+        signals: those that ask the run to stop, as this process received them.
         rehearsed: whether `_rehearse` is done.
     """
 
@@ -78,12 +80,13 @@ class Run:
     loss_scaler: torch.amp.GradScaler = field(init=False)
     meter: LossMeter = field(init=False)
     vote: Vote = field(init=False)
+    signals: StopSignals | None = None
     rehearsed: bool = False
 
     def __post_init__(self) -> None:
         self.loss_scaler = self.runtime.precision.loss_scaler()
         self.meter = LossMeter(self.runtime.device)
-        self.vote = Vote(self.runtime.device, self.runtime.distributed)
+        self.vote = Vote(self.runtime.device, self.runtime.distributed, self.signals)
 
     @property
     def end(self) -> int:

@@ -112,6 +112,27 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, former)
 
 
+def test_a_signal_before_the_first_update_is_obeyed_after_it(
+        run_train: Train, load: Load, interruptible: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run owns its folder by then, and gives it back."""
+    real = fit.build
+
+    def build(*args: Any) -> Any:
+        run = real(*args)
+        assert os.path.exists(os.path.join(run.folder, 'run.lock'))
+        os.kill(os.getpid(), signal.SIGINT)
+        return run
+
+    whole = run_train('-b', '4', '--experiment', 'whole')['folder']
+    flags = ['-b', '4', '--experiment', 'broken', '--resume', 'auto']
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, 'build', build)
+        with pytest.raises(StopRequested, match='saved before batch 1 of epoch 0'):
+            run_train(*flags)
+    assert not os.path.exists(os.path.join(os.path.dirname(whole), 'broken', 'run.lock'))
+    assert unequal(load(whole, 'last.pth.tar'), load(run_train(*flags)['folder'], 'last.pth.tar')) == []
+
+
 def test_a_second_signal_is_obeyed_at_once(interruptible: None) -> None:
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
