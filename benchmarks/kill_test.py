@@ -139,7 +139,8 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
     try:
         return pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
     except OSError:
@@ -173,7 +174,7 @@ def kill(run: Run, one: bool, rng: random.Random) -> None:
     pids = descendants(root)
     _kill([*pids, root])
     run.process.wait()
-    while any(_alive(pid) for pid in pids):
+    while any(alive(pid) for pid in pids):
         time.sleep(0.002)
 
 

@@ -1,6 +1,7 @@
 """No file of weights, settings or data runs code, whichever way it gets in."""
 import argparse
 import contextlib
+import json
 import os
 import pathlib
 import pickle
@@ -10,8 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
+from timm.data.readers import class_map, reader_image_in_tar
+from torchvision.datasets import cifar
 
 from benchmarks import kill_test, release, results
 from cpool_vision.cli import inspect, retrofit, train, validate
@@ -235,21 +239,46 @@ def test_nothing_is_executed_and_the_error_names_the_file(
     assert str(path) in told or str(path.parent) in told or str(path.parent.parent) in told
 
 
-THROUGH_TORCH = [name for name, entry in ENTRIES.items() if entry.kinds == CHECKPOINT and 'safetensors' not in name]
-THROUGH_YAML = [name for name, entry in ENTRIES.items() if entry.kinds == ('yaml',)]
+CONTROLS = [(name, kind) for name, entry in ENTRIES.items()
+            for kind in (('archive',) if entry.kinds == CHECKPOINT else entry.kinds)]
 
 
-@pytest.mark.parametrize('name', [*THROUGH_TORCH, *THROUGH_YAML])
+def drop_guards(patch: pytest.MonkeyPatch) -> None:
+    """Lets every reader that ours, timm's and torchvision's code calls run what the file says."""
+    torch_load, numpy_load = torch.load, np.load
+
+    def load_torch(*args: Any, **kwargs: Any) -> Any:
+        return torch_load(*args, **{**kwargs, 'weights_only': False})
+
+    def load_numpy(path: Any, **_: Any) -> Any:
+        arrays = numpy_load(path, allow_pickle=True)
+        return {name: arrays[name] for name in arrays}
+
+    def load_json(file: Any) -> Any:
+        try:
+            return pickle.loads(pathlib.Path(file.name).read_bytes())  # noqa: S301
+        except pickle.UnpicklingError:
+            return yaml.unsafe_load(file)
+
+    patch.setattr(torch, 'load', load_torch)
+    patch.setattr(safetensors.torch, 'load_file', lambda path, **_: load_torch(path))
+    patch.setattr(np, 'load', load_numpy)
+    patch.setattr(json, 'load', load_json)
+    patch.setattr(yaml, 'safe_load', yaml.unsafe_load)
+    patch.setattr(class_map, '_ClassMapUnpickler', pickle.Unpickler)
+    patch.setattr(reader_image_in_tar, '_TarInfoUnpickler', pickle.Unpickler)
+    patch.setattr(cifar, 'check_integrity', lambda *_: True)
+
+
+@pytest.mark.parametrize('name, kind', CONTROLS)
 def test_careless_readers_in_the_same_places_would_execute(
-        name: str, flag: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control: the file is reached, and only the way of reading it protects."""
-    real = torch.load
-    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: real(*args, **{**kwargs, 'weights_only': False}))
-    monkeypatch.setattr(yaml, 'safe_load', yaml.unsafe_load)
+        name: str, kind: str, flag: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: every file is reached, and only the way of reading it protects."""
+    drop_guards(monkeypatch)
     entry = ENTRIES[name]
     path = tmp_path / 'in' / entry.file
     path.parent.mkdir(parents=True)
-    WRITERS['archive' if name in THROUGH_TORCH else 'yaml'][0](path, flag)
+    WRITERS[kind][0](path, flag)
     with contextlib.suppress(Exception):
         entry.read(path)
     assert flag.is_dir()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ops_testing import NO_COMPILER, assert_close_to_definition, context_pool2d_reference, make_case
 
-from cpool_vision.ops import TOLERANCE, context_pool2d
+from cpool_vision.ops import context_pool2d
 from cpool_vision.ops.native import build, native_backward, native_forward
 
 CASES = int(os.environ.get('CPOOL_FUZZ_CASES', '200'))
@@ -61,8 +61,8 @@ def _fuzz(index: int) -> None:
         return context_pool2d_reference(_in_some_layout(random.Random(index), x), logits, each, stride)  # noqa: S311
 
     case = (x, logits, sigma, grad)
-    # looks for what is wrong by far: exponents of logits 50 nats apart are rounded to a millionth of their weight
-    assert_close_to_definition(kernels, definition, case, stride, TOLERANCE[dtype])
+    # eager sums few outputs in halves, the kernels as the keys come
+    assert_close_to_definition(kernels, definition, case, stride, 2 * torch.finfo(torch.float32).eps)
     x, grad = _in_some_layout(rng, x), _in_some_layout(rng, grad)
     results = (torch.empty_like(grad, dtype=rng.choice((torch.float32, dtype))),
                torch.empty_like(x, dtype=rng.choice((torch.float32, dtype))))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cpool_vision.errors import OutputError
-from cpool_vision.files import write_text
+from cpool_vision.files import sync_directory, write_text
 from cpool_vision.reading import TABLE_BYTES, read_bytes
 
 from ..checkpoints.checkpoint import to_plain
@@ -135,20 +135,23 @@ class UpdateTable:
         return _epoch(row) < epoch or _epoch(row) == epoch and int(float(row['update'])) <= update
 
     def add(self, update: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Appends a row.
+        """Appends a row and flushes it to disk, as the next checkpoint counts on it.
 
         Raises:
             OutputError: the operating system refused.
         """
         row = {'update': update, 'epoch': epoch, **values}
         try:
+            new = not os.path.exists(self.path)
             if self._file is None:
-                new = not os.path.exists(self.path)
                 self._file = open(self.path, 'a', newline='', encoding='utf-8')
                 if new:
                     self._file.write(','.join(self.COLUMNS) + '\n')
             self._file.write(','.join(repr(to_plain(row[name])) for name in self.COLUMNS) + '\n')
             self._file.flush()
+            os.fsync(self._file.fileno())
+            if new:
+                sync_directory(os.path.dirname(os.path.abspath(self.path)))
         except OSError as error:
             raise OutputError(f'{self.path!r} cannot be written ({error.strerror}): free space or choose another '
                               'folder') from error

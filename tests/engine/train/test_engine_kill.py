@@ -128,6 +128,23 @@ def test_a_run_stopped_by_sigterm_to_one_process_goes_on_exactly(
     assert compare_runs(undisturbed(2).folder, run.folder) == []
 
 
+@pytest.mark.slow
+def test_training_processes_save_and_stop_when_torchrun_is_killed(
+        undisturbed: Callable[[int], Run], tmp_path: pathlib.Path) -> None:
+    run = Run(tmp_path, 'orphaned', [*KINDS[2], '--recovery-interval', '0'], 2)
+    run.launch()
+    assert run.wait_for_training()
+    processes = descendants(run.process.pid)
+    run.process.kill()  # torchrun alone
+    assert run.process.wait(60) == -signal.SIGKILL and any(map(kill_test.alive, processes))
+    wait_for(lambda: not any(map(kill_test.alive, processes)))
+    log = run.log.read_text()
+    assert log.count('torchrun is gone') == 2 and log.count('stopped by a signal and saved before batch') == 2
+    assert len(list(run.folder.glob('recovery-*'))) == 1 and not (run.folder / 'run.lock').exists()
+    run.finish()
+    assert compare_runs(undisturbed(2).folder, run.folder) == []
+
+
 CRASH = '''
 import os, signal, sys
 from cpool_vision.cli import train
