@@ -250,6 +250,10 @@ def drop_guards(patch: pytest.MonkeyPatch) -> None:
     def load_torch(*args: Any, **kwargs: Any) -> Any:
         return torch_load(*args, **{**kwargs, 'weights_only': False})
 
+    def load_safetensors(path: Any, *_: Any, **__: Any) -> Any:
+        with open(path, 'rb') as file:  # a path of this ending goes back to safetensors
+            return load_torch(file)
+
     def load_numpy(path: Any, **_: Any) -> Any:
         arrays = numpy_load(path, allow_pickle=True)
         return {name: arrays[name] for name in arrays}
@@ -261,7 +265,7 @@ def drop_guards(patch: pytest.MonkeyPatch) -> None:
             return yaml.unsafe_load(file)
 
     patch.setattr(torch, 'load', load_torch)
-    patch.setattr(safetensors.torch, 'load_file', lambda path, **_: load_torch(path))
+    patch.setattr(safetensors.torch, 'load_file', load_safetensors)
     patch.setattr(np, 'load', load_numpy)
     patch.setattr(json, 'load', load_json)
     patch.setattr(yaml, 'safe_load', yaml.unsafe_load)
