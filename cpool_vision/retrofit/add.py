@@ -10,7 +10,7 @@ from ..layers import context_pools
 from ..models._family import as_tuple
 from .attach import attach, detach
 from .places import POSITIONS, Finder, NoPlaceError, Place
-from .pools import GridContextPool, follow_images, make_pool, unfollow_images
+from .pools import GridContextPool, create_pool, follow_images, unfollow_images
 from .probe import equal, finite, in_raster_order, probe_image, reaches_output, run, runs_children
 
 _logger = logging.getLogger(__name__)
@@ -85,38 +85,56 @@ def _fit(model: nn.Module, x: Tensor, finder: Finder, places: list[Place],
     """The places at which a pool works, and for each whether its module runs an added child by itself."""
     runs = runs_children(model, x, places)
     fitted: list[tuple[Place, bool]] = []
-    for place, native in zip(places, runs, strict=True):
-        if native is None:
+    for place, alone in zip(places, runs, strict=True):
+        if alone is None:
             # the map is then pooled where it is read
             reader = finder.reader(place.name)
             features = None if reader is None else finder.features(reader, 'input')
             if reader is None or features is None or runs_children(model, x, [Place(reader, 'input', features, 0)])[0]:
                 _logger.info('no pool at %s: the module runs its children with something else', place.name)
                 continue
-            place, native = Place(reader, 'input', features, place.stage), False
-        fitted.append((place, native))
+            place, alone = Place(reader, 'input', features, place.stage), False
+        fitted.append((place, alone))
     if not fitted:
         raise NoPlaceError(f'the modules at the requested places of {type(model).__name__} use their children in ways '
                            'of their own: name other places')
-    places, native_runs = [place for place, _ in fitted], [native for _, native in fitted]
+    places, run_alone = [place for place, _ in fitted], [alone for _, alone in fitted]
     if x.is_meta:
-        return places, native_runs
+        return places, run_alone
     ordered = in_raster_order(model, x, places)
     if not all(ordered):
         name = places[ordered.index(False)].name
         raise NoPlaceError(f'the tokens of {type(model).__name__} at {name!r} are not in the order of the image, row '
                            'by row, and a pool would mix far parts of it: name other positions or places')
     if explicit:
-        return places, native_runs
-    reached = reaches_output(model, x, places, native_runs)
+        return places, run_alone
+    reached = reaches_output(model, x, places, run_alone)
     for place, reaches in zip(places, reached, strict=True):
         if not reaches:
             _logger.info('no pool at %s: its map does not reach the output', place.name)
     if not any(reached):
         raise NoPlaceError(f'no map at the requested places of {type(model).__name__} reaches the output: '
                            f"choose another of {', '.join(POSITIONS)}, or other stages")
-    kept = [(place, native) for place, native, reaches in zip(places, native_runs, reached, strict=True) if reaches]
-    return [place for place, _ in kept], [native for _, native in kept]
+    kept = [(place, alone) for place, alone, reaches in zip(places, run_alone, reached, strict=True) if reaches]
+    return [place for place, _ in kept], [alone for _, alone in kept]
+
+
+def _choose_and_fit(model: nn.Module, x: Tensor, finder: Finder, positions: tuple | None,
+                    stages: tuple | None) -> tuple[list[Place], list[bool]]:
+    """Places at the positions, as `_fit` gives them; where the default position does not work, behind the blocks."""
+    size = (x.shape[-2], x.shape[-1])
+    chosen = _choose(model, finder, size, positions, stages)
+    try:
+        return _fit(model, x, finder, chosen, explicit=False)
+    except NoPlaceError as error:
+        if positions is not None or not finder.columnar or chosen[0].side != 'input':
+            raise
+        try:
+            fitted = _fit(model, x, finder, _choose(model, finder, size, ('post_block',), stages), explicit=False)
+        except NoPlaceError:
+            raise error from None
+        _logger.warning("Pools stand at 'post_block', as 'pre_attn' does not work: %s.", error)
+        return fitted
 
 
 def _groups(places: list[Place], most: int) -> int:
@@ -152,7 +170,8 @@ def add_context_pool(
         model: A network that takes images `(B, C, H, W)`; timm's are what this was made for.
         positions: One or several of `stage` (what the last block of a stage returns), `post_block` (what every block
             returns), `pre_attn` (what the attention of a block reads, behind its norm). By default `stage`, and for
-            networks of one grid (vision transformers) `pre_attn`, or `post_block` where no block has an attention.
+            networks of one grid (vision transformers) `pre_attn`, or `post_block` where no block has an attention
+            or its tokens are in no order of the image.
         stages: Indices of the stages, or of the blocks of a network of one grid, that pool. By default those whose
             maps are at least 8 times coarser than the image; all if there are none.
         places: Names of the modules whose output is pooled (`'layer2.1'`), or input (`'blocks.0.attn:input'`), in place
@@ -183,12 +202,10 @@ def add_context_pool(
     expected = run(model, x)
     finder = Finder(model, x)
     if places is not None:
-        chosen = _named(model, finder, as_tuple(places))
+        chosen, run_alone = _fit(model, x, finder, _named(model, finder, as_tuple(places)), explicit=True)
     else:
-        chosen = _choose(
-            model, finder, (x.shape[-2], x.shape[-1]), None if positions is None else as_tuple(positions),
-            None if stages is None else as_tuple(stages))
-    chosen, native = _fit(model, x, finder, chosen, explicit=places is not None)
+        chosen, run_alone = _choose_and_fit(model, x, finder, None if positions is None else as_tuple(positions),
+                                            None if stages is None else as_tuple(stages))
     image_reader = finder.image_reader()
     if ratio is None:
         ratio = COLUMNAR_RATIO if finder.columnar else STAGED_RATIO
@@ -198,8 +215,8 @@ def add_context_pool(
     options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'support_init': support_init,
                'hidden_dim': hidden_dim, 'backend': backend}
     try:
-        for place, runs in zip(chosen, native, strict=True):
-            _attach_pool(model, place, runs, options)
+        for place, alone in zip(chosen, run_alone, strict=True):
+            _attach_pool(model, place, alone, options)
         followers = [pool for pool in context_pools(model).values() if isinstance(pool, GridContextPool)]
         if followers and image_reader is not None:
             follow_images(model.get_submodule(image_reader), followers)
@@ -218,13 +235,13 @@ def add_context_pool(
     return model
 
 
-def _attach_pool(model: nn.Module, place: Place, native: bool, options: dict[str, Any]) -> None:
+def _attach_pool(model: nn.Module, place: Place, runs_alone: bool, options: dict[str, Any]) -> None:
     module = model.get_submodule(place.name)
     parameter = next(p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point())
-    pool = make_pool(place.features.layout, place.features.dim, place.features.prefix, place.features.grid,
-                     device=parameter.device, dtype=parameter.dtype, **options)
+    pool = create_pool(place.features.layout, place.features.dim, place.features.prefix, place.features.grid,
+                       device=parameter.device, dtype=parameter.dtype, **options)
     pool.train(module.training)
-    attach(module, pool, place.side, native, place.index)
+    attach(module, pool, place.side, runs_alone, place.index)
 
 
 def _detach_pools(model: nn.Module) -> list[str]:

@@ -44,18 +44,18 @@ register(_SIDES['output'], 'ContextPool', _PooledOutput)
 register(_SIDES['input'], 'ContextPool', _PooledInput)
 
 
-def attach(module: Any, pool: nn.Module, side: str, native: bool, index: int = 0) -> None:
+def attach(module: Any, pool: nn.Module, side: str, runs_alone: bool, index: int = 0) -> None:
     """Makes `pool` run on the output or the input of `module`.
 
     Args:
         module: Keeps its identity, its parameters and their names.
         pool: Becomes its child `cpool`.
         side: `output` or `input`.
-        native: The module runs its children in turn by itself.
+        runs_alone: The module runs its children in turn by itself.
         index: Entry of the tuple or list that the module returns.
     """
     module.add_module(NAME, pool)
-    if not native:
+    if not runs_alone:
         extend(module, _SIDES[side])
         if index:
             module.cpool_index = index

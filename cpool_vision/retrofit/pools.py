@@ -103,7 +103,7 @@ def unfollow_images(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def make_pool(layout: str, dim: int, num_prefix_tokens: int, grid: tuple[int, int], **kwargs: Any) -> ContextPool2d:
+def create_pool(layout: str, dim: int, num_prefix_tokens: int, grid: tuple[int, int], **kwargs: Any) -> ContextPool2d:
     """A pool for features of `layout` (one of `LAYOUTS`); `kwargs` as for `ContextPool2d`."""
     if layout == 'NLC':
         return GridContextPool(dim, num_prefix_tokens=num_prefix_tokens, grid_size=grid, **kwargs)

@@ -82,7 +82,7 @@ class _Counter(nn.Module):
         return y
 
 
-def _native(model: nn.Module, x: Tensor, place: Place) -> bool | None:
+def _runs_alone(model: nn.Module, x: Tensor, place: Place) -> bool | None:
     module, counter = model.get_submodule(place.name), _Counter(place.features)
     module.add_module(NAME, counter)
     try:
@@ -111,7 +111,7 @@ def runs_children(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool
             detach(module)
     if not odd:
         return [counter.calls == 1 for counter in counters]
-    return [_native(model, x, place) if place.side == 'output' else False for place in places]
+    return [_runs_alone(model, x, place) if place.side == 'output' else False for place in places]
 
 
 @contextmanager
@@ -128,13 +128,13 @@ def _fixed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def reaches_output(model: nn.Module, x: Tensor, places: list[Place], native: list[bool]) -> list[bool]:
+def reaches_output(model: nn.Module, x: Tensor, places: list[Place], run_alone: list[bool]) -> list[bool]:
     """For each place, whether a change of the map there changes the model's output at all."""
     counters = [_Counter(place.features) for place in places]
     shifts = [torch.zeros((), device=x.device, dtype=x.dtype, requires_grad=True) for _ in places]
     modules = [model.get_submodule(place.name) for place in places]
     try:
-        for module, counter, place, runs in zip(modules, counters, places, native, strict=True):
+        for module, counter, place, runs in zip(modules, counters, places, run_alone, strict=True):
             attach(module, counter, place.side, runs, place.index)
         for counter, shift in zip(counters, shifts, strict=True):
             counter.shift = shift

@@ -10,6 +10,7 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 from torch import nn
 
 import cpool_vision
+import cpool_vision.retrofit.add as add_module
 from cpool_vision.layers import ContextPool2d
 from cpool_vision.retrofit import (
     NoPlaceError,
@@ -283,6 +284,17 @@ def test_tokens_out_of_order_are_refused():
     shuffled.order = torch.arange(100)
     add_context_pool(shuffled, img_size=160)
     assert len(context_pools(shuffled)) == 6
+
+
+def test_without_an_order_in_front_of_attention_blocks_are_pooled(monkeypatch, caplog):
+    # as in xcit_nano_12_p8_224
+    monkeypatch.setattr(add_module, 'in_raster_order', lambda model, x, places: [p.side == 'output' for p in places])
+    model, _ = build('vit')
+    with pytest.raises(NoPlaceError, match='not in the order of the image'):  # asked for, it stays an error
+        add_context_pool(model, positions='pre_attn')
+    add_context_pool(model)
+    assert context_pools(model) and not any('attn' in name for name in context_pools(model))
+    assert "Pools stand at 'post_block', as 'pre_attn' does not work" in caplog.text
 
 
 def test_dead_places_are_left_out():
