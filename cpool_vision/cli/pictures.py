@@ -136,17 +136,20 @@ def load(args: argparse.Namespace) -> Loaded:
         UserError: either cannot be had; the subclass and message say why.
     """
     import torch
-    from timm.data import create_transform, resolve_data_config
+    from timm.data import create_transform
 
     import cpool_vision  # noqa: F401 - registers the variants
-    from cpool_vision.engine.model import create_eval_model
+    from cpool_vision.engine.model import create_eval_model, resolve_input
+    from cpool_vision.engine.settings.shared import ModelSettings
 
     # a folder or repository is named for its weights
     pretrained = args.pretrained or (':' in args.model and not args.checkpoint)
     model: Any = create_eval_model(
         args.model, args.checkpoint, pretrained=pretrained, use_ema=args.use_ema, num_classes=args.num_classes,
         img_size=args.img_size, model_kwargs=args.model_kwargs)
-    data_config = resolve_data_config({'img_size': args.img_size, 'mean': args.mean, 'std': args.std}, model=model)
+    data_config = resolve_input(model, ModelSettings(
+        model=args.model, img_size=args.img_size, mean=args.mean and tuple(args.mean),
+        std=args.std and tuple(args.std)))
     transform: Any = create_transform(**{**data_config, 'crop_pct': 1.0}, is_training=False)
     pictures, labels = _pictures(args, args.num_classes or model.num_classes)
     batch = torch.stack([transform(picture) for picture in pictures])

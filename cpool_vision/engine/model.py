@@ -1,6 +1,7 @@
 """Creation of the model, with errors that say what to do."""
 import difflib
 import logging
+import math
 import os
 import socket
 import urllib.parse
@@ -22,6 +23,7 @@ from cpool_vision.reading import reason
 
 from .checkpoints.checkpoint import load_weights, read_checkpoint, weights_of
 from .device import Runtime
+from .settings.limits import CHOICES
 from .settings.shared import ModelSettings
 from .settings.train import NetworkSettings, TrainSettings
 
@@ -95,15 +97,35 @@ def _build(settings: ModelSettings, **kwargs: Any) -> Any:
             'name a local-dir: folder or a checkpoint') from error
 
 
+def _check_input(config: dict[str, Any]) -> None:
+    """Raises ValueError at values that another's config.json may hold and no transform can work with."""
+    size, interpolation, crop = config['input_size'], config['interpolation'], config['crop_pct']
+    if len(size) != 3 or not all(isinstance(each, int) and each > 0 for each in size):
+        raise ValueError(f'input_size must be three numbers above 0, got {size!r}')
+    for name in ('mean', 'std'):
+        values = config[name]
+        if isinstance(values, str) or len(values) not in (1, size[0]) or not all(
+                isinstance(each, (int, float)) and math.isfinite(each) and (name == 'mean' or each > 0)
+                for each in values):
+            raise ValueError(f'{name} must be {size[0]} numbers{" above 0" if name == "std" else ""}, got {values!r}')
+    if interpolation not in CHOICES['interpolation']:
+        raise ValueError(f'interpolation must be one of {", ".join(filter(None, CHOICES["interpolation"]))}, '
+                         f'got {interpolation!r}')
+    if not isinstance(crop, (int, float)) or not 0 < crop < math.inf:
+        raise ValueError(f'crop_pct must be a number above 0, got {crop!r}')
+
+
 def resolve_input(model: nn.Module, settings: ModelSettings, use_test_size: bool = False) -> dict[str, Any]:
     """Input size, normalisation, interpolation and crop: from the flags, else from the model.
 
     Raises:
-        ConfigError: the flags contradict each other or the model.
+        ConfigError: the flags contradict each other or the model, or the configuration of the model makes no sense.
     """
     try:
-        return resolve_input_data_config(model, settings.as_dict(), use_test_size=use_test_size)
-    except (AssertionError, ValueError) as error:
+        config = resolve_input_data_config(model, settings.as_dict(), use_test_size=use_test_size)
+        _check_input(config)
+        return config
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f'the input of {settings.model!r} is not clear ({error}): check --img-size, --input-size, '
                           '--in-chans, --mean and --std') from error
 

@@ -34,3 +34,25 @@ def test_a_run_becomes_a_row_and_an_entry_with_the_same_figures(
     assert {path.name for path in entry.iterdir()} == {'release.json', 'config.json', 'model.safetensors'}
     with pytest.raises(FileExistsError, match='choose another name'):
         release(run, entry, Path(image_root), '', '', '')
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'mean': 'x'}, 'mean must be 3 numbers'), ({'mean': [None, .5, .5]}, 'mean must be 3 numbers'),
+    ({'std': [0, 0, 0]}, 'std must be 3 numbers above 0'), ({'std': [1e999, 1, 1]}, 'std must be 3 numbers'),
+    ({'interpolation': 5}, 'interpolation must be one of bilinear'), ({'crop_pct': 'x'}, 'crop_pct must be a number'),
+    ({'input_size': [3, 0, 32]}, 'input_size must be three numbers above 0')])
+def test_nonsense_in_the_configuration_of_a_folder_is_one_line(change, words, capsys, monkeypatch) -> None:
+    from cpool_vision.cli import inspect
+    from cpool_vision.engine import model as engine_model
+
+    create = engine_model.create_eval_model
+
+    def changed(*args, **kwargs):
+        model = create(*args, **kwargs)
+        model.pretrained_cfg = {**model.pretrained_cfg, **change}
+        return model
+
+    monkeypatch.setattr(engine_model, 'create_eval_model', changed)
+    assert inspect.main(['test_resnet', '--depth', 'never.png']) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: the input of 'test_resnet' is not clear") and words in error
