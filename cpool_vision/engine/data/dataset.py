@@ -103,8 +103,8 @@ def build_dataset(
         raise DatasetNotFoundError(f'{what}: {error}; check --data-dir') from error
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError,
             pickle.UnpicklingError) as error:
-        raise DatasetError(f'{what} cannot be opened ({" ".join(str(error).split())}): check --dataset, --data-dir and '
-                           'the split') from error
+        reason = ' '.join(str(error).split()).replace('download=True', '--dataset-download')  # torchvision's words
+        raise DatasetError(f'{what} cannot be opened ({reason}): check --dataset, --data-dir and the split') from error
     if type(dataset) is ImageDataset:
         dataset = StrictImageDataset(dataset)
     elif not name.lower().startswith('cpool/'):
