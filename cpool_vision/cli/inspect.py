@@ -114,7 +114,7 @@ class Inspection:
 
     def _over_images(self) -> None:
         if not self.whole:
-            raise ValueError(f'model {self.args.model!r} pools windows only, which are no maps of the image: leave '
+            raise ValueError(f'model {self.args.model!r} pools windows only, not maps of the image: leave '
                              '--output, --groups and --footprints out')
 
     def sheet(self) -> 'Figure':

@@ -38,7 +38,7 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
     if os.path.isdir(path):
         raise CheckpointNotFoundError(f'{flag} {path!r} is a folder: name a checkpoint file in it')
     if os.path.exists(path) and not os.path.isfile(path):
-        raise CheckpointError(f'{flag} {path!r} is no regular file: use a copy')
+        raise CheckpointError(f'{flag} {path!r} is not a regular file: use a copy')
     if not os.path.isfile(path):
         raise CheckpointNotFoundError(f'{flag} {path!r} does not exist: check the path')
     try:
@@ -53,11 +53,11 @@ def read_checkpoint(path: str, flag: str) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f'{flag} {path!r} was refused: it holds objects other than tensors and plain values, or is no checkpoint; '
-            'ask its author for a safetensors file') from error
+            f'{flag} {path!r} was refused: it holds objects other than tensors and plain values, or is not a '
+            'checkpoint; ask its author for a safetensors file') from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
         reason = ' '.join(str(error).split())[:200]
-        raise CheckpointError(f'{flag} {path!r} cannot be read, it is damaged or no checkpoint ({reason}): '
+        raise CheckpointError(f'{flag} {path!r} cannot be read, it is damaged or not a checkpoint ({reason}): '
                               'use another copy') from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f'{flag} {path!r} holds a {type(content).__name__}: expected a dictionary of weights')

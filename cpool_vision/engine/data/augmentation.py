@@ -33,11 +33,10 @@ def open_pipeline(settings: LoaderSettings) -> Pipeline | None:
     for name, off in _EXCLUDED.items():
         if getattr(settings, name) != off:
             flag = '--' + name.replace('_', '-')
-            raise ConfigError(f'{flag} is part of what --aug-config {settings.aug_config} replaces: leave out one of '
-                              'them')
+            raise ConfigError(f'--aug-config {settings.aug_config} replaces {flag}: drop one of the two')
     if settings.no_prefetcher and settings.reprob:
-        raise ConfigError('without the prefetcher, --reprob is part of what --aug-config replaces: drop one of them, '
-                          'or put Erasing into the pipeline')
+        raise ConfigError('without the prefetcher, --aug-config replaces --reprob: drop one of the two, or put Erasing '
+                          'into the pipeline')
     try:
         return Pipeline(settings.aug_config)
     except AugmentationError as error:
@@ -140,5 +139,5 @@ def check_same_pipeline(content: Mapping[str, Any], path: str, record: Mapping[s
         what = _difference(former, record)
     if refuse:
         raise ConfigError(f'--resume {path!r} was trained with another --aug-config: {what}; use that of the former '
-                          f'run ({RECORD} in its folder), or begin another run')
+                          f'run ({RECORD} in its folder), or start another run')
     _logger.warning('%s was trained with another --aug-config: %s.', path, what)

@@ -138,9 +138,8 @@ def check_classes(former: Mapping[str, int], dataset: Any, settings: DataSetting
     if difference and not numbers_folders(settings):
         _logger.warning('%s %s compared with %s: its labels may mean other classes.', what, difference, where)
     elif difference:
-        raise DatasetError(f'{what} {difference} compared with {where}: its labels would mean other classes. Mend the '
-                           'folders, or number the classes of all sets with one --class-map FILE (.txt: a name a line, '
-                           'in the order of the numbers)')
+        raise DatasetError(f'{what} {difference} compared with {where}: its labels would mean other classes. Fix the '
+                           'folders, or pass the same --class-map FILE for all sets (.txt: one name per line)')
 
 
 def classes_in(content: Mapping[str, Any] | None) -> dict[str, int]:

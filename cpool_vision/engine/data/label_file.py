@@ -43,7 +43,7 @@ def find_label_file(name: str, split: str, folders: Sequence[str]) -> str:
     for folder in folders:
         found = [each for each in NAMES if os.path.isfile(os.path.join(folder, each))]
         if len(found) > 1:
-            raise DatasetError(f'{folder!r} holds {" and ".join(found)}: say which one counts with --label-file')
+            raise DatasetError(f'{folder!r} holds {" and ".join(found)}: choose one with --label-file')
         if found:
             return os.path.join(folder, found[0])
     raise DatasetNotFoundError(f'no labels in {where}: put {", ".join(NAMES[:-1])} or {NAMES[-1]} there, or name '
@@ -119,7 +119,7 @@ def _read_csv(path: str, image_key: str | None, target_key: str | None) -> Label
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise table.fault(line, f'{len(cells)} cells under {len(header)} columns: fix it')
+                raise table.fault(line, f'{len(cells)} cells for {len(header)} columns: fix the line')
             row = dict(zip(header, map(str.strip, cells), strict=True))
             if columns is None:
                 labels: list[Any] = [part.strip() for part in row[label].split(SEPARATOR) if part.strip()]
@@ -140,9 +140,9 @@ def _read_json_lines(path: str, image_key: str | None, target_key: str | None, m
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise table.fault(line, f'this is no JSON ({error}): write one object a line') from error
+                raise table.fault(line, f'not valid JSON ({error}): write one object per line') from error
             if not isinstance(row, dict):
-                raise table.fault(line, f'this is no object but {type(row).__name__}: write one object a line')
+                raise table.fault(line, f'expected an object, got {type(row).__name__}: write one object per line')
             missing = next((key for key in (image, *(columns or (label,))) if not has_field(row, key)), None)
             if missing is not None:
                 raise table.fault(line, f'there is no field {missing!r}: name those that there are with --input-key '
@@ -162,7 +162,7 @@ def _read_json_lines(path: str, image_key: str | None, target_key: str | None, m
 
 def _add(table: LabelTable, line: int, image: Any, labels: list[Any]) -> None:
     if not isinstance(image, str) or not image:
-        raise table.fault(line, f'{image!r} is no file name: name the field of the images with --input-key')
+        raise table.fault(line, f'{image!r} is not a file name: set the field of the images with --input-key')
     table.images.append(image)
     table.labels.append(labels)
     table.lines.append(line)
@@ -215,11 +215,11 @@ def _number_names(table: LabelTable, num_classes: int) -> dict[str, int]:
     if not texts or table.path.lower().endswith('.csv') and all(label.isdecimal() for label in texts):
         return {}
     if len(texts) < len(known):
-        raise DatasetError(f'{table.path!r} has labels of both kinds, names ({texts[0]!r}) and numbers: use one of '
-                           'them, or name the classes with --class-map')
+        raise DatasetError(f'{table.path!r} mixes names ({texts[0]!r}) and numbers as labels: use one of them, '
+                           'or name the classes with --class-map')
     if len(texts) != num_classes:
         raise DatasetError(f'{table.path!r} has {len(texts)} different labels, the model {num_classes} classes: set '
-                           f'--num-classes {len(texts)}, or name all classes with --class-map FILE.txt, one a line')
+                           f'--num-classes {len(texts)}, or name all classes with --class-map FILE.txt, one per line')
     return {name: index for index, name in enumerate(texts)}
 
 
@@ -229,7 +229,7 @@ def _index_of(table: LabelTable, line: int, label: Any, classes: Mapping[str, in
     if isinstance(label, int) or not classes and label.isdecimal():
         if 0 <= int(label) < num_classes:
             return int(label)
-        raise table.fault(line, f'{label} is no class below {num_classes}: set --num-classes, or fix it')
+        raise table.fault(line, f'{label} is not a class below {num_classes}: set --num-classes, or fix it')
     close = difflib.get_close_matches(label, classes, n=1)
     hint = f'did you mean {close[0]!r}?' if close else f'known are {next(iter(classes))!r} and {len(classes) - 1} more'
     raise table.fault(line, f'unknown label {label!r}: {hint} (the classes are those of --class-map, or of the '
@@ -280,7 +280,7 @@ def _place(table: LabelTable, root: str, classes: Mapping[str, int], num_classes
     for image, labels, line in zip(table.images, table.labels, table.lines, strict=True):
         path = os.path.normpath(os.path.join(root, image))
         if path in first:
-            raise table.fault(line, f'{image!r} stands in line {first[path]} already: write all its labels in one line')
+            raise table.fault(line, f'{image!r} is already listed in line {first[path]}: put all labels in one line')
         first[path] = line
         if not os.path.isfile(path):
             absent.append(image)

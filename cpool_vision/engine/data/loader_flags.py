@@ -70,7 +70,7 @@ def check_train_flags(settings: LoaderSettings, distributed: bool) -> None:
         raise ConfigError(f'--aug-splits must be 0, or 2 and more, got {settings.aug_splits}')
     sizes = settings.train_batch_sizes or [settings.batch_size]
     if mixes_images(settings) and any(size % 2 for size in sizes):
-        raise ConfigError(f'mixup and CutMix pair the images of a batch, so that its size must be even, got {sizes}: '
+        raise ConfigError(f'mixup and CutMix pair the images of a batch, whose size must be even, got {sizes}: '
                           'change --batch-size or --train-batch-sizes')
     if settings.worker_seeding not in ('all', 'part'):
         raise ConfigError(f"--worker-seeding must be 'all' or 'part', got {settings.worker_seeding!r}")

@@ -160,7 +160,7 @@ def settle_labels(settings: DataSettings, classes: Classes, dataset: Any, what: 
 
 
 def names_of(content: Mapping[str, Any] | None, path: str, task: str, refuse: bool) -> list[str] | None:
-    """Class names in a checkpoint: a run goes on, and is measured, with the classes that it began with.
+    """Class names in a checkpoint: a run continues, and is measured, with the classes it started with.
 
     Args:
         content: the checkpoint, None for none.

@@ -161,8 +161,8 @@ class StreamedTrainStream(_Stream):
         if epoch < 0 or batch < 0:
             raise ConfigError(f'there is no batch {batch} in epoch {epoch}: both count from 0')
         if not self.loader.num_workers and (epoch, batch) != (self._next_epoch, 0):
-            raise ConfigError(f'a streamed set that is read without workers cannot go on at batch {batch} of epoch '
-                              f'{epoch}: use --workers 1 or more, from the start of the run')
+            raise ConfigError(f'a streamed set that is read without workers cannot continue at batch {batch} of epoch '
+                              f'{epoch}: start the run with --workers 1 or more')
         self.epoch, self.batch = epoch, batch
 
     def _note(self, item: Any) -> None:

@@ -17,7 +17,7 @@ class StopRequested(UserError):
 
     Args:
         number: of the signal.
-        text: where the run stands, and how to go on.
+        text: where the run stopped, and how to continue.
     """
 
     def __init__(self, number: int, text: str) -> None:

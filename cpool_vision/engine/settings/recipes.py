@@ -31,7 +31,7 @@ def recipe_path(config: str) -> str:
         return str(FOLDER / f'{name}.yaml')
     close = difflib.get_close_matches(os.path.basename(name), names, n=3)
     hint = f'did you mean {" or ".join(close)}?' if close else f'choose a file, or one of {", ".join(names)}'
-    raise ConfigError(f'--config {config!r} is no file and no recipe of the package: {hint}')
+    raise ConfigError(f'--config {config!r} is neither a file nor a recipe of the package: {hint}')
 
 
 def describe_recipes() -> str:

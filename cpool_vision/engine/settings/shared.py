@@ -25,7 +25,7 @@ class DeviceSettings(Settings):
     fast_norm: bool = flag(False, "timm's reduced-precision norm layers under autocast")
     device_modules: tuple[str, ...] | None = flag(None, 'Python modules to import first (device backends)')
     deterministic: bool = flag(
-        False, 'kernels that give the same last bits each time; slower on CUDA, and an error where there is none')
+        False, 'deterministic algorithms: bit-identical results; slower on CUDA, and an error where there is none')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class DataSettings(BatchSettings, NaflexSettings):
     dataset_trust_remote_code: bool = flag(
         False, 'let a Hugging Face data set run code from its repository (only for repositories you trust)')
     task: str = flag('classification',
-        'one class for each image, or multi_label: any number of labels, also none (default: classification)',
+        'one class per image, or multi_label: any number of labels per image (default: classification)',
         choices=('classification', 'multi_label'), type=task_name)
     label_file: str = flag('',
         'multi_label from a folder: CSV or JSON lines with the labels of each image, in the folder of the split or in '
@@ -108,8 +108,8 @@ class DataSettings(BatchSettings, NaflexSettings):
     threshold: float = flag(0.5, 'multi_label: probability from which a label counts as predicted (default: 0.5)',
         '--multilabel-threshold', metavar='P')
     max_bad_samples: float = flag(0.001,
-        'unreadable training images to replace and list, and validation images to leave out, before the run stops: a '
-        'number, or below 1 a share of the split, rounded up (default: 0.001)', metavar='N')
+        'how many unreadable images to tolerate (replaced in training, left out in validation) before the run stops: a '
+        'number, or a fraction of the split if below 1 (default: 0.001)', metavar='N')
     epoch_repeats: float = flag(0.0, 'passes over a streamed set per epoch', metavar='N')
     workers: int = flag(4, 'data loading processes per device', '-j', metavar='N')
     pin_mem: bool = flag(False, 'page-locked host memory for faster copies to the GPU')

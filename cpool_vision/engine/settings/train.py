@@ -164,7 +164,7 @@ class OptimSettings(BatchSettings, EpochSettings):
     clip_mode: str = flag('norm', 'how to clip: norm, value or agc (default: norm)')
     layer_decay: float | None = flag(None, 'factor on the learning rate per layer below the head')
     layer_decay_min_scale: float = flag(0, 'floor of that factor')
-    layer_decay_no_opt_scale: float | None = flag(None, 'freeze layers whose factor falls below this')
+    layer_decay_no_opt_scale: float | None = flag(None, 'freeze layers whose factor is below this')
     opt_kwargs: Mapping[str, Any] = flag({}, 'further arguments of the optimizer', metavar='KEY=VALUE')
     grad_accum_steps: int = flag(1, 'batches per optimizer step (default: 1)', metavar='N')
     sched: str = flag(
@@ -241,7 +241,7 @@ class RunSettings(TrackSettings):
     no_resume_opt: bool = flag(False, 'resume the weights only, not optimizer, scaler and schedule state')
     start_epoch: int | None = flag(None, 'first epoch, whatever the checkpoint says', metavar='N')
     stop_epoch: int | None = flag(
-        None, 'stop once N epochs are done; the schedule stays that of --epochs, to which a resumed run goes on',
+        None, 'stop after N epochs; the schedule still spans --epochs, and a resumed run continues it',
         metavar='N')
     save_epochs: tuple[int, ...] = flag(
         (), 'numbers of epochs after which the checkpoint is kept as milestone-N, whatever its rank', metavar='N')
@@ -250,8 +250,8 @@ class RunSettings(TrackSettings):
     recovery_interval: int = flag(0, 'updates between checkpoints inside an epoch (0: none)', metavar='N')
     checkpoint_hist: int = flag(10, 'checkpoints to keep, best first (default: 10)', metavar='N')
     eval_metric: str = flag('top1',
-        'top1, top5 or loss (default: top1); of multi_label map, micro_f1 or any other figure of summary.csv (default: '
-        'map, for which top1 stands there)', metavar='EVAL_METRIC')
+        'metric that ranks the epochs: top1, top5 or loss (default: top1); with --task multi_label map, micro_f1 or '
+        'any other metric of summary.csv (default: map)', metavar='EVAL_METRIC')
     tta: int = flag(0,
         'views of each validation image whose logits are averaged: 0 or 1 the image alone, 2 also its mirror image (N '
         "is not timm's number of adjacent samples)", metavar='N')
@@ -262,8 +262,8 @@ class RunSettings(TrackSettings):
         10, 'updates that --nonfinite skip may leave out before the run stops (default: 10)', metavar='N')
     no_ddp_bb: bool = flag(False, 'do not broadcast buffers in DDP')
     synchronize_step: bool = flag(False, 'wait for the device after each update')
-    local_rank: int = flag(0, 'accepted for old launchers; the environment decides', '--local_rank')
-    fsdp: bool = flag(False, 'divide parameters, gradients and optimizer state among the processes (FSDP2)')
+    local_rank: int = flag(0, 'accepted for old launchers and ignored; the environment decides', '--local_rank')
+    fsdp: bool = flag(False, 'shard parameters, gradients and optimizer state across the processes (FSDP2)')
 
 
 @dataclass(frozen=True, kw_only=True)

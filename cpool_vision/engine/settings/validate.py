@@ -24,8 +24,8 @@ class ValidateSettings(DeviceSettings, ModelSettings, DataSettings):
     naflex_max_seq_len: int = flag(576, 'patches per image at most with --naflex-loader')
     batch_size: int = flag(256, 'images per batch (default: 256)', '-b', metavar='N')
     max_bad_samples: float = flag(0.0,
-        'unreadable images to leave out of the figures before it is an error: a number, or below 1 a share of the '
-        'split, rounded up (default: 0)', metavar='N')
+        'how many unreadable images to leave out before it is an error: a number, or a fraction of the split if below '
+        '1 (default: 0)', metavar='N')
     split: str = flag('validation', 'split to measure (default: validation)', metavar='NAME')
     num_samples: int | None = flag(None, 'size of the split, if streamed', metavar='N')
     corruptions: str = flag(

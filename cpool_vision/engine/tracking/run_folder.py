@@ -36,7 +36,7 @@ def check_free(folder: str, resume: str, auto: bool = False) -> bool:
 
     Args:
         folder: run folder.
-        resume: checkpoint to go on from, '' for a new run.
+        resume: checkpoint to continue from, '' for a new run.
         auto: whether `--resume auto` found that; a run that was stopped before its first checkpoint begins again.
 
     Raises:

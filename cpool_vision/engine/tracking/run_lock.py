@@ -88,14 +88,15 @@ class Owner:
                 raise ValueError('other values')
             return owner
         except (OSError, TypeError, ValueError) as error:
-            raise OutputError(f'{path!r} is no lock of a run: remove it if no run trains in this folder') from error
+            raise OutputError(f'{path!r} is not a lock file of a run: remove it if no run is training in this folder') \
+                from error
 
     def state(self, path: str) -> str:
         """'alive', 'dead', or 'unknown' from here; `path` is its lock."""
         me = Owner.here()
         if (self.host, self.machine) != (me.host, me.machine):
             return 'unknown'
-        if self.boot != me.boot:  # the machine was started anew
+        if self.boot != me.boot:  # the machine was restarted
             return 'dead' if self.machine and self.boot and me.boot else 'unknown'
         if self.namespace != me.namespace:  # another container: its processes are not seen from here, its lock is
             return _held(path)
@@ -140,7 +141,7 @@ class RunLock:
     """Keeps other runs out of a folder from `acquire` to `release`.
 
     A lock whose owner is provably dead is taken over: no process of that number and start runs on this host, or the
-    host was started anew since. Network file systems whose locks do not reach other hosts are covered as far as the
+    host was restarted since. Network file systems whose locks do not reach other hosts are covered as far as the
     file itself is seen by them.
     """
 
@@ -183,12 +184,12 @@ class RunLock:
         state = former.state(path)
         who = f'process {former.process} on {former.host} since {former.since}'
         if state == 'alive':
-            raise OutputError(f'{folder!r} is in use by another run ({who}): wait for its end, or choose another '
+            raise OutputError(f'{folder!r} is in use by another run ({who}): wait until it ends, or choose another '
                               '--experiment')
         if state == 'unknown':
             raise OutputError(f'{folder!r} may be in use by another run ({who}), which cannot be seen from here: if '
                               f'that run is over, remove {path!r}; otherwise choose another --experiment')
-        _logger.warning('Taking over %s from a run that ended without leaving it (%s).', folder, who)
+        _logger.warning('Taking over %s from a run that ended without releasing it (%s).', folder, who)
 
     def release(self) -> None:
         """Gives the folder back; one that this lock created and nothing was written to is removed."""

@@ -75,7 +75,7 @@ def _epoch(row: Mapping[str, Any]) -> int:
 
 
 class EpochTable:
-    """A table with one row or several per epoch, written anew and at once with each epoch.
+    """A table with one row or several per epoch, rewritten as a whole with each epoch.
 
     Args:
         path: the file; it appears with the first row.

@@ -99,7 +99,7 @@ def resolve_positive_weight(settings: LossSettings, classes: Classes) -> torch.T
     always = counts.eq(total).nonzero().flatten().tolist()
     if always:
         raise ConfigError(f'--class-weights {_RATIO}: every image of split {settings.train_split!r} has class '
-                          f'{always[0]}, so that it cannot be learned; leave the class out, or give a file of weights')
+                          f'{always[0]}, and cannot be learned; leave the class out, or give a file of weights')
     return compute_class_weights(counts, total, method=_RATIO)[1]
 
 

@@ -65,7 +65,7 @@ def plan(settings: ValidateSettings) -> list[tuple[str, str]] | None:
         with open(name, encoding='utf-8') as file:
             names = [line.strip() for line in file if line.strip()]
         if not names:
-            raise ConfigError(f'--model {name!r} is a file without names: put one a line')
+            raise ConfigError(f'--model {name!r} is a file without names: put one per line')
         return [(each, '') for each in names]
     return None
 

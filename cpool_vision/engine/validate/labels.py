@@ -35,7 +35,7 @@ def read_valid_labels(path: str, num_classes: int) -> list[int]:
         raise ConfigError(f'--valid-labels {path!r} cannot be read ({reason}): check the path') from error
     bad = next((line for line in lines if not line.isdigit() or int(line) >= num_classes), None)
     if bad is not None or not lines:
-        raise ConfigError(f'--valid-labels {path!r}: {bad!r} is no class index below {num_classes}: one index a line')
+        raise ConfigError(f'--valid-labels {path!r}: {bad!r} is no class index below {num_classes}: one index per line')
     labels = [int(line) for line in lines]
     if len(set(labels)) < len(labels):
         raise ConfigError(f'--valid-labels {path!r} names a class twice: remove the repetition')

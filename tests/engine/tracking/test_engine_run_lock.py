@@ -92,8 +92,8 @@ def test_a_process_of_the_same_number_is_not_the_owner(tmp_path: pathlib.Path) -
 @pytest.mark.parametrize('values, words', [
     ({'host': 'elsewhere'}, r'process \d+ on elsewhere .* cannot be seen from here: .* remove .*run.lock'),
     ({'machine': 'another'}, 'cannot be seen from here'),
-    ({'process': 'x'}, 'no lock of a run: remove it'),
-    ({'more': 1}, 'no lock of a run'),
+    ({'process': 'x'}, 'not a lock file of a run: remove it'),
+    ({'more': 1}, 'not a lock file of a run'),
 ])
 def test_what_cannot_be_known_is_refused_with_the_way_out(values: dict[str, Any], words: str, tmp_path: pathlib.Path,
                                                           ) -> None:

@@ -142,7 +142,7 @@ def test_valid_labels_compete_among_themselves(validate: Validate, image_root: s
     row = validate('--data-dir', str(root), '--split', '', '--valid-labels', str(tmp_path / 'labels.txt'),
                    '--metrics-avg', 'macro')
     assert row['top1'] == pytest.approx(100 * expected, abs=1e-4)
-    for text, words in (('0\n3\n', "'3'"), ('cat\n', "'cat'"), ('', 'one index a line'), ('1\n1\n', 'twice')):
+    for text, words in (('0\n3\n', "'3'"), ('cat\n', "'cat'"), ('', 'one index per line'), ('1\n1\n', 'twice')):
         (tmp_path / 'labels.txt').write_text(text)
         with pytest.raises(ConfigError, match=words):
             validate('--valid-labels', str(tmp_path / 'labels.txt'))
