@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from cpool_vision.data.augment import Augmentation, AugmentationError, Pipeline
 from cpool_vision.errors import ConfigError
 
@@ -79,7 +81,7 @@ def transform_maker(settings: LoaderSettings, data_config: Mapping[str, Any], pi
     return make
 
 
-def try_pipeline(settings: LoaderSettings, dataset: Any) -> None:
+def try_pipeline(settings: LoaderSettings, dataset: Dataset[Any]) -> None:
     """Augments one image for each input size, so that a pipeline that does not fit is refused before training.
 
     Raises:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from cpool_vision.errors import ConfigError, DatasetError
 
@@ -18,7 +19,7 @@ KEY = 'data'  # in a checkpoint
 _SHOWN = 5
 
 
-def classes_of(dataset: Any) -> dict[str, int]:
+def classes_of(dataset: Dataset[Any]) -> dict[str, int]:
     """Numbers of the classes by name; empty where the set names none."""
     known: Any = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     if not isinstance(known, Mapping):
@@ -45,7 +46,7 @@ def _facts(dataset: Any) -> Iterable[Any]:
         yield name, str(getattr(getattr(reader, 'dataset', reader), name, ''))
 
 
-def fingerprint(dataset: Any) -> dict[str, Any] | None:
+def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
     """Plain description of an indexed set: `classes`, `images`, `sha256` of names, sizes and labels; None of a stream.
 
     The sizes of files stand for their content: one that was altered without a change of size is not noticed.
@@ -115,7 +116,8 @@ def check_same_data(content: Mapping[str, Any], path: str, now: Mapping[str, Any
     _logger.warning('The training data are not those that %s was trained on: %s.', path, what)
 
 
-def check_classes(former: Mapping[str, int], dataset: Any, settings: DataSettings, what: str, where: str) -> None:
+def check_classes(former: Mapping[str, int], dataset: Dataset[Any], settings: DataSettings, what: str, where: str,
+                  ) -> None:
     """Refuses a set whose classes are not those that the model was trained with.
 
     Sets that name no classes, and folders whose classes a `--class-map` numbers, are left alone. Of sets whose classes
@@ -149,7 +151,7 @@ def classes_in(content: Mapping[str, Any] | None) -> dict[str, int]:
                                       if isinstance(index, int)}
 
 
-def compare_splits(settings: LoaderSettings, train_set: Any, val_set: Any) -> None:
+def compare_splits(settings: LoaderSettings, train_set: Dataset[Any], val_set: Dataset[Any]) -> None:
     """`check_classes` of the validation split against the training split."""
     if not settings.multi_label:  # which settles the labels of its splits itself
         check_classes(classes_of(train_set), val_set, settings, f'split {settings.val_split!r}',

@@ -20,7 +20,7 @@ from .loader_flags import augmentation, check_train_flags, image_mode, mixing, s
 from .multi_label import Classes
 from .posterize import allow_zero_bits
 from .sampling import BatchKeys, EpochOrder
-from .stream import StreamedTrainStream, TrainStream
+from .stream import Loader, StreamedTrainStream, TrainStream
 from .unreadable import UNREADABLE, CountingImageDataset, StrictImageDataset, Unreadable, UnreadableLog
 from .worker import WorkerSignals
 
@@ -48,7 +48,7 @@ def build_train_loader(
         data_config: dict[str, Any],
         classes: Classes,
         make_transform: Callable[[tuple[int, int, int]], Any] | None = None,
-) -> tuple[Any, Mixup | None]:
+) -> tuple[Loader, Mixup | None]:
     """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
 
     Its batches are a function of (seed, epoch, rank, position): iteration begins at the position that `set_position`
@@ -179,7 +179,7 @@ def build_eval_loader(
         batch_size: int,
         num_samples: int | None,
         **kwargs: Any,
-) -> Any:
+) -> Loader:
     """Loader of a validation split; images that cannot be read come out with the label `UNREADABLE`.
 
     Args:
@@ -213,11 +213,11 @@ def build_eval_loader(
     return loader
 
 
-def _stream(loader: Any) -> Any:
+def _stream(loader: Loader) -> Any:
     return loader.loader if isinstance(loader, (PrefetchLoader, NaFlexPrefetchLoader)) else loader
 
 
-def base_dataset(loader: Any) -> Any:
+def base_dataset(loader: Loader) -> Any:
     """The set that a loader of training or validation reads, without what was wrapped around it."""
     dataset = loader.dataset
     while True:
@@ -228,7 +228,7 @@ def base_dataset(loader: Any) -> Any:
         dataset = inner
 
 
-def set_position(loader: Any, epoch: int, batch: int = 0) -> None:
+def set_position(loader: Loader, epoch: int, batch: int = 0) -> None:
     """Makes the next iteration of a training loader begin at a batch of an epoch, both counted from 0.
 
     Raises:
@@ -237,27 +237,27 @@ def set_position(loader: Any, epoch: int, batch: int = 0) -> None:
     _stream(loader).set_position(epoch, batch)
 
 
-def close_workers(loader: Any) -> None:
+def close_workers(loader: Loader) -> None:
     """Ends workers that outlive an epoch."""
     stream = _stream(loader)
     if isinstance(stream, TrainStream):
         stream.close()
 
 
-def unreadable_report(loader: Any) -> list[Unreadable]:
+def unreadable_report(loader: Loader) -> list[Unreadable]:
     """Training images that this process could not decode so far and replaced, by their number."""
     log = _stream(loader).unreadable
     return [] if log is None else [log.found[index] for index in sorted(log.found)]
 
 
-def list_unreadable(loader: Any, folder: str) -> None:
+def list_unreadable(loader: Loader, folder: str) -> None:
     """Lists unreadable training images in `folder`/unreadable.txt from now on; '' for no list."""
     log = _stream(loader).unreadable
     if log is not None:
         log.open(folder)
 
 
-def share_unreadable(loader: Any, device: torch.device) -> int:
+def share_unreadable(loader: Loader, device: torch.device) -> int:
     """Completes the list by what other processes found; every process must call it, at the end of an epoch say.
 
     Returns:

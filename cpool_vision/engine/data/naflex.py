@@ -19,7 +19,7 @@ from .keyed import KeyedErasing, candidates
 from .loader_flags import augmentation, mixing
 from .loaders import build_dataset, image_mode
 from .multi_label import Classes
-from .stream import StreamedTrainStream
+from .stream import Loader, StreamedTrainStream
 from .unreadable import (
     CountingImageDataset,
     StrictImageDataset,
@@ -178,7 +178,7 @@ def _listed(values: tuple[Any, ...] | None) -> list[Any] | None:
 
 
 def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
-                              model: nn.Module) -> Any:
+                              model: nn.Module) -> Loader:
     """Loader of the training split: dictionaries of `patches` (B, N, P), `patch_coord` (B, N, 2) and `patch_valid`.
 
     Each batch has one of `--naflex-train-seq-lens` and about `--batch-size` times the longest of them patches in all.
@@ -229,7 +229,7 @@ def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_con
 
 
 def build_naflex_eval_loader(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
-                             model: nn.Module, split: str, batch_size: int, num_samples: int | None) -> Any:
+                             model: nn.Module, split: str, batch_size: int, num_samples: int | None) -> Loader:
     """Loader of a validation split, with sequences of at most `--naflex-max-seq-len` patches of the model's size.
 
     Raises:

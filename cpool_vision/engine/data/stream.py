@@ -2,7 +2,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.data
@@ -15,6 +15,20 @@ from .unreadable import UnreadableLog
 from .worker import WorkerSignals
 
 _logger = logging.getLogger(__name__)
+
+
+class Loader(Protocol):
+    """Batches of a split, as loaders of torch, of timm and of this package give them."""
+
+    @property
+    def dataset(self) -> Any:
+        """The set."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Images, or dictionaries of patches, and targets."""
+
+    def __len__(self) -> int:
+        """How many batches."""
 
 
 class _Stream:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 from PIL import Image
 from timm.data import ImageDataset
+from torch.utils.data import Dataset
 
 from cpool_vision.data.images import open_image
 from cpool_vision.errors import DatasetError
@@ -69,7 +70,7 @@ class CountingImageDataset(StrictImageDataset):
             return Image.new(self.input_img_mode or 'RGB', (64, 64)), UNREADABLE
 
 
-def sample_name(dataset: Any, index: int) -> str:
+def sample_name(dataset: Dataset[Any], index: int) -> str:
     """Path of a sample within its set, or its number where the set has no names."""
     filename = getattr(dataset, 'filename', None)
     if filename is not None:
@@ -83,7 +84,7 @@ def count_allowed(limit: float, total: int) -> int:
     return int(limit) if limit >= 1 else math.ceil(limit * total)
 
 
-def refuse_unreadable(dataset: Any, positions: list[int], total: int, limit: float = 0.) -> None:
+def refuse_unreadable(dataset: Dataset[Any], positions: list[int], total: int, limit: float = 0.) -> None:
     """Refuses validation images that cannot be read, or warns of as many as are allowed.
 
     Args:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.data import Mixup
 from timm.models import safe_model_name
 
 import cpool_vision  # noqa: F401 - registers the variants
@@ -16,6 +17,7 @@ from ..data import loaders, naflex
 from ..data.augmentation import KEY, RECORD, check_same_pipeline, describe_pipeline, record_text
 from ..data.fingerprint import check_same_data, compare_splits, fingerprint
 from ..data.multi_label import CLASS_NAMES, Classes, check_task, names_of
+from ..data.stream import Loader
 from ..device import Runtime, seed_everything
 from ..distributed.sharding import check_fsdp, shard_task
 from ..distributed.signals import StopSignals
@@ -88,7 +90,8 @@ def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: Sto
     train_set = loaders.base_dataset(loader)
     if eval_loader is not None:
         compare_splits(settings, train_set, loaders.base_dataset(eval_loader))
-    mean_batch = float(getattr(loader.batch_sampler, 'average_batch_size', settings.batch_size))
+    mean_batch = float(getattr(getattr(loader, 'batch_sampler', None), 'average_batch_size',
+                               settings.batch_size))
 
     task: Any = objective.build_task(settings, model, build_loss(settings, classes), runtime)
     if settings.fsdp:
@@ -116,7 +119,7 @@ def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: Sto
 
 
 def _build_loaders(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
-                   model: nn.Module) -> tuple[Any, Any, Any]:
+                   model: nn.Module) -> tuple[Loader, Loader | None, Mixup | None]:
     """Training loader, validation loader (None without a split), and what mixes batches where the loader does not."""
     validation = (settings.val_split, settings.validation_batch_size or settings.batch_size, settings.val_num_samples)
     common = (settings, runtime, data_config, classes)

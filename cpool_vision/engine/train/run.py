@@ -9,6 +9,7 @@ from timm.task import TrainingTask
 
 from ..checkpoints.position import Position
 from ..checkpoints.saver import CheckpointSaver
+from ..data.stream import Loader
 from ..device import Runtime
 from ..distributed.signals import StopSignals
 from ..distributed.vote import Verdict, Vote
@@ -61,7 +62,7 @@ class Run:
     runtime: Runtime
     task: TrainingTask
     optimizer: torch.optim.Optimizer
-    loader: Any
+    loader: Loader
     scheduler: Any = None
     epochs: int = 1
     mixup_fn: Mixup | None = None

@@ -9,6 +9,7 @@ from timm.task import TrainingTask
 from cpool_vision.inspect import SupportStatistics
 
 from ..data.multi_label import Classes
+from ..data.stream import Loader
 from ..data.unreadable import refuse_unreadable
 from ..device import Runtime, settle_threads
 from ..settings.shared import DataSettings
@@ -41,7 +42,7 @@ class Validator:
         model: the model, without DDP.
     """
 
-    def __init__(self, settings: TrainSettings, runtime: Runtime, classes: Classes, loader: Any, model: nn.Module,
+    def __init__(self, settings: TrainSettings, runtime: Runtime, classes: Classes, loader: Loader, model: nn.Module,
                  ) -> None:
         self.settings, self.runtime, self.classes = settings, runtime, classes
         self.loader, self.model = loader, model

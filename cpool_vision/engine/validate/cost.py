@@ -69,7 +69,7 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure_cost(
-        model: Any,
+        model: nn.Module,
         input_size: tuple[int, ...],
         batch_size: int,
         device: torch.device,

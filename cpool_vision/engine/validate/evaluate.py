@@ -13,6 +13,7 @@ from timm.task import evaluation_sample_limit
 from cpool_vision.errors import ConfigError, DatasetError
 
 from ..data.multi_label import unreadable_rows
+from ..data.stream import Loader
 from ..device import Precision, Runtime
 from ..tracking.progress import progress
 from .metrics import Tally
@@ -48,7 +49,7 @@ class Rows:
         numbers: of the images so far.
     """
 
-    def __init__(self, loader: Any, distributed: bool = False) -> None:
+    def __init__(self, loader: Loader, distributed: bool = False) -> None:
         self.limit = evaluation_sample_limit(loader)
         self.distributed = distributed
         self.rank, self.world_size = 0, 1
@@ -132,7 +133,7 @@ def gather_numbers(numbers: list[int], distributed: bool) -> list[int]:
 @torch.inference_mode()
 def evaluate(
         model: nn.Module,
-        loader: Any,
+        loader: Loader,
         runtime: Runtime,
         *,
         prefetched: bool = True,

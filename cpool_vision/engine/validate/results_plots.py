@@ -1,7 +1,7 @@
 """Pictures of one validation: confusion matrix, reliability diagram, figures by class, precision and recall."""
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from cpool_vision.inspect.canvas import STYLE, PlotDependencyError, new_figure, 
 
 from .metrics import BINS, ClassFigures
 from .multi_label import LabelFigures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NAMED = 40  # more class names than these would not be legible
 _WRITTEN = 20  # likewise numbers in the cells of the matrix
@@ -39,7 +42,7 @@ def check_plots(folder: str) -> None:
         raise OutputError(f'--plots {folder!r} cannot be written: choose another folder')
 
 
-def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> Any:
+def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> 'Figure':
     """Share of each true class (row) that is predicted as each class (column)."""
     classes = len(confusion)
     side = 2.6 + min(classes, _NAMED) * 0.13
@@ -64,7 +67,7 @@ def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> Any:
     return figure
 
 
-def reliability_figure(figures: ClassFigures, ece: float) -> Any:
+def reliability_figure(figures: ClassFigures, ece: float) -> 'Figure':
     """Accuracy over confidence in bins, and how many images each bin holds."""
     figure = new_figure(3.0, 3.6, layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -84,7 +87,7 @@ def reliability_figure(figures: ClassFigures, ece: float) -> Any:
     return figure
 
 
-def per_class_figure(values: np.ndarray, names: Sequence[str], unit: str = 'accuracy (%)') -> Any:
+def per_class_figure(values: np.ndarray, names: Sequence[str], unit: str = 'accuracy (%)') -> 'Figure':
     """A figure of each class that has one (not NaN), best first, beside their mean."""
     present = np.flatnonzero(~np.isnan(values))
     order = present[np.argsort(-values[present], kind='stable')]
@@ -107,7 +110,7 @@ def per_class_figure(values: np.ndarray, names: Sequence[str], unit: str = 'accu
     return figure
 
 
-def precision_recall_figure(figures: LabelFigures, names: Sequence[str]) -> Any:
+def precision_recall_figure(figures: LabelFigures, names: Sequence[str]) -> 'Figure':
     """Precision over recall by falling threshold: of all pairs of image and label, and of each label of a few."""
     figure = new_figure(4.6, 3.2, layout='constrained')
     axes = figure.subplots()
@@ -121,7 +124,7 @@ def precision_recall_figure(figures: LabelFigures, names: Sequence[str]) -> Any:
     return figure
 
 
-def _draw(folder: str, drawn: Mapping[str, Any]) -> list[str]:
+def _draw(folder: str, drawn: Mapping[str, 'Figure']) -> list[str]:
     paths = []
     for name, figure in drawn.items():
         path = os.path.join(folder, f'{name}.png')

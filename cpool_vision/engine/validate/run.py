@@ -69,7 +69,7 @@ def _check(settings: ValidateSettings, runtime: Runtime) -> None:
         raise ConfigError('--tf-preprocessing needs TensorFlow: pip install tensorflow, or drop the flag')
 
 
-def is_part_of_imagenet(settings: ValidateSettings, num_classes: int, dataset: Any) -> bool:
+def is_part_of_imagenet(settings: ValidateSettings, num_classes: int, dataset: torch.utils.data.Dataset[Any]) -> bool:
     """Whether a model of the 1000 classes is to be measured on folders of some of them, which would be renumbered."""
     names = classes_of(dataset)
     return num_classes == 1000 > len(names) > 0 and numbers_folders(settings) and set(names) <= set(

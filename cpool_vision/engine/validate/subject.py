@@ -97,7 +97,7 @@ def _warm_up(model: Any, size: tuple[int, ...], settings: ValidateSettings, runt
         model(image)
 
 
-def known_classes(content: dict[str, Any], model: Any, num_classes: int) -> dict[str, int]:
+def known_classes(content: dict[str, Any], model: nn.Module, num_classes: int) -> dict[str, int]:
     """Numbers of the classes by name that a model was trained with, from its checkpoint or its configuration."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if classes_in(content) or not isinstance(names, (list, tuple)) or len(names) != num_classes:

@@ -211,7 +211,7 @@ def test_where_label_files_are_looked_for(train_args: Args, label_root: str, pic
         built(train_args, pictures, '--label-file', 'few-{split}.csv', split='test')
     for name in ('labels.csv', 'metadata.jsonl'):
         (pictures / name).write_text('')
-    with pytest.raises(DatasetError, match='labels.csv and metadata.jsonl: say which'):
+    with pytest.raises(DatasetError, match='labels.csv and metadata.jsonl: choose one'):
         built(train_args, pictures)
     (tmp_path / 'images.tar').write_bytes(b'')
     with pytest.raises(DatasetError, match='is a file: unpack it'):
