@@ -90,8 +90,7 @@ def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: Sto
     train_set = loaders.base_dataset(loader)
     if eval_loader is not None:
         compare_splits(settings, train_set, loaders.base_dataset(eval_loader))
-    mean_batch = float(getattr(getattr(loader, 'batch_sampler', None), 'average_batch_size',
-                               settings.batch_size))
+    mean_batch = float(getattr(getattr(loader, 'batch_sampler', None), 'average_batch_size', settings.batch_size))
 
     task: Any = objective.build_task(settings, model, build_loss(settings, classes), runtime)
     if settings.fsdp:
