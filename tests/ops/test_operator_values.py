@@ -6,6 +6,7 @@ import torch
 from ops_testing import (
     FAST_BACKENDS,
     HOST_BACKENDS,
+    NO_COMPILER,
     assert_absent_pixels_do_nothing,
     assert_as_good_as_eager,
     dense,
@@ -15,6 +16,7 @@ from ops_testing import (
 )
 
 from cpool_vision.ops import context_pool2d, plan
+from cpool_vision.ops.native import native_backward
 from cpool_vision.ops.plan import BY_SOFTMAX
 from cpool_vision.ops.tiled import tiled_forward
 
@@ -238,3 +240,16 @@ def test_results_are_deterministic(backend):
     case = make_case(2, 8, 44, 40, sigma=(0.1, 3.0))
     first, second = run(pool(backend), case), run(pool(backend), case)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.skipif(NO_COMPILER, reason='no C compiler')
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_a_given_gradient_in_half_precision_is_rounded_once(dtype, layout):
+    x, logits, sigma, grad = make_case(2, 16, 13, 11, 2, dtype=dtype)
+    exact = run(dense(), (x, logits, sigma, grad), dtype=torch.float64)['dx']
+    dx = torch.full_like(x, float('nan'), memory_format=layout)
+    given = native_backward(grad, x, logits, sigma, 1, dx)[0]
+    assert given is dx and dx.dtype == dtype
+    error = (dx.double() - exact).abs()
+    assert bool((error <= 0.5 * torch.finfo(dtype).eps * exact.abs() + 1e-5).all()), float(error.max())
