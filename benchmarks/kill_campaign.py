@@ -259,7 +259,8 @@ def make_table(results: pathlib.Path = RESULTS) -> str:
     dates = sorted(row['date'][:10] for row in content['rounds'])
     commits = sorted({str(row['commit'])[:7] for row in content['rounds']})
     known = content['machine']
-    lines += ['', f'{dates[0]} to {dates[-1]}, commit {", ".join(commits)}, torch {known["torch"]}, {known["cpu"]}.']
+    when = ' to '.join(dict.fromkeys((dates[0], dates[-1])))
+    lines += ['', f'{when}, commit {", ".join(commits)}, torch {known["torch"]}, {known["cpu"]}.']
     return '\n'.join(lines)
 
 

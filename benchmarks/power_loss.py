@@ -4,7 +4,8 @@
 
 A run of train.py is recorded once by strace: every creation, write, rename, link and removal in its folder, and every
 fsync. After each of these calls the power may go. What a disk may hold then:
-- of the changes to names since the folder was last flushed, any subset, as a file system may write them in any order;
+- of the changes to names since the folder was last flushed, any subset, as a file system may write them in any order
+  (of more than five, those up to any of them);
 - of the bytes of a file since it was last flushed: none, all, the first half, or zeros in their place.
 
 From each state the newest checkpoint is looked for as `--resume auto` does. It must be intact, and no older than the
