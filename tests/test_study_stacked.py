@@ -1,4 +1,5 @@
 """Stacked studies: a stack equals its nets, interruptions change nothing, scores are what they say."""
+import contextlib
 import json
 import tarfile
 from pathlib import Path
@@ -209,6 +210,37 @@ def test_command_runs_repeats_nothing_and_scores_test_images_once(tmp_path, caps
         command.main([*call, '--test'])
     assert command.main([str(path), '-o', str(tmp_path / 'elsewhere'), '--results', str(results), '--report']) == 0
     assert '4 of 4 runs' in capsys.readouterr().out
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- study tiny contrasts --><!-- /study tiny contrasts -->')
+    assert command.main([*call, '--report', '--write', str(page)]) == 0 and '| pool - plain |' in page.read_text()
+    page.write_text('nothing')
+    with pytest.raises(SystemExit, match='no markers <!-- study tiny -->'):
+        command.main([*call, '--report', '--write', str(page)])
+
+
+def test_a_step_that_is_not_captured_trains_all_the_same(cache, monkeypatch, capsys):
+    class Stream:
+        def __init__(self, *_):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    def refuse(graph):
+        raise RuntimeError('operation not permitted when stream is capturing')
+    for name, fake in (('Stream', Stream), ('stream', contextlib.nullcontext), ('current_stream', Stream),
+                       ('CUDAGraph', object), ('graph', refuse)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    split = load_split(DENSE, 'train', cache)
+    index, draws = epoch_order([0, 1], 0, 24, 4)
+    plain, captured = (Stack(make_arm(), DENSE, [0, 1], CPU) for _ in range(2))
+    captured.advance = captured.graph_step
+    for group in captured.optimizer.param_groups:
+        group['lr'] = torch.tensor(0.)
+    for i in range(6):
+        loss = plain.step(split, index[:, i], draws[:, i], 0.01 * (i + 1))
+        torch.testing.assert_close(captured.advance(split, index[:, i], draws[:, i], 0.01 * (i + 1)), loss)
+    assert not captured.graphed and capsys.readouterr().out.count('training goes on without') == 1
 
 
 def test_contrasts_are_paired(tmp_path):
