@@ -33,6 +33,12 @@ def test_every_implementation_has_figures_or_says_why_not(measured):
         assert rows[name]['kernel_ms'] > 0 and rows[name]['both_ms'] > 0 and rows[name]['floor_ms'] > 0
 
 
+def test_layers_have_figures(measured):
+    rows = json.loads(measured.read_text())['layers']
+    assert [row['layer'] for row in rows] == ['tiny tokens', 'tiny maps']
+    assert all(row['both_ms'] > 0 and row['kernel_ms'] > row['pool_ms'] == 0 for row in rows)  # no kernels on a CPU
+
+
 def test_steps_and_what_was_skipped(measured):
     results = json.loads(measured.read_text())
     eager = results['steps']['vit_micro_cpool_patch4_32 eager']
@@ -48,8 +54,8 @@ def test_tables_are_written_between_the_markers(measured, tmp_path):
     assert tables.main([str(measured), '--write', '--file', str(page)]) == 0
     text = page.read_text()
     assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text
-    assert '| tiny | reference |' in text and 'vit_micro_cpool_patch4_32 eager' in text
-    assert 'Not measured for want of time' in text
+    assert '| tiny | reference |' in text and '| tiny maps |' in text and 'vit_micro_cpool_patch4_32 eager' in text
+    assert '2 measurements were skipped because the time was up' in text
     widths = {line.count('|') for line in text.splitlines() if line.startswith('| tiny |')}
     assert widths == {10}
 
@@ -71,3 +77,23 @@ def test_a_machine_without_a_device_is_refused_with_the_remedy(tmp_path, capsys)
         command.main(['-o', str(tmp_path / 'figures.json')])
     assert '--tiny --device cpu' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_configurations_that_are_tried(monkeypatch):
+    """The shipped one first, all different, and each compiles as asked."""
+    configs = pytest.importorskip('benchmarks.gpu.configs')
+    from benchmarks.gpu.compile import compile_case
+    from benchmarks.kernel_cost import launches
+    case = operator.CASES['28x28, 192 channels, 16 groups']
+    seen = []
+    compiled = launches.Launch
+    monkeypatch.setattr(launches, 'Launch', lambda name, grid, args, made: seen.append((name, args)) or compiled(
+        name, grid, args, made))
+    for kernel in configs.KERNELS:
+        tried = configs.candidates(case, kernel)
+        assert tried[0] == configs.shipped(case, kernel) and len(set(tried)) == len(tried) > 20
+    other = tried[-1]._replace(num_warps=1, tile_h=2)
+    assert compile_case(case, kernel, other, 90) == 4
+    assert {name: args['TILE_H'] for name, args in seen if name != 'prepare'} == {
+        'pool': configs.shipped(case, 'pool').tile_h, 'grad_queries': configs.shipped(case, 'grad_queries').tile_h,
+        'grad_keys': 2}

@@ -5,10 +5,11 @@ written as soon as it is there, and what the time allowed (`--budget`) does not 
 
 1. the kernels' tests, in parallel where pytest-xdist is installed, while the kernels of all cases are compiled;
 2. the operator and a depthwise convolution on every case;
-3. training steps in eager mode, against the base and against a depthwise convolution in the same slot, and their
+3. layers, the operator with its predictor under autocast;
+4. training steps in eager mode, against the base and against a depthwise convolution in the same slot, and their
    kernels, from which the tables show where a variant's time goes;
-4. what else could stand in the operator's place: dense eager, attention, FlexAttention, deformable convolution;
-5. compiled training steps.
+5. what else could stand in the operator's place: dense eager, attention, FlexAttention, deformable convolution;
+6. compiled training steps.
 
 `python -m benchmarks.gpu.tables OUT.json --write` puts the tables into docs/performance.md.
 """
@@ -31,8 +32,8 @@ import torch
 from cpool_vision.profile.cases import Case
 from cpool_vision.profile.measure import device_info, machine
 
-from . import operator, steps
-from .compile import compile_kernels
+from . import layer, operator, steps
+from .compile import arch_of, compile_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = tuple(f'tests/ops/test_triton_{name}.py' for name in ('kernels', 'maps', 'predictor'))
@@ -67,7 +68,7 @@ class Session:
     def __init__(self, path: Path, device: str, budget_s: float):
         self.path, self.device, self.budget_s, self.start = path, device, budget_s, time.monotonic()
         self.results: dict[str, Any] = {
-            'machine': machine() | device_info(device), 'operator': {}, 'steps': {}, 'skipped': []}
+            'machine': machine() | device_info(device), 'operator': {}, 'layers': [], 'steps': {}, 'skipped': []}
         self.save()
 
     def left(self) -> float:
@@ -104,6 +105,13 @@ def _operators(session: Session, cases: dict[str, Case], names: tuple[str, ...],
             session.measure(f'{title}: {name}', expected, rows,
                             functools.partial(operator.measure, prepared, name, repeats))
         del prepared
+        _release(session.device)
+
+
+def _layers(session: Session, layers: dict[str, tuple[tuple[int, ...], int]], expected: float, repeats: int) -> None:
+    for name, (shape, groups) in layers.items():
+        session.measure(f'layer: {name}', expected, session.results['layers'],
+                        functools.partial(layer.measure, name, shape, groups, session.device, repeats))
         _release(session.device)
 
 
@@ -144,8 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     models = steps.TINY_MODELS if args.tiny else steps.MODELS
     session = Session(args.output, args.device, args.budget)
     if args.device.startswith('cuda'):
-        major, minor = torch.cuda.get_device_capability(args.device)
-        workers = compile_kernels(cases.values(), 10 * major + minor)
+        workers = compile_kernels(cases.values(), arch_of(args.device))
         if not args.no_tests:
             session.results['tests'] = run_tests(min(100.0, session.left() / 3))
             print(session.results['tests']['summary'], flush=True)
@@ -153,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         workers.shutdown()
     scale = 0.0 if args.tiny else 1.0
     _operators(session, cases, operator.FIRST, scale * _SECONDS['operator'], args.repeats)
+    _layers(session, layer.TINY_LAYERS if args.tiny else layer.LAYERS, scale * _SECONDS['operator'], args.repeats)
     _steps(session, models, tuple(steps.ARMS), False, args.repeats)
     _operators(session, cases, operator.OTHERS, scale * _SECONDS['other'], args.repeats)
     _steps(session, models, ('base', 'variant'), True, args.repeats)

@@ -3,19 +3,36 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
+
+import torch
 
 from benchmarks.kernel_cost.launches import Call, compile_call
 from cpool_vision.profile.cases import Case
 
+Job = tuple[Case, str | None, Any]
 
-def compile_kernels(cases: Iterable[Case], arch: int) -> Executor:
-    """Starts to compile what the operator launches for these cases; `arch` is 90 for an H100 or H200."""
-    workers = ProcessPoolExecutor(min(12, os.cpu_count() or 1), multiprocessing.get_context('spawn'))
-    for case in cases:
-        workers.submit(_compile, case, arch)
+
+def arch_of(device: str) -> int:
+    """90 for an H100 or H200."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def compile_kernels(jobs: Iterable[Case | Job], arch: int) -> Executor:
+    """Starts to compile what the operator launches for these cases, as shipped or with a kernel configured otherwise:
+    a case, the kernel's name, and its `Config`."""
+    workers = ProcessPoolExecutor(min(14, os.cpu_count() or 1), multiprocessing.get_context('spawn'))
+    for job in jobs:
+        workers.submit(compile_case, *(job if isinstance(job, tuple) else (job, None, None)), arch)
     return workers
 
 
-def _compile(case: Case, arch: int) -> int:
-    return len(compile_call(
-        Call(*case.shape, case.groups, case.sigma[1], case.torch_dtype, case.channels_last, case.stride), arch))
+def compile_case(case: Case, kernel: str | None, config: Any, arch: int) -> int:
+    """Compiles the kernels of a case; returns how many."""
+    call = Call(*case.shape, case.groups, case.sigma[1], case.torch_dtype, case.channels_last, case.stride)
+    if kernel is None:
+        return len(compile_call(call, arch))
+    from .configs import configured
+    with configured(kernel, config):
+        return len(compile_call(call, arch))

@@ -273,7 +273,6 @@ def sums_of_keys(
                 g = keys_at(p_block + offset(y, INDEX) * s_gh, at_c, c, m_x & (qr < out_height - y), CHANNELS, WHOLE_C)
                 scale = tl.load(p_scale + n)
                 norm = tl.load(p_sums + n)
-                d = tl.load(p_sums + queries + n)
             dy2 = squares(centre(y + qr, STRIDE)[None, :], k_row[:, None].to(tl.float32),
                           least_square(y + qr, height, STRIDE)[None, :], STRIDE)
             if IN_LOGS:
@@ -286,6 +285,8 @@ def sums_of_keys(
             products = dot(x, tl.trans(g), tl.zeros((KEYS, QUERIES), tl.float32), PRECISION)
             a = follow(a, products)
             if block == 0:
+                if not PREFETCH:
+                    d = tl.load(p_sums + queries + n)
                 products -= d[None, :]
             dlogits += a * products
             dx = dot(a.to(dtype), g, dx, PRECISION)

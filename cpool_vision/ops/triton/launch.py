@@ -70,10 +70,10 @@ _RULES: dict[tuple[Any, int, bool], tuple[_Rule, ...]] = {
         _Rule(64, (8, 8, 8), tail=True), _Rule(_ANY, (8, 8, 4), maxnreg=128, tail=True)),
     (grad_keys, 16, True): (
         _Rule(16, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(32, (8, 16, 1), maxnreg=128, prefetch=True),
-        _Rule(64, (4, 16, 2), maxnreg=128), _Rule(_ANY, (4, 16, 2), 128)),
+        _Rule(64, (4, 16, 2), maxnreg=128), _Rule(_ANY, (4, 16, 2), 128, maxnreg=168)),
     (grad_keys, 16, False): (
         _Rule(16, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(64, (4, 16, 2), maxnreg=128),
-        _Rule(_ANY, (4, 16, 2), 128)),
+        _Rule(_ANY, (4, 16, 2), 128, maxnreg=168)),
     (grad_keys, 8, False): (_Rule(64, (8, 8, 4)), _Rule(_ANY, (8, 8, 4), 128, maxnreg=168)),
 }
 
