@@ -22,7 +22,7 @@ from cpool_vision.profile.cases import Case
 from .markers import run_command
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / 'docs' / 'performance.md'
-SECONDS = 3.0
+SECONDS = 2.0
 BUSY_LOOP = 'while True: pass'
 
 
