@@ -8,7 +8,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
 CASES = {
-    'plain_cnn.py': (['--images', '128', '--epochs', '1'], 'with a context pool'),
+    'plain_cnn.py': (['--images', '128', '--epochs', '1'], 'of the supports lie between'),
     'segmentation_unet.py': (['--steps', '2'], 'intersection over union on new images'),
     'finetune_folder.py': (['--epochs', '1', '--size', '32'], 'epoch 0: loss'),
 }
