@@ -147,7 +147,7 @@ def test_the_command(tmp_path, capsys):
     assert weights['blocks.2.attn.cpool.predict.bias'].sigmoid()[-1].item() == pytest.approx(.1)
 
     assert retrofit.main(command) == 2
-    assert 'holds a model already (config.json): name another folder or pass --force' in capsys.readouterr().err
+    assert 'holds a model, or is a file: pass --force to replace the model' in capsys.readouterr().err
     assert retrofit.main([*command, '--force']) == 0
     again = load_file(folder / 'model.safetensors')  # fresh pools are drawn alike
     assert all(torch.equal(value, again[key]) for key, value in weights.items())
