@@ -52,7 +52,7 @@ FAULTS = {
         '    if False:\n        raise NotImplementedError', 'ops/test_operator_contract.py::test_backends_say_why_not'),
     # the layer
     'logits without bound': Fault(
-        'layers/context_pool.py', 'if self.bound > 0:', 'if self.bound < 0:',
+        'ops/maps.py', 'if bound > 0:\n        weight_logits.div_', 'if bound < 0:\n        weight_logits.div_',
         LAYER + '::test_logits_are_bounded_smoothly'),
     'a bound kept for weights that had none': Fault(
         'layers/context_pool.py', 'self.bound = float(state_dict.setdefault(', 'float(state_dict.setdefault(',
