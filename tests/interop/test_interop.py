@@ -44,8 +44,8 @@ def test_export_with_any_batch(name, images):
     # one node per pool: the backend is chosen where the program runs
     targets = [str(node.target) for node in program.graph.nodes]
     pools = sum(isinstance(m, ContextPool2d) for m in model.modules())
-    form = '_tokens' if name == VIT else '2d'
-    assert targets.count(f'cpool_vision.context_pool{form}.default') == pools > 0
+    form = 'pool_tokens' if name == VIT else 'context_pool2d'
+    assert targets.count(f'cpool_vision.{form}.default') == pools > 0
 
 
 @pytest.mark.parametrize('name', [CNN, VIT, NAFLEX])

@@ -83,7 +83,7 @@ def test_the_whole_layer_is_its_parts(dtype):
 
 
 @pytest.mark.skipif(DEVICE == 'cpu', reason='needs CUDA')
-def test_is_what_a_layer_takes_on_cuda():
+def test_needs_cuda_and_is_what_a_layer_takes():
     from torch.profiler import profile
 
     from cpool_vision.layers import TokenContextPool
