@@ -44,7 +44,8 @@ class _NoDevice:
         self.arch = arch
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it compiled by device: each architecture is one of its own.
+        return self.arch
 
     def get_current_stream(self, _: Any) -> int:
         return 0

@@ -20,7 +20,7 @@ from cpool_vision.ops.triton.predictor import fill_predicted, predicted_gradient
 # Of a thread block, without opting in to more.
 SHARED_LIMIT = 48 * 1024
 # Bytes of a thread that may be spilled: where registers are capped, which a device showed to be faster, and elsewhere.
-SPILLED_LIMIT = {True: 400, False: 16}
+SPILLED_LIMIT = {True: 512, False: 32}
 KERNELS = ('prepare', 'pool', 'grad_queries', 'grad_keys')
 needs_tools = pytest.mark.skipif(not (BIN / 'cuobjdump').is_file(), reason='this build of Triton has no cuobjdump')
 slow = pytest.mark.slow
@@ -37,7 +37,7 @@ BOUNDS = {
     Call(128, 768, 14, 14, 16, 3.5): (5.3, 10.9, 11.9),
     Call(128, 192, 28, 28, 16, 2.8): (5.6, 10.8, 9.5),
     Call(64, 96, 56, 56, 1, 2.0): (10.1, 16.5, 15.8),
-    Call(128, 768, 14, 14, 1, 3.5): (5.5, 38.2, 13.5),
+    Call(128, 768, 14, 14, 1, 3.5): (6.8, 38.2, 13.5),
 }
 
 

@@ -57,7 +57,7 @@ _ANY = math.inf
 _RULES: dict[tuple[Any, int, bool], tuple[_Rule, ...]] = {
     (pool, 16, True): (
         _Rule(16, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(64, (8, 16, 2), prefetch=True),
-        _Rule(_ANY, (8, 16, 4), 128)),
+        _Rule(_ANY, (4, 16, 2))),
     (pool, 16, False): (_Rule(32, (4, 16, 2), num_warps=2, maxnreg=128), _Rule(_ANY, (4, 16, 2))),
     (pool, 8, False): (_Rule(64, (8, 8, 4)), _Rule(_ANY, (8, 8, 4), maxnreg=168, tail=True)),
     (grad_queries, 16, True): (
