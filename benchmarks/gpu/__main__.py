@@ -14,6 +14,7 @@ written as soon as it is there, and what the time allowed (`--budget`) does not 
 `python -m benchmarks.gpu.tables OUT.json --write` puts the tables into docs/performance.md.
 """
 import argparse
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -23,7 +24,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,6 @@ def _steps(session: Session, models: tuple[tuple[str, int, float], ...], arms: t
             _release(session.device)
 
 
-def on_device(cases: dict[str, Case], device: str) -> Iterator[tuple[str, Case]]:
-    """The cases on another device than the CPU, which they are made for."""
-    for title, case in cases.items():
-        yield title, Case(**{**vars(case), 'device': device})
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs everything that the time allows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
                      'use --tiny --device cpu to try the command without one')
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = True
-    cases = dict(on_device(operator.TINY_CASES if args.tiny else operator.CASES, args.device))
+    cases = {title: dataclasses.replace(case, device=args.device)
+             for title, case in (operator.TINY_CASES if args.tiny else operator.CASES).items()}
     models = steps.TINY_MODELS if args.tiny else steps.MODELS
     session = Session(args.output, args.device, args.budget)
     if args.device.startswith('cuda'):

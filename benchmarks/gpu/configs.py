@@ -4,6 +4,7 @@ For every case and kernel it tries tiles, chunks, warps and caps on registers ar
 results with those of the shipped one, and prints the fastest. `ops.triton.launch` holds what was chosen by it.
 """
 import argparse
+import dataclasses
 import fnmatch
 import itertools
 import json
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     cases: dict[str, Any] = {}
     results = {'machine': machine() | device_info('cuda'), 'cases': cases}
     for title in fnmatch.filter(CASES, args.case):
-        case = Case(**{**vars(CASES[title]), 'device': 'cuda'})
+        case = dataclasses.replace(CASES[title], device='cuda')
         tried = {kernel: candidates(case, kernel) for kernel in KERNELS}
         workers = compile_kernels([(CASES[title], kernel, config) for kernel in KERNELS for config in tried[kernel]],
                                   arch_of('cuda'))

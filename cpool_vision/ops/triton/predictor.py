@@ -88,6 +88,13 @@ def load_grad(p_grad, image, y, x, m, height, width, ROWS: tl.constexpr, KP: tl.
 
 
 @triton.jit
+def place_of_token(n, total, tokens, prefix, width):
+    """Image, row and column of tokens counted through all images, and which of them are pixels."""
+    pixel = n % tokens - prefix
+    return (n // tokens).to(tl.int64), pixel // width, pixel % width, (n < total) & (pixel >= 0)
+
+
+@triton.jit
 def unpredict(p_grad, p_hidden, p_bias1, p_weight, p_dhidden, p_dweight, p_dbias2, p_dbias1, s_wk, s_wc, s_wy, s_wx,
               total, tokens, prefix, height, width,
               HIDDEN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr,
@@ -106,11 +113,7 @@ def unpredict(p_grad, p_hidden, p_bias1, p_weight, p_dhidden, p_dweight, p_dbias
         dbias2 = tl.zeros((KP,), tl.float32)
         for start in range(part * BLOCK, total, PARTS * BLOCK):
             n = start + i
-            image = (n // tokens).to(tl.int64)
-            pixel = n % tokens - prefix
-            m = (n < total) & (pixel >= 0)
-            y = pixel // width
-            x = pixel % width
+            image, y, x, m = place_of_token(n, total, tokens, prefix, width)
             h = load_hidden(p_hidden, p_bias1, n.to(tl.int64), m, HIDDEN, WIDTH)
             grad = load_grad(p_grad, image, y - tap // 3 + 1, x - tap % 3 + 1, m, height, width, ROWS, KP)
             dweight = dot(tl.trans((h * normal(h)).to(dtype)), grad, dweight, PRECISION)
@@ -123,11 +126,7 @@ def unpredict(p_grad, p_hidden, p_bias1, p_weight, p_dhidden, p_dweight, p_dbias
         dbias1 = tl.zeros((WIDTH,), tl.float32)
         for start in range(pid * BLOCK, total, 9 * PARTS * BLOCK):
             n = start + i
-            image = (n // tokens).to(tl.int64)
-            pixel = n % tokens - prefix
-            m = (n < total) & (pixel >= 0)
-            y = pixel // width
-            x = pixel % width
+            image, y, x, m = place_of_token(n, total, tokens, prefix, width)
             dhidden = tl.zeros((BLOCK, WIDTH), tl.float32)
             for tap in range(9):
                 grad = load_grad(p_grad, image, y - tap // 3 + 1, x - tap % 3 + 1, m, height, width, ROWS, KP)
