@@ -24,12 +24,13 @@ def torchrun(flags: list[str], script: str = os.path.join(ROOT, 'train.py')) -> 
 
 # lists the threads before and after the last step of main
 _LIST_THREADS = """
-import gc, glob, types
+import contextlib, gc, glob, types
 from cpool_vision.cli import train
 
 def list_threads(when):
     for name in glob.glob('/proc/self/task/*/comm'):
-        print(when, open(name).read().strip(), flush=True)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended since it was listed
+            print(when, open(name).read().strip(), flush=True)
 
 train.gc = types.SimpleNamespace(collect=lambda: (list_threads('before'), gc.collect()))
 train.main()
