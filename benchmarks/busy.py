@@ -1,10 +1,10 @@
-"""What a competing load costs the operator on a processor, by threads: `python -m benchmarks.busy [--write]`.
+"""Slowdown of the operator on a busy machine, by number of threads: `python -m benchmarks.busy [--write]`.
 
-The operator (forward and backward, `native`) and a matrix product with its gradients alternate in a process of their
-own, alone and beside as many busy loops as there are processors, with one thread and with several. Threads of OpenMP
-wait for one another at the end of every parallel region: with busy processors for a time slice of the scheduler, the
-longer, the more they spin (`OMP_WAIT_POLICY`). A loss is the median time under load over that alone; where processors
-are shared fairly, it is 2. Figures of a machine that is not idle otherwise are too low.
+The operator (forward and backward, `native`) and a matrix product with its gradients alternate in a separate process,
+alone and next to as many busy loops as there are processors, with one thread and with several. OpenMP threads wait for
+each other at the end of every parallel region; on busy processors such a wait lasts a time slice of the scheduler, and
+more if the threads spin (`OMP_WAIT_POLICY`). The slowdown is the median time under load over the time alone; a fair
+scheduler gives 2. On a machine that has other work to do, the figures come out too low.
 """
 import json
 import os
@@ -68,14 +68,15 @@ def run(threads: int, busy: int, policy: str | None, seconds: float = SECONDS) -
 def make_table(seconds: float = SECONDS) -> str:
     """The table in Markdown."""
     processors = len(os.sched_getaffinity(0))
-    lines = ['| threads | OMP_WAIT_POLICY | operator, loss | product, loss | operator under load, over one thread |',
-             '|---:|---|---:|---:|---:|']
+    lines = ['| threads | OMP_WAIT_POLICY | operator, slowdown | product, slowdown '
+             '| operator under load, relative to one thread |', '|---:|---|---:|---:|---:|']
     one = None
     for threads, policy in ((1, None), (processors, None), (processors, 'passive')):
         alone, loaded = run(threads, 0, policy, seconds), run(threads, processors, policy, seconds)
         one = one or loaded
-        losses = ' | '.join(f'{loaded[name] / alone[name]:.1f}' for name in ('operator', 'product'))
-        lines.append(f'| {threads} | {policy or "not set"} | {losses} | {loaded["operator"] / one["operator"]:.2f} |')
+        slowdowns = ' | '.join(f'{loaded[name] / alone[name]:.1f}' for name in ('operator', 'product'))
+        relative = loaded['operator'] / one['operator']
+        lines.append(f'| {threads} | {policy or "not set"} | {slowdowns} | {relative:.2f} |')
     return '\n'.join(lines)
 
 

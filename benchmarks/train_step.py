@@ -70,7 +70,7 @@ def run_case(name: str, target: float, batch: int, repeats: int) -> dict[str, An
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ['| model | training step, variant / base | aim | parameters | MACs |', '|---|---|---|---|---|']
+    lines = ['| model | training step, variant / base | target | parameters | MACs |', '|---|---|---|---|---|']
     lines += [
         f'| `{r["model"]}` | {r["ratio"]:.2f} | {r["target_ratio"]:.2f} | {100 * r["params_change"]:+.1f} % '
         f'| {100 * r["macs_change"]:+.1f} % |' for r in rows

@@ -29,8 +29,8 @@ def _error(errors: dict[str, float] | None) -> str:
 def operator_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """One line for each implementation and case; those that failed or cannot run say why."""
     lines = [
-        '| case | implementation | kernels (ms) | aim | with launches (ms) | CUDA graph (ms) | times the bytes\' floor '
-        '| errors of y, dx, dlogits, dsigma | peak memory / x |',
+        '| case | implementation | kernels (ms) | target | with launches (ms) | CUDA graph (ms) '
+        '| times the bytes\' floor | errors of y, dx, dlogits, dsigma | peak memory / x |',
         '|---|---|---|---|---|---|---|---|---|']
     for title, rows in results.items():
         for row in rows:
@@ -51,7 +51,7 @@ def operator_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
 def chosen_table(results: dict[str, Any], before: dict[str, Any]) -> list[str]:
     """Time of the kernels in the configurations that are shipped now, from `benchmarks.gpu.configs`."""
     from .configs import KERNELS, shipped
-    lines = ['| case | `pool` (ms) | `grad_queries` | `grad_keys` | with `prepare` | aim | before | depthwise 7x7 |',
+    lines = ['| case | `pool` (ms) | `grad_queries` | `grad_keys` | with `prepare` | target | before | depthwise 7x7 |',
              '|---|---|---|---|---|---|---|---|']
     for title, kernels in results['cases'].items():
         ms = {kernel: row['ms'] for kernel in KERNELS for row in kernels.get(kernel, ())
@@ -79,7 +79,8 @@ def layer_table(results: list[dict[str, Any]]) -> list[str]:
 def step_table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Ratios of the steps' times to the base's."""
     aims = {f'{name} eager': aim for name, _, aim in MODELS} | {f'{name} compiled': COMPILED_AIM for name, *_ in MODELS}
-    lines = ['| model | batch | base (ms) | variant / base | aim | depthwise 7x7 / base |', '|---|---|---|---|---|---|']
+    lines = ['| model | batch | base (ms) | variant / base | target | depthwise 7x7 / base |',
+             '|---|---|---|---|---|---|']
     for title, rows in results.items():
         times = {row['arm']: row['step_ms'] for row in rows if 'arm' in row}
         if 'base' not in times:

@@ -32,8 +32,8 @@ LOW, HIGH = 0.68, 0.96
 
 def table_of_kernels(rows: dict[str, list[Cost]]) -> str:
     """A line for each kernel."""
-    lines = ['| case | kernel | instructions a pair | exponentials a pair | registers | programs a multiprocessor '
-             '| simulated (ms) |', '|---|---|---|---|---|---|---|']
+    lines = ['| case | kernel | instructions per pair | exponentials per pair | registers '
+             '| programs per multiprocessor | simulated (ms) |', '|---|---|---|---|---|---|---|']
     for title, kernels in rows.items():
         for k in kernels:
             pairs = (f'{k.instructions_per_pair:.1f}', f'{k.exponentials_per_pair:.2f}') if k.pairs else ('', '')
@@ -44,7 +44,7 @@ def table_of_kernels(rows: dict[str, list[Cost]]) -> str:
 
 def table_of_cases(rows: dict[str, list[Cost]]) -> str:
     """A line for each case: forecast and aim of a forward and backward pass."""
-    lines = ['| case | version 0.1, measured (ms) | simulated (ms) | forecast (ms) | aim (ms) |',
+    lines = ['| case | version 0.1, measured (ms) | simulated (ms) | forecast (ms) | target (ms) |',
              '|---|---|---|---|---|']
     for title, kernels in rows.items():
         total = sum(k.simulated_ms for k in kernels)
