@@ -32,14 +32,14 @@ from .study.runner import write_text
 from .study.spec import Arm, Study
 
 BEGIN, END = '<!-- finetune -->', '<!-- /finetune -->'
-POOL = {'positions': 'stage', 'groups': 8, 'ratio': 0.25}
+POOL = {'positions': 'post_stage', 'groups': 8, 'ratio': 0.25}
 # arm: arguments of add_context_pool, what stands in the pools' places, learning rate over that of the base
 ARMS: dict[str, tuple[dict[str, Any] | None, str, float]] = {
     'plain': (None, '', 1.),
     'pool': (POOL, 'context', 5.),
     'depthwise7': (POOL, 'depthwise7', 5.),
     'depthwise7_slow': (POOL, 'depthwise7', 1.),
-    'pool_one_group': ({'positions': 'stage', 'groups': 1, 'ratio': 0.1}, 'context', 5.),
+    'pool_one_group': ({'positions': 'post_stage', 'groups': 1, 'ratio': 0.1}, 'context', 5.),
 }
 CLASSES = 10
 

@@ -15,40 +15,40 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog='cpool-retrofit',
-        description='Put context pools into a model of timm and write it as a folder that local-dir: names. The model '
-                    'predicts what its base predicts until it is trained.')
+        description='Add context pools to a timm model and save it as a folder for local-dir:. The model gives the '
+                    'predictions of its base until it is trained.')
     add_version_arg(parser)
     add = parser.add_argument
     add('base', metavar='BASE', help='registered name, local-dir:FOLDER or hf-hub:OWNER/NAME')
     add('-o', '--output', required=True, metavar='DIR', help='folder for config.json and model.safetensors')
-    add('--force', action='store_true', help='replace a model that DIR holds')
+    add('--force', action='store_true', help='overwrite the model in DIR')
     source = parser.add_mutually_exclusive_group()
     source.add_argument('--pretrained', action='store_true',
                         help='weights of the base from the hub or its folder (default: random ones)')
     source.add_argument('--checkpoint', default='', metavar='FILE', help='weights of the base from a file')
     add('--use-ema', action='store_true', help='take the averaged weights from the checkpoint if it has them')
     add('--positions', nargs='+', default=None, metavar='NAME',
-        help='stage, post_block, pre_attn (default: by the kind of network)')
+        help='post_stage, post_block, pre_attn (default: depends on the network)')
     add('--stages', nargs='+', type=int, default=None, metavar='N',
         help='indices of the stages that pool (default: those at least 8 times coarser than the image)')
     add('--places', nargs='+', default=None, metavar='MODULE',
-        help='names of modules whose output (or, with :input behind it, input) is pooled, in place of the two above')
+        help='modules whose output (or, with :input appended, input) is pooled, instead of --positions and --stages')
     add('--ratio', type=float, default=None, metavar='R',
         help='largest support relative to the side of the map (default: 0.25 in networks of one grid, else 0.1)')
     add('--floor', type=float, default=0.1, metavar='S', help='smallest support in pixels (default: 0.1)')
     add('--groups', type=int, default=None, metavar='G',
-        help='groups of channels with supports of their own (default: 16 in networks of one grid, or what divides the '
-             'channels, else 1)')
+        help='groups of channels with their own weights and supports (default: 16 in networks of one grid, or the '
+             'largest smaller number that divides the channels, else 1)')
     add('--init', default='identity', choices=('identity', 'paper'),
-        help='identity predicts as the base does; paper pools at once (default: identity)')
+        help='identity keeps the predictions of the base; paper pools at once (default: identity)')
     add('--support-init', type=float, default=0.5, metavar='R',
-        help='mean support of a fresh pool relative to the largest, between 0 and 1 (default: 0.5)')
-    add('--num-classes', type=int, default=None, metavar='N', help='number of classes (model default if left out)')
-    add('--in-chans', type=int, default=None, metavar='N', help='channels of the images (model default if left out)')
+        help='mean support of a new pool relative to the largest, between 0 and 1 (default: 0.5)')
+    add('--num-classes', type=int, default=None, metavar='N', help='number of classes (default: the model\'s)')
+    add('--in-chans', type=int, default=None, metavar='N', help='channels of the images (default: the model\'s)')
     add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
-    add('--seed', type=int, default=42, metavar='S', help='of the fresh pools, and of a base without weights')
+    add('--seed', type=int, default=42, metavar='S', help='seed of the new pools, and of a base without weights')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-        help='further arguments of the base')
+        help='more arguments of the base')
     return parser
 
 
@@ -74,8 +74,8 @@ def _retrofit(argv: Sequence[str] | None) -> None:
     try:
         save_model(model, args.output, force=args.force)
     except FileExistsError as error:
-        raise OutputError(f'--output {args.output!r} holds a model, or is a file: pass --force to replace the model, '
-                          'or name another folder') from error
+        raise OutputError(f'--output {args.output!r} already holds a model, or is a file: pass --force to overwrite '
+                          'it, or name another folder') from error
     except OSError as error:
         raise OutputError(f'--output {args.output!r} cannot be written ({error.strerror or error}): name another '
                           'folder') from error

@@ -27,7 +27,7 @@ def _choose(model: nn.Module, finder: Finder, size: tuple[int, int], positions: 
             stages: tuple | None) -> list[Place]:
     if positions is None:
         if not finder.columnar:
-            positions = ('stage',)
+            positions = ('post_stage',)
         else:
             positions = ('pre_attn',) if finder.places('pre_attn') else ('post_block',)
     for position in positions:
@@ -68,11 +68,11 @@ def _named(model: nn.Module, finder: Finder, names: tuple) -> list[Place]:
         name, _, side = str(text).partition(':')
         side = side or 'output'
         if side not in ('input', 'output') or name not in finder.modules:
-            raise ValueError(f"places must name modules of {type(model).__name__}, with ':input' behind those whose "
-                             f'input is to be pooled, got {text!r}')
+            raise ValueError(f"places must name modules of {type(model).__name__}, with ':input' appended to pool "
+                             f'their input, got {text!r}')
         features = finder.features(name, side)
         if features is None:
-            raise NoPlaceError(f'the {side} of {name!r} of {type(model).__name__} is no single map (B, C, H, W), '
+            raise NoPlaceError(f'the {side} of {name!r} of {type(model).__name__} is not a single map (B, C, H, W), '
                                '(B, H, W, C) or grid of tokens: name another module')
         places.append(Place(name, side, features, -1, finder.records[name].index if side == 'output' else 0))
     if len({place.name for place in places}) != len(names) or not places:
@@ -104,8 +104,8 @@ def _fit(model: nn.Module, x: Tensor, finder: Finder, places: list[Place],
     ordered = in_raster_order(model, x, places)
     if not all(ordered):
         name = places[ordered.index(False)].name
-        raise NoPlaceError(f'the tokens of {type(model).__name__} at {name!r} are not in the order of the image, row '
-                           'by row, and a pool would mix far parts of it: name other positions or places')
+        raise NoPlaceError(f'the tokens of {type(model).__name__} at {name!r} are not in raster order, so a pool '
+                           'would mix distant parts of the image: name other positions or places')
     if explicit:
         return places, run_alone
     reached = reaches_output(model, x, places, run_alone)
@@ -158,27 +158,27 @@ def add_context_pool(
         img_size: int | tuple[int, int] | None = None,
         in_chans: int | None = None,
 ) -> Any:
-    """Puts context pools into a model, in place, and keeps its weights and their names.
+    """Adds context pools to a model, in place, and keeps its weights and their names.
 
-    The places are found by running the model on a probe image (batch 1), so any network of blocks or stages will do:
-    maps `(B, C, H, W)` or `(B, H, W, C)`, or tokens on a grid behind prefix tokens, which are not pooled. With
+    The places are found by running the model on a probe image (batch 1), so any network of blocks or stages works:
+    maps `(B, C, H, W)` or `(B, H, W, C)`, or tokens on a grid after prefix tokens, which are not pooled. With
     `init='identity'` the output stays bit-identical until the pools are trained; this is checked on the probe image.
     The state dict keeps all its keys and gains those of the pools, which contain `.cpool.`. Places whose map does not
-    reach the output (behind the last block of a network read through its class token) are left out.
+    reach the output (after the last block of a network that is read through its class token) are skipped.
 
     Args:
-        model: A network that takes images `(B, C, H, W)`; timm's are what this was made for.
-        positions: One or several of `stage` (what the last block of a stage returns), `post_block` (what every block
-            returns), `pre_attn` (what the attention of a block reads, behind its norm). By default `stage`, and for
-            networks of one grid (vision transformers) `pre_attn`, or `post_block` where no block has an attention
-            or its tokens are in no order of the image.
-        stages: Indices of the stages, or of the blocks of a network of one grid, that pool. By default those whose
-            maps are at least 8 times coarser than the image; all if there are none.
-        places: Names of the modules whose output is pooled (`'layer2.1'`), or input (`'blocks.0.attn:input'`), in place
+        model: A network that takes images `(B, C, H, W)`, such as any timm model.
+        positions: One or several of `post_stage` (the output of each stage's last block), `post_block` (the output of
+            every block), `pre_attn` (the input of each block's attention, after its norm). Default: `post_stage`; for
+            networks of one grid, like vision transformers, `pre_attn`, or `post_block` if no block has attention or
+            its tokens are not in raster order.
+        stages: Indices of the stages that pool, or of the blocks in a network of one grid. Default: those whose maps
+            are at least 8 times coarser than the image, or all if there are none.
+        places: Names of the modules whose output (`'layer2.1'`) or input (`'blocks.0.attn:input'`) is pooled, instead
             of `positions` and `stages`.
-        ratio: As in `ContextPool2d`; 0.25 for networks of one grid and 0.1 for others if None.
-        groups: As in `ContextPool2d`; 16 for networks of one grid, or the largest smaller number that divides the
-            channels, and 1 for others if None.
+        ratio: As in `ContextPool2d`. Default: 0.25 for networks of one grid, otherwise 0.1.
+        groups: As in `ContextPool2d`. Default: 16 for networks of one grid, or the largest smaller number that divides
+            the channels; otherwise 1.
         floor, init, support_init, hidden_dim, backend: As in `ContextPool2d`. With `init='paper'` the pools change the
             output at once.
         img_size: Size of the probe image; the model's own by default.
@@ -188,16 +188,15 @@ def add_context_pool(
         `model`.
 
     Raises:
-        NoPlaceError: The model has no such place, or does not run on images.
-        ValueError: An argument is out of range, or the model holds context pools already.
-        Nothing has been added to the model in either case.
+        NoPlaceError: The model has no such place, or does not run on images. The model is unchanged.
+        ValueError: An argument is out of range, or the model already has context pools. The model is unchanged.
     """
     if context_pools(model):
         raise ValueError(
-            f'{type(model).__name__} holds context pools already (the first is {next(iter(context_pools(model)))!r}): '
-            'pass a model without, or call remove_context_pool first')
+            f'{type(model).__name__} already has context pools (the first is {next(iter(context_pools(model)))!r}): '
+            'pass a model without pools, or call remove_context_pool first')
     if places is not None and (positions is not None or stages is not None):
-        raise ValueError('places stands alone: leave out positions and stages')
+        raise ValueError('places cannot be combined with positions or stages: leave those out')
     x = probe_image(model, img_size, in_chans)
     expected = run(model, x)
     finder = Finder(model, x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..inspect.maps import kept_modes
 from .pools import solve_grid
 
-POSITIONS = ('stage', 'post_block', 'pre_attn')
+POSITIONS = ('post_stage', 'post_block', 'pre_attn')
 _ATTENTION = ('attn', 'token_mixer', 'self_attn', 'attention', 'mixer', 'attn_block')
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MAX_PREFIX = 4
@@ -255,7 +255,7 @@ class Finder:
 
     def places(self, position: str) -> list[Place]:
         """Every place at a position, in order."""
-        if position == 'stage':
+        if position == 'post_stage':
             return [self.place(name, i) for i, name in enumerate(self.stages)]
         blocks: dict[str, int] = {}
         for i, stage in enumerate(self.stages):

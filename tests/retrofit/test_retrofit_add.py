@@ -159,7 +159,7 @@ def test_positions_stages_and_places():
     assert not torch.equal(model(x), expected)
 
     model, x = build('resnet')
-    add(model, 'resnet', positions=['stage', 'post_block'], stages=[0, 1])
+    add(model, 'resnet', positions=['post_stage', 'post_block'], stages=[0, 1])
     assert list(context_pools(model)) == ['act1.cpool', 'layer1.0.cpool']  # each place once
 
     model, x = build('regnet')
@@ -278,7 +278,7 @@ class Shuffled(nn.Module):
 
 def test_tokens_out_of_order_are_refused():
     model, x = build('vit', img_size=160)
-    with pytest.raises(NoPlaceError, match='not in the order of the image, row by row'):
+    with pytest.raises(NoPlaceError, match='not in raster order'):
         add_context_pool(Shuffled(model), img_size=160)
     shuffled = Shuffled(model)
     shuffled.order = torch.arange(100)
@@ -290,7 +290,7 @@ def test_without_an_order_in_front_of_attention_blocks_are_pooled(monkeypatch, c
     # as in xcit_nano_12_p8_224
     monkeypatch.setattr(add_module, 'in_raster_order', lambda model, x, places: [p.side == 'output' for p in places])
     model, _ = build('vit')
-    with pytest.raises(NoPlaceError, match='not in the order of the image'):  # asked for, it stays an error
+    with pytest.raises(NoPlaceError, match='not in raster order'):  # asked for, it stays an error
         add_context_pool(model, positions='pre_attn')
     add_context_pool(model)
     assert context_pools(model) and not any('attn' in name for name in context_pools(model))
@@ -376,8 +376,8 @@ def test_blocks_that_return_the_map_second():
     (dict(stages='a'), "stages must be among 0 to 4 for ResNet, got 'a'"),
     (dict(places='layer9'), "got 'layer9'"),
     (dict(places=['layer1', 'layer1']), 'each once'),
-    (dict(places='fc'), "output of 'fc' of ResNet is no single map"),
-    (dict(places='layer1', stages=1), 'places stands alone'),
+    (dict(places='fc'), "output of 'fc' of ResNet is not a single map"),
+    (dict(places='layer1', stages=1), 'places cannot be combined'),
     (dict(groups=5), 'groups must divide dim'),
     (dict(ratio=-1), 'ratio must be > 0'),
     (dict(init='zero'), 'init must be one of'),
@@ -405,7 +405,7 @@ def test_further_errors():
     with pytest.raises(ValueError, match='holds no context pool that add_context_pool put in'):
         remove_context_pool(model)
     add_context_pool(model)
-    with pytest.raises(ValueError, match='holds context pools already .*remove_context_pool first'):
+    with pytest.raises(ValueError, match='already has context pools .*remove_context_pool first'):
         add_context_pool(model)
     with pytest.raises(NoPlaceError, match='has no parameters'):
         add_context_pool(nn.Identity())

@@ -147,7 +147,7 @@ def test_the_command(tmp_path, capsys):
     assert weights['blocks.2.attn.cpool.predict.bias'].sigmoid()[-1].item() == pytest.approx(.1)
 
     assert retrofit.main(command) == 2
-    assert 'holds a model, or is a file: pass --force to replace the model' in capsys.readouterr().err
+    assert 'already holds a model, or is a file: pass --force to overwrite it' in capsys.readouterr().err
     assert retrofit.main([*command, '--force']) == 0
     again = load_file(folder / 'model.safetensors')  # fresh pools are drawn alike
     assert all(torch.equal(value, again[key]) for key, value in weights.items())
@@ -166,7 +166,7 @@ def test_the_command(tmp_path, capsys):
     (['test_resnet', '--checkpoint', 'absent.pth'], "--checkpoint 'absent.pth' does not exist"),
     (['test_resnet', '--ratio', '-1'], 'ratio must be > 0'),
     (['test_resnet', '--support-init', '1.5'], 'test_resnet: support_init must lie between 0 and 1'),
-    (['vit_tiny_cpool_patch16_224'], 'holds context pools already'),
+    (['vit_tiny_cpool_patch16_224'], 'already has context pools'),
 ])
 def test_errors_of_the_command(tmp_path, capsys, arguments, message):
     assert retrofit.main([*arguments, '-o', str(tmp_path / 'model')]) == 2
