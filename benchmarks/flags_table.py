@@ -1,11 +1,11 @@
-"""Tables of the flags of train.py and validate.py: default, part that uses them, test that covers them.
+"""Tables of the flags of train.py and validate.py: default and meaning, grouped as in `--help`.
 
     python -m benchmarks.flags_table            # print
     python -m benchmarks.flags_table --write    # between the markers in docs/flags.md
     python -m benchmarks.flags_table --check    # exit status 1 if docs/flags.md holds other tables
 
-Flags and defaults come from the parsers, parts and tests from tests/engine/flag_cases.json. Flags of validate.py that
-are not listed there share parser, code and test with those of train.py.
+Everything comes from the parsers. `tests/engine/flag_cases.json` names the part that uses each flag and its test; flags
+of validate.py that are not listed there share parser, code and test with those of train.py.
 """
 import json
 import pathlib
@@ -29,18 +29,21 @@ def read_cases() -> dict[str, dict[str, Any]]:
 
 
 def format_table(command: str) -> str:
-    """Markdown table of the flags of a command; '-' where no part or test is listed."""
-    cases = read_cases()[command]
-    lines = ['| flag | default | part | test in tests/engine |', '|---|---|---|---|']
-    for action in PARSERS[command]()._actions:
-        if action.dest in ('help', 'version'):
+    """Markdown tables of the flags of a command, one for each group of its `--help`."""
+    lines: list[str] = []
+    for group in PARSERS[command]()._action_groups:
+        actions = [action for action in group._group_actions if action.dest not in ('help', 'version')]
+        if not actions:
             continue
-        case = cases.get(action.dest, {})
-        names = ', '.join(f'`{flag}`' for flag in action.option_strings) or f'`{action.metavar}`'
-        default = '' if action.default in (None, '', {}) else f'`{json.dumps(action.default)}`'
-        test = f'`{case["test"]}`' if 'test' in case else '-'
-        lines.append(f'| {names} | {default} | {case.get("part", "-")} | {test} |')
-    return '\n'.join(lines)
+        title = {'positional arguments': 'data folder', 'options': 'settings file and model'}.get(
+            group.title or '', group.title or '')
+        lines += ['', f'### {title[0].upper()}{title[1:]}', '', '| flag | default | meaning |', '|---|---|---|']
+        for action in actions:
+            names = ', '.join(f'`{flag}`' for flag in action.option_strings) or f'`{action.metavar}`'
+            default = '' if action.default in (None, '', {}) else f'`{json.dumps(action.default)}`'
+            meaning = (action.help or '').replace('%%', '%').replace('|', '\\|').replace('*', '\\*')
+            lines.append(f'| {names} | {default} | {meaning} |')
+    return '\n'.join(lines[1:])
 
 
 def main(argv: list[str] | None = None) -> int:

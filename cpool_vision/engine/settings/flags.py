@@ -83,8 +83,8 @@ def build_parser(kind: type[Settings], prog: str, description: str, config: bool
     if config:
         parser.add_argument(
             '-c', '--config', default='', type=str, metavar='NAME|FILE',
-            help='a recipe of the package by its name (list prints them), or a YAML file of settings; its keys are '
-                 'flag names, and the command line overrides them')
+            help='name of a recipe in the package (list prints them), or YAML file whose keys are flag names; the '
+                'command line overrides it')
     exclusive: dict[str, Any] = {}
     for title, settings in _grouped(kind):
         group = parser.add_argument_group(title)

@@ -17,15 +17,16 @@ class DeviceSettings(Settings):
     """Device, arithmetic and code generation."""
 
     title = 'device and arithmetic'
-    device: str = flag('cuda', 'device to run on; when not given and there is no CUDA device, the CPU is used')
+    device: str = flag('cuda', 'device (default: CUDA if available, else the CPU)')
     amp: bool = flag(False, 'mixed precision by autocast')
     amp_dtype: str = flag('float16', 'autocast dtype: float16 or bfloat16')
-    model_dtype: str | None = flag(None, 'dtype of the weights without autocast (float32 if left out)')
+    model_dtype: str | None = flag(None, 'dtype of the weights without autocast (default: float32)')
     fuser: str = flag('', 'fuser of TorchScript: te, old or nvfuser')
     fast_norm: bool = flag(False, "timm's reduced-precision norm layers under autocast")
     device_modules: tuple[str, ...] | None = flag(None, 'Python modules to import first (device backends)')
     deterministic: bool = flag(
-        False, 'deterministic algorithms: bit-identical results; slower on CUDA, and an error where there is none')
+        False, 'use deterministic algorithms for bit-identical results; slower on CUDA, and an error if an operation '
+            'has none')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +37,23 @@ class ModelSettings(Settings):
     model: str = flag(
         'resnet50', 'registered name, local-dir:FOLDER or hf-hub:OWNER/NAME (default: resnet50)', metavar='MODEL')
     pretrained: bool = flag(False, "start from the model's pretrained weights")
-    num_classes: int | None = flag(None, 'number of classes (model default if left out)', metavar='N')
+    num_classes: int | None = flag(None, "number of classes (default: the model's)", metavar='N')
     gp: str | None = flag(None, 'global pooling of the model', metavar='POOL')
-    in_chans: int | None = flag(None, 'number of image channels (3 if left out)', metavar='N')
+    in_chans: int | None = flag(None, 'number of image channels (default: 3)', metavar='N')
     img_size: int | None = flag(None, 'side of a square input image, in pixels', metavar='N')
     input_size: tuple[int, ...] | None = flag(
         None, 'input as channels height width, e.g. --input-size 3 224 224', metavar='N', nargs=3)
-    crop_pct: float | None = flag(None, 'side of the evaluation crop over the resized side', metavar='N')
+    crop_pct: float | None = flag(None, 'side of the evaluation crop relative to the resized side', metavar='N')
     mean: tuple[float, ...] | None = flag(None, 'channel means, images scaled to 0..1', metavar='MEAN')
     std: tuple[float, ...] | None = flag(None, 'channel standard deviations', metavar='STD')
     interpolation: str = flag('', 'how evaluation images are resized', metavar='NAME')
     channels_last: bool = flag(False, 'NHWC memory layout')
     model_kwargs: Mapping[str, Any] = flag(
-        {}, 'further arguments of the model, e.g. --model-kwargs cpool_positions=[] img_size=64', metavar='KEY=VALUE')
+        {}, 'more arguments of the model, e.g. --model-kwargs cpool_positions=[] img_size=64', metavar='KEY=VALUE')
     torchscript: bool = flag(False, 'script the model with torch.jit', exclusive='code generation')
-    torchcompile: str | None = flag(None, 'compile the model with torch.compile (backend inductor if none is named)',
+    torchcompile: str | None = flag(None, 'compile the model with torch.compile (default backend: inductor)',
         metavar='BACKEND', nargs='?', const='inductor', exclusive='code generation')
-    torchcompile_mode: str | None = flag(None, 'mode passed on to torch.compile')
+    torchcompile_mode: str | None = flag(None, 'mode of torch.compile')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +87,15 @@ class DataSettings(BatchSettings, NaflexSettings):
     data: str | None = flag(None, 'root folder of the data (--data-dir is preferred)', 'data', metavar='DIR', nargs='?')
     data_dir: str | None = flag(None, 'root folder of the data', metavar='DIR')
     dataset: str = flag('',
-        'data set: empty for a folder of class folders or a tar, cpool/shapes for the built-in set, or a name that '
-        'timm knows: torch/..., hfds/..., hfids/..., tfds/..., wds/...', metavar='NAME')
-    dataset_download: bool = flag(False, 'let torch/ and tfds/ data sets download themselves')
+        'dataset: empty for a folder of class folders or a tar file, cpool/shapes for the built-in dataset, or a '
+        'timm name: torch/..., hfds/..., hfids/..., tfds/..., wds/...', metavar='NAME')
+    dataset_download: bool = flag(False, 'download torch/ and tfds/ datasets')
     class_map: str | Mapping[str, int] = flag('', 'file that maps class names to indices', metavar='FILENAME')
     input_img_mode: str | None = flag(None, 'PIL mode that images are converted to (by default RGB or L)')
     input_key: str | None = flag(None, 'name of the field that holds the image')
     target_key: str | None = flag(None, 'name of the field that holds the label')
     dataset_trust_remote_code: bool = flag(
-        False, 'let a Hugging Face data set run code from its repository (only for repositories you trust)')
+        False, 'let a Hugging Face dataset run code from its repository (only if you trust it)')
     task: str = flag('classification',
         'one class per image, or multi_label: any number of labels per image (default: classification)',
         choices=('classification', 'multi_label'), type=task_name)
@@ -103,17 +104,17 @@ class DataSettings(BatchSettings, NaflexSettings):
         '--data-dir; {split} stands for the name of the split (default: labels.csv, labels.jsonl, metadata.csv or '
         'metadata.jsonl)', metavar='FILE')
     target_format: str | None = flag(
-        None, 'multi_label: what the label field holds, a list of labels or one number per class (default: indices)',
+        None, 'multi_label: whether the label field holds a list of labels or one number per class (default: indices)',
         choices=('indices', 'multihot'))
-    threshold: float = flag(0.5, 'multi_label: probability from which a label counts as predicted (default: 0.5)',
+    threshold: float = flag(0.5, 'multi_label: labels with at least this probability count as predicted (default: 0.5)',
         '--multilabel-threshold', metavar='P')
     max_bad_samples: float = flag(0.001,
-        'how many unreadable images to tolerate (replaced in training, left out in validation) before the run stops: a '
-        'number, or a fraction of the split if below 1 (default: 0.001)', metavar='N')
+        'how many unreadable images to tolerate before the run stops: a number, or a fraction of the split if below 1 '
+        '(default: 0.001); they are replaced in training and skipped in validation', metavar='N')
     epoch_repeats: float = flag(0.0, 'passes over a streamed set per epoch', metavar='N')
     workers: int = flag(4, 'data loading processes per device', '-j', metavar='N')
     pin_mem: bool = flag(False, 'page-locked host memory for faster copies to the GPU')
-    no_prefetcher: bool = flag(False, "normalise on the CPU instead of in timm's device-side prefetcher")
+    no_prefetcher: bool = flag(False, "normalize on the CPU instead of in timm's device-side prefetcher")
 
     @property
     def multi_label(self) -> bool:

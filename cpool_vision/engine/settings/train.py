@@ -16,30 +16,31 @@ class AugmentSettings(Settings):
     """Augmentation of training images."""
 
     title = 'augmentation'
-    no_aug: bool = flag(False, 'train on plain resized crops, whatever the other flags say')
+    no_aug: bool = flag(False, 'train on plain resized crops, ignoring other augmentation flags')
     train_crop_mode: str | None = flag(None, 'rrc, rkrc or rkrr (default: rrc)')
-    scale: tuple[float, ...] = flag((0.08, 1.0), 'area of the random crop', metavar='PCT')
-    ratio: tuple[float, ...] = flag((0.75, 1.3333333333333333), 'aspect of the random crop', metavar='RATIO')
+    scale: tuple[float, ...] = flag((0.08, 1.0), "range of the random crop's area", metavar='PCT')
+    ratio: tuple[float, ...] = flag((0.75, 1.3333333333333333), 'range of aspect ratios of the random crop',
+                                      metavar='RATIO')
     hflip: float = flag(0.5, 'probability of a horizontal flip')
     vflip: float = flag(0.0, 'probability of a vertical flip')
-    color_jitter: float = flag(0.4, 'strength of colour jitter', metavar='PCT')
-    color_jitter_prob: float | None = flag(None, 'probability of colour jitter', metavar='PCT')
-    grayscale_prob: float | None = flag(None, 'probability of dropping colour', metavar='PCT')
+    color_jitter: float = flag(0.4, 'strength of color jitter', metavar='PCT')
+    color_jitter_prob: float | None = flag(None, 'probability of color jitter', metavar='PCT')
+    grayscale_prob: float | None = flag(None, 'probability of grayscale conversion', metavar='PCT')
     gaussian_blur_prob: float | None = flag(None, 'probability of a blur', metavar='PCT')
-    aa: str | None = flag(None, 'AutoAugment, RandAugment or AugMix policy of timm', metavar='NAME')
+    aa: str | None = flag(None, "timm's AutoAugment, RandAugment or AugMix policy", metavar='NAME')
     aug_repeats: float = flag(0, 'repeated augmentation, copies per image (several processes only)')
-    aug_splits: int = flag(0, 'differently augmented copies per batch: 0, or 2 and more')
+    aug_splits: int = flag(0, 'differently augmented copies per batch: 0, or at least 2')
     reprob: float = flag(0.0, 'probability of random erasing', metavar='PCT')
-    remode: str = flag('pixel', 'fill of the erased part: const, rand or pixel')
-    recount: int = flag(1, 'erased parts per image at most')
-    resplit: bool = flag(False, 'erase nothing in the first augmentation split')
+    remode: str = flag('pixel', 'fill of the erased region: const, rand or pixel')
+    recount: int = flag(1, 'maximum number of erased regions per image')
+    resplit: bool = flag(False, 'do not erase in the first augmentation split')
     mixup: float = flag(0.0, 'alpha of mixup (0: off)')
     cutmix: float = flag(0.0, 'alpha of CutMix (0: off)')
     cutmix_minmax: tuple[float, ...] | None = flag(None, 'smallest and largest side of the CutMix box')
     mixup_prob: float = flag(1.0, 'probability that a batch is mixed')
-    mixup_switch_prob: float = flag(0.5, 'probability of CutMix where both are on')
+    mixup_switch_prob: float = flag(0.5, 'probability of CutMix instead of mixup if both are enabled')
     mixup_mode: str = flag('batch', 'one draw per batch, pair or elem')
-    mixup_off_epoch: int = flag(0, 'epoch from which nothing is mixed (0: never)', metavar='N')
+    mixup_off_epoch: int = flag(0, 'epoch at which mixing is turned off (0: never)', metavar='N')
     train_interpolation: str = flag('random', 'random, bilinear or bicubic')
     aug_config: str = flag('',
         'augment with albumentations instead: a preset (cifar, imagenet, light, strong) or a .yaml or .json file, see '
@@ -52,16 +53,17 @@ class SizedBatchSettings(Settings):
 
     title = 'batches of several image sizes'
     train_img_sizes: tuple[int, ...] | None = flag(None, 'sides of square images, one drawn per batch')
-    train_batch_sizes: tuple[int, ...] | None = flag(None, 'batch for each of them (--batch-size for all)')
-    train_size_probs: tuple[float, ...] | None = flag(None, 'weights of the draw (equal if left out)')
+    train_batch_sizes: tuple[int, ...] | None = flag(None, 'batch size for each of them (default: --batch-size)')
+    train_size_probs: tuple[float, ...] | None = flag(None, 'probability weights of the sizes (default: equal)')
     train_size_schedule: str = flag(
         'constant', 'progressive: from the first size to the last over the epochs', choices=('constant', 'progressive'))
     train_size_schedule_spread: float = flag(0.65, 'width of the progressive draw, in sizes')
-    train_size_random_mix: float = flag(0.1, 'share of uniform draws in the progressive schedule')
+    train_size_random_mix: float = flag(0.1, 'fraction of uniform draws in the progressive schedule')
     train_batches_per_epoch: int | None = flag(
-        None, 'batches per epoch, before accumulation (from the data if left out)', '--train-steps-per-epoch')
+        None, 'batches per epoch, before accumulation (default: by the dataset)', '--train-steps-per-epoch')
     variable_batch_loss_scale: str = flag(
-        'none', 'scale the loss of a batch by its size over the average size', choices=('none', 'sqrt', 'linear'))
+        'none', 'scale the loss of a batch by its size relative to the average '
+        'size', choices=('none', 'sqrt', 'linear'))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class LoaderSettings(DataSettings, AugmentSettings, SizedBatchSettings, EpochSet
     validation_batch_size: int | None = flag(
         None, 'images per validation batch (default: --batch-size)', '-vb', metavar='N')
     use_multi_epochs_loader: bool = flag(False, 'keep one iterator alive over all epochs')
-    worker_seeding: str = flag('all', "random generators seeded in workers: 'all' or 'part'")
+    worker_seeding: str = flag('all', "which random generators workers seed: 'all' or 'part'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +96,13 @@ class NetworkSettings(ModelSettings):
 
     title = 'start and regularisation of the model'
     pretrained_path: str | None = flag(
-        None, 'weights to start from in place of the published ones, adapted to classes and channels')
+        None, 'file to use instead of the published pretrained weights, adapted to classes and channels')
     initial_checkpoint: str = flag('', 'weights to start from; must fit exactly', metavar='PATH')
     grad_checkpointing: bool = flag(False, 'recompute activations in the backward pass to save memory')
     head_init_scale: float | None = flag(None, 'factor on the initial classifier weights')
     head_init_bias: float | None = flag(None, 'initial bias of the classifier')
     drop: float = flag(0.0, 'dropout rate before the classifier', metavar='PCT')
-    drop_connect: float | None = flag(None, 'former name of --drop-path', metavar='PCT')
+    drop_connect: float | None = flag(None, 'deprecated name of --drop-path', metavar='PCT')
     drop_path: float | None = flag(None, 'stochastic depth rate', metavar='PCT')
     drop_block: float | None = flag(None, 'DropBlock rate', metavar='PCT')
     bn_momentum: float | None = flag(None, 'momentum of running statistics')
@@ -116,19 +118,19 @@ class LossSettings(LoaderSettings):
 
     title = 'loss'
     smoothing: float = flag(0.1, 'label smoothing (default: 0.1)')
-    jsd_loss: bool = flag(False, 'cross-entropy plus Jensen-Shannon divergence over --aug-splits')
-    bce_loss: bool = flag(False, 'binary cross-entropy on each class')
+    jsd_loss: bool = flag(False, 'cross-entropy plus Jensen-Shannon divergence between --aug-splits')
+    bce_loss: bool = flag(False, 'binary cross-entropy on every class')
     bce_sum: bool = flag(False, 'sum binary cross-entropy over classes instead of averaging')
-    bce_target_thresh: float | None = flag(None, 'make soft targets above this 1 and the rest 0')
+    bce_target_thresh: float | None = flag(None, 'set soft targets above this to 1 and the others to 0')
     bce_pos_weight: float | None = flag(None, 'weight of positive targets')
     loss_type: str | None = flag(None,
-        'cross-entropy, binary cross-entropy, asymmetric loss, Poly-1, Jensen-Shannon divergence; of multi_label also '
-        'two-way loss, ZLPR and distribution-balanced loss (default: what --bce-loss and --jsd-loss say, else ce, or '
-        'bce for multi_label)', '--loss', choices=LOSS_TYPES)
+        'cross-entropy, binary cross-entropy, asymmetric loss, Poly-1, Jensen-Shannon divergence; with --task '
+        'multi_label also two-way loss, ZLPR and distribution-balanced loss (default: by --bce-loss and --jsd-loss, '
+        'else ce, or bce for multi_label)', '--loss', choices=LOSS_TYPES)
     class_weights: str | None = flag(None,
         "weights of the classes in ce and bce: a file of numbers (text, or a JSON list), 'balanced' for the inverse "
-        "frequency in the training split, or 'effective_num' for the effective number of samples; of multi_label also "
-        "in asl, and 'neg_pos' for negatives over positives as the weight of positive targets", metavar='FILE')
+        "frequency in the training split, or 'effective_num' for the effective number of samples; with --task "
+        "multi_label also in asl, and 'neg_pos' weights positive targets by negatives over positives", metavar='FILE')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +138,16 @@ class DistillSettings(Settings):
     """A pretrained teacher."""
 
     title = 'knowledge distillation'
-    kd_model_name: str | None = flag(None, 'teacher model; none without it')
+    kd_model_name: str | None = flag(None, 'name of the teacher model (default: no distillation)')
     kd_distill_type: str = flag('logit', 'learn from logits, from pooled features, or by a distillation token',
         choices=('logit', 'feature', 'token'))
     kd_loss_type: str = flag('kl', 'loss on logits: kl')
-    distill_loss_weight: float | None = flag(None, 'weight of the distillation loss (1 if left out)')
+    distill_loss_weight: float | None = flag(None, 'weight of the distillation loss (default: 1)')
     task_loss_weight: float | None = flag(
-        None, 'weight w of the classification loss (1 if left out); alone, distillation weighs 1 - w')
+        None, 'weight w of the classification loss (default: 1); if given alone, distillation has weight 1 - w')
     kd_temperature: float = flag(4.0, 'temperature of the softmax (default: 4)')
-    kd_student_feature_dim: int | None = flag(None, 'width of student features (from the model)')
-    kd_teacher_feature_dim: int | None = flag(None, 'width of teacher features (from the model)')
+    kd_student_feature_dim: int | None = flag(None, "width of student features (default: the model's)")
+    kd_teacher_feature_dim: int | None = flag(None, "width of teacher features (default: the model's)")
     kd_token_distill_type: str = flag(
         'soft', 'token distillation by KL divergence or by the class the teacher names', choices=('soft', 'hard'))
 
@@ -156,52 +158,53 @@ class OptimSettings(BatchSettings, EpochSettings):
 
     title = 'optimizer and learning rate schedule'
     opt: str = flag('sgd', 'optimizer, by its name in timm (default: sgd)', metavar='OPTIMIZER')
-    opt_eps: float | None = flag(None, "epsilon (the optimizer's own if left out)", metavar='EPSILON')
+    opt_eps: float | None = flag(None, "epsilon (default: the optimizer's)", metavar='EPSILON')
     opt_betas: tuple[float, ...] | None = flag(None, 'betas of Adam-like optimizers', metavar='BETA')
     momentum: float = flag(0.9, 'momentum (default: 0.9)', metavar='M')
     weight_decay: float = flag(2e-05, 'weight decay (default: 2e-5); none on biases and norms')
-    clip_grad: float | None = flag(None, 'limit of the gradient (no clipping if left out)', metavar='NORM')
+    clip_grad: float | None = flag(None, 'gradient clipping value (default: no clipping)', metavar='NORM')
     clip_mode: str = flag('norm', 'how to clip: norm, value or agc (default: norm)')
     layer_decay: float | None = flag(None, 'factor on the learning rate per layer below the head')
     layer_decay_min_scale: float = flag(0, 'floor of that factor')
     layer_decay_no_opt_scale: float | None = flag(None, 'freeze layers whose factor is below this')
-    opt_kwargs: Mapping[str, Any] = flag({}, 'further arguments of the optimizer', metavar='KEY=VALUE')
+    opt_kwargs: Mapping[str, Any] = flag({}, 'more arguments of the optimizer', metavar='KEY=VALUE')
     grad_accum_steps: int = flag(1, 'batches per optimizer step (default: 1)', metavar='N')
     sched: str = flag(
         'cosine', 'cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau or none (default: cosine)',
         metavar='SCHEDULER')
     sched_on_updates: bool = flag(False, 'step the schedule per update instead of per epoch')
-    lr: float | None = flag(None, 'learning rate; left out, it follows from --lr-base', metavar='LR')
+    lr: float | None = flag(None, 'learning rate (default: from --lr-base)', metavar='LR')
     lr_base: float = flag(0.1, 'learning rate at --lr-base-size (default: 0.1)', metavar='LR')
-    lr_base_size: int = flag(256, 'global batch that --lr-base is for', metavar='DIV')
+    lr_base_size: int = flag(256, 'global batch size for which --lr-base is given', metavar='DIV')
     lr_base_scale: str = flag(
-        '', 'linear or sqrt in the global batch; left out: sqrt for ada* and lamb, linear for the rest',
+        '', 'scaling with the global batch size: linear or sqrt (default: sqrt for ada* and lamb, else linear)',
         metavar='SCALE')
     lr_noise: tuple[float, ...] | None = flag(
-        None, 'fractions of the schedule between which the rate is perturbed', metavar='pct, pct')
-    lr_noise_pct: float = flag(0.67, 'bound of the perturbation', metavar='PERCENT')
-    lr_noise_std: float = flag(1.0, 'standard deviation of the perturbation', metavar='STDDEV')
+        None, 'range of the schedule, in fractions, in which noise is added to the learning rate', metavar='pct, pct')
+    lr_noise_pct: float = flag(0.67, 'bound of the noise', metavar='PERCENT')
+    lr_noise_std: float = flag(1.0, 'standard deviation of the noise', metavar='STDDEV')
     lr_cycle_mul: float = flag(1.0, 'growth of the cycle length', metavar='MULT')
-    lr_cycle_decay: float = flag(0.5, 'factor on the rate per cycle', metavar='MULT')
+    lr_cycle_decay: float = flag(0.5, 'factor on the learning rate per cycle', metavar='MULT')
     lr_cycle_limit: int = flag(1, 'number of cycles', metavar='N')
     lr_k_decay: float = flag(1.0, 'k of k-decay (cosine and poly)')
-    warmup_lr: float = flag(1e-05, 'rate at the start of the warm-up', metavar='LR')
-    min_lr: float = flag(0, 'floor of the schedule', metavar='LR')
+    warmup_lr: float = flag(1e-05, 'learning rate at the start of the warm-up', metavar='LR')
+    min_lr: float = flag(0, 'lowest learning rate of the schedule', metavar='LR')
     decay_milestones: tuple[int, ...] = flag(
-        (90, 180, 270), 'epochs at which multistep lowers the rate, increasing', metavar='MILESTONES')
+        (90, 180, 270), 'increasing epochs at which multistep lowers the learning rate', metavar='MILESTONES')
     decay_epochs: float | None = flag(None,
-        'epochs between the steps of step (90 if left out), or of the decay of wsd and rsqrt, below 1 a share of the '
-        'schedule (0.2 if left out)', metavar='N')
+        'step: epochs between decays (default: 90); wsd and rsqrt: length of the decay, a fraction of the schedule '
+        'if below 1 (default: 0.2)', metavar='N')
     warmup_epochs: int = flag(5, 'epochs of linear warm-up (default: 5)', metavar='N')
     warmup_prefix: bool = flag(False, 'run the warm-up before the schedule instead of inside it')
-    cooldown_epochs: int = flag(0, 'epochs at the floor after the schedule', metavar='N')
-    patience_epochs: int = flag(10, 'epochs without gain before plateau acts', metavar='N')
+    cooldown_epochs: int = flag(0, 'epochs at --min-lr after the schedule', metavar='N')
+    patience_epochs: int = flag(10, 'epochs without improvement before plateau lowers the learning rate', metavar='N')
     decay_rate: float = flag(0.1, 'factor of each decay', '--dr', metavar='RATE')
     lr_decay_fn: str | None = flag(
-        None, 'decay of wsd and rsqrt: linear, cosine, 1-sqrt and others of timm (1-sqrt for wsd, linear for rsqrt)',
+        None, 'shape of the decay of wsd and rsqrt: linear, cosine, 1-sqrt, ... (default: 1-sqrt for wsd, linear for '
+            'rsqrt)',
         metavar='NAME')
     lr_stable_timescale: float | None = flag(
-        None, 'time scale of rsqrt in epochs (the warm-up if left out)', metavar='N')
+        None, 'time scale of rsqrt in epochs (default: the warm-up)', metavar='N')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,13 +224,14 @@ class TrackSettings(Settings):
 
     title = 'services that record the run'
     log_wandb: bool = flag(False, 'log to Weights & Biases')
-    wandb_project: str | None = flag(None, 'its project')
-    wandb_tags: tuple[str, ...] = flag((), 'its tags')
-    wandb_resume_id: str = flag('', 'its run to continue', metavar='ID')
-    no_tensorboard: bool = flag(False, 'write no event files; they are written if TensorBoard is installed')
-    log_mlflow: bool = flag(False, 'log to MLflow, at MLFLOW_TRACKING_URI in MLFLOW_EXPERIMENT_NAME')
+    wandb_project: str | None = flag(None, 'Weights & Biases project')
+    wandb_tags: tuple[str, ...] = flag((), 'Weights & Biases tags')
+    wandb_resume_id: str = flag('', 'Weights & Biases run to continue', metavar='ID')
+    no_tensorboard: bool = flag(False, 'do not write TensorBoard event files (default: written if TensorBoard is '
+        'installed)')
+    log_mlflow: bool = flag(False, 'log to MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where')
     resume: str = flag(
-        '', "checkpoint to continue from; 'auto' takes the newest good one of --experiment, or starts a new run",
+        '', "checkpoint to continue from; 'auto' takes the newest intact one of --experiment, or starts a new run",
         metavar='PATH')
 
 
@@ -239,12 +243,12 @@ class RunSettings(TrackSettings):
     output: str = flag('', 'folder of runs (default: output/train)', metavar='PATH')
     experiment: str = flag('', 'name of this run (default: time, model and size)', metavar='NAME')
     no_resume_opt: bool = flag(False, 'resume the weights only, not optimizer, scaler and schedule state')
-    start_epoch: int | None = flag(None, 'first epoch, whatever the checkpoint says', metavar='N')
+    start_epoch: int | None = flag(None, 'first epoch, overriding the checkpoint', metavar='N')
     stop_epoch: int | None = flag(
         None, 'stop after N epochs; the schedule still spans --epochs, and a resumed run continues it',
         metavar='N')
     save_epochs: tuple[int, ...] = flag(
-        (), 'numbers of epochs after which the checkpoint is kept as milestone-N, whatever its rank', metavar='N')
+        (), 'keep the checkpoint after each of these numbers of epochs as milestone-N', metavar='N')
     log_interval: int = flag(50, 'updates between log lines (default: 50)', metavar='N')
     val_interval: int = flag(1, 'epochs between validations and checkpoints', metavar='N')
     recovery_interval: int = flag(0, 'updates between checkpoints inside an epoch (0: none)', metavar='N')
@@ -253,16 +257,17 @@ class RunSettings(TrackSettings):
         'metric that ranks the epochs: top1, top5 or loss (default: top1); with --task multi_label map, micro_f1 or '
         'any other metric of summary.csv (default: map)', metavar='EVAL_METRIC')
     tta: int = flag(0,
-        'views of each validation image whose logits are averaged: 0 or 1 the image alone, 2 also its mirror image (N '
-        "is not timm's number of adjacent samples)", metavar='N')
-    save_images: bool = flag(False, 'save a training batch as a picture at each log line')
-    nonfinite: str = flag('raise', 'stop at a loss or gradient that is not finite, or skip the update (default: raise)',
+        'average the logits of N views of each validation image: 0 or 1 for the image alone, 2 for the image and its '
+        'mirror image', metavar='N')
+    save_images: bool = flag(False, 'save a training batch as an image at each log line')
+    nonfinite: str = flag('raise', 'what to do if loss or gradient are not finite: stop, or skip the update '
+        '(default: raise)',
         choices=('raise', 'skip'))
     max_skipped: int = flag(
-        10, 'updates that --nonfinite skip may leave out before the run stops (default: 10)', metavar='N')
+        10, 'updates that --nonfinite skip may skip before the run stops (default: 10)', metavar='N')
     no_ddp_bb: bool = flag(False, 'do not broadcast buffers in DDP')
     synchronize_step: bool = flag(False, 'wait for the device after each update')
-    local_rank: int = flag(0, 'accepted for old launchers and ignored; the environment decides', '--local_rank')
+    local_rank: int = flag(0, 'ignored; accepted for old launchers', '--local_rank')
     fsdp: bool = flag(False, 'shard parameters, gradients and optimizer state across the processes (FSDP2)')
 
 

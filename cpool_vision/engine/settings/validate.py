@@ -21,56 +21,59 @@ class ValidateSettings(DeviceSettings, ModelSettings, DataSettings):
         'dpn92', "registered name, local-dir:FOLDER, hf-hub:OWNER/NAME, a wildcard, 'all', or a file of names",
         '-m', metavar='NAME')
     pretrained: bool = flag(False, "load the model's pretrained weights")
-    naflex_max_seq_len: int = flag(576, 'patches per image at most with --naflex-loader')
+    naflex_max_seq_len: int = flag(576, 'maximum number of patches per image with --naflex-loader')
     batch_size: int = flag(256, 'images per batch (default: 256)', '-b', metavar='N')
     max_bad_samples: float = flag(0.0,
-        'how many unreadable images to leave out before it is an error: a number, or a fraction of the split if below '
-        '1 (default: 0)', metavar='N')
+        'how many unreadable images to skip before raising an error: a number, or a fraction of the split if below 1 '
+        '(default: 0)', metavar='N')
     split: str = flag('validation', 'split to measure (default: validation)', metavar='NAME')
     num_samples: int | None = flag(None, 'size of the split, if streamed', metavar='N')
     corruptions: str = flag(
-        '', 'measure each FOLDER/CORRUPTION/SEVERITY/CLASS/* (as of ImageNet-C) in place of --data-dir, and the mean',
+        '', 'measure each FOLDER/CORRUPTION/SEVERITY/CLASS/* (the layout of ImageNet-C) instead of --data-dir, and '
+        'report the mean',
         metavar='FOLDER')
     checkpoint: str = flag(
-        '', 'checkpoint to load, or a folder: every .pth.tar and .pth in it is measured', metavar='PATH')
+        '', 'checkpoint to load, or folder to measure every .pth.tar and .pth file in it', metavar='PATH')
     use_ema: bool = flag(False, 'take the averaged weights from the checkpoint if it has them')
-    test_pool: bool = flag(False, 'pool the head densely over inputs larger than in training')
-    reparam: bool = flag(False, 'merge branches that the model can merge before measuring')
+    test_pool: bool = flag(False, 'apply the head densely to inputs larger than in training')
+    reparam: bool = flag(False, 'reparameterize the model before measuring')
     aot_autograd: bool = flag(
         False, "fuse the model with functorch's memory_efficient_fusion", exclusive='code generation')
-    use_train_size: bool = flag(False, 'training input size even where the model names a larger one for tests')
+    use_train_size: bool = flag(False, 'use the training input size even if the model has a larger test size')
     tf_preprocessing: bool = flag(False, 'TensorFlow image preprocessing (needs TensorFlow)')
     crop_mode: str | None = flag(None, 'center, squash or border', metavar='N')
-    crop_border_pixels: int | None = flag(None, 'pixels cut from every image border')
-    num_gpu: int = flag(1, 'GPUs to split each batch over (DataParallel)')
-    retry: bool = flag(False, 'after running out of memory try again with a smaller batch')
+    crop_border_pixels: int | None = flag(None, 'pixels to crop from every image border')
+    num_gpu: int = flag(1, 'number of GPUs for each batch (DataParallel)')
+    retry: bool = flag(False, 'retry with a smaller batch after running out of memory')
     real_labels: str = flag('',
-        'JSON of all right labels of each image, by which top-1 and top-5 then go: ImageNet ReaL, or a mapping of file '
-        'names to lists', metavar='FILENAME')
+        'JSON file with all correct labels of each image, used for top-1 and top-5: ImageNet ReaL, or a mapping of '
+        'file names to lists', metavar='FILENAME')
     valid_labels: str = flag(
-        '', 'file of class indices, one a line: only these outputs compete (ImageNet-A, -R and the like)',
+        '', 'file of class indices, one per line: only these outputs compete (for ImageNet-A, -R, ...)',
         metavar='FILENAME')
     class_subset: str = flag('',
         'imagenet-1k, imagenet-sketch, imagenet-a, imagenet-r, mini-imagenet, imagenet-v2, or a file with lines FOLDER '
-        'INDEX or a JSON mapping: class folders to measure, and the outputs that they stand for, which alone compete',
+        'INDEX or a JSON mapping: class folders to measure; only their outputs compete',
         metavar='NAME')
     tta: int = flag(
-        0, 'views of each image whose logits are averaged: 0 or 1 the image alone, 2 also its mirror image (N is not '
-        "timm's number of adjacent samples)", metavar='N')
-    metrics_avg: str | None = flag(None, 'also report precision, recall and F1, averaged over classes in this way',
+        0, 'average the logits of N views of each image: 0 or 1 for the image alone, 2 for the image and its mirror '
+           'image', metavar='N')
+    metrics_avg: str | None = flag(None, 'also report precision, recall and F1 with this average over classes',
         choices=('micro', 'macro', 'weighted'))
     results_file: str = flag(
-        '', 'write the results here: .json (everything), .csv (one line a model) or .md', metavar='FILENAME')
+        '', 'results file: .json (everything), .csv (one line per model) or .md', metavar='FILENAME')
     results_format: str = flag(
-        'csv', 'csv, json or md, where the suffix of --results-file is none of them (default: csv)')
+        'csv', 'csv, json or md, if --results-file has another suffix (default: csv)')
     predictions: str = flag(
         '', 'write logits, labels and file names of all images, and the confusion matrix', metavar='FILE.npz')
     predictions_topk: int = flag(
-        0, 'in place of all logits, the K most probable classes of each image (default: 0, all logits)', metavar='K')
-    plots: str = flag('', 'draw confusion matrix, reliability diagram and accuracy by class as PNG (needs matplotlib)',
+        0, 'write the K most probable classes of each image instead of all logits (default: 0, all '
+            'logits)', metavar='K')
+    plots: str = flag('', 'folder for PNG plots of confusion matrix, reliability diagram and accuracy by class '
+        '(needs matplotlib)',
         metavar='FOLDER')
     measure_cost: bool = flag(
-        False, 'also multiply-adds, latency of one image, throughput of the model without loading, and memory')
+        False, 'also measure multiply-adds, latency of one image, throughput without loading, and memory')
     log_freq: int = flag(10, 'batches between log lines (default: 10)', metavar='N')
 
 
