@@ -1,8 +1,8 @@
 """A task where the size of things counts: `python -m benchmarks.adaptation`. What `make demo` shows.
 
-A small net has to paint every object of a picture in the object's mean colour and to leave the ground as it is. Objects
+A small net has to paint every object of a picture in the object's mean color and to leave the ground as it is. Objects
 are up to eight times as large as others. Dilated convolutions see the surroundings; the mixer under test then moves
-colours, and a 1x1 convolution reads off the moved colours alone: what the convolutions see can tell the mixer where to
+colors, and a 1x1 convolution reads off the moved colors alone: what the convolutions see can tell the mixer where to
 look, and not paint by itself. A mean over an object is what a context pool can take, if its weights leave out the
 ground and its supports follow the size of the object: the task is made for it.
 
@@ -56,7 +56,7 @@ def objects_of(masks: Tensor, radii: Tensor) -> list[Tensor]:
 
 
 def make_pictures(split: str, samples: int) -> Pictures:
-    """Pictures of `cpool/shapes-seg` with every object's mean colour."""
+    """Pictures of `cpool/shapes-seg` with every object's mean color."""
     crowd = ShapesSegDataset(split, samples, SIZE, size_range=RANGE, objects=OBJECTS).arrays()
     images = torch.from_numpy(crowd.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     painted = images.clone()
@@ -68,7 +68,7 @@ def make_pictures(split: str, samples: int) -> Pictures:
 
 
 class Painter(nn.Module):
-    """Dilated convolutions, the mixer under test over colours and features, and a 1x1 convolution of mixed colours."""
+    """Dilated convolutions, the mixer under test over colors and features, and a 1x1 convolution of mixed colors."""
 
     def __init__(self, mixer: str, width: int = 16) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Painter(nn.Module):
         self.features = nn.Sequential(*layers)
         self.mixer = create_mixer(width + 3, mixer=mixer, ratio=0.25, support_init=0.1)
         self.head = nn.Conv2d(3, 3, 1)
-        with torch.no_grad():  # starts by painting what the mixer makes of the colours
+        with torch.no_grad():  # starts by painting what the mixer makes of the colors
             self.head.weight.copy_(torch.eye(3)[..., None, None])
             nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ from cpool_vision.profile.measure import machine
 from cpool_vision.retrofit import add_context_pool, context_pools, param_groups
 
 from .markers import write_between
-from .study.report import format_table, summarise
+from .study.report import format_table, summarize
 from .study.runner import write_text
 from .study.spec import Arm, Study
 
@@ -71,7 +71,7 @@ def make_model(arm: str, weights: Path, px: int) -> Any:
     return model.to(memory_format=torch.channels_last)
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     return ((images.float() / 255 - .5) / .5).contiguous(memory_format=torch.channels_last)
 
 
@@ -101,7 +101,7 @@ def train(model: Any, arm: str, images: Tensor, labels: Tensor, args: argparse.N
         order = torch.randperm(len(images), generator=generator)
         for batch in order[:len(order) // args.batch * args.batch].split(args.batch):
             loss = F.cross_entropy(
-                model(normalise(augment(images[batch], generator))), labels[batch], label_smoothing=.1)
+                model(normalize(augment(images[batch], generator))), labels[batch], label_smoothing=.1)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -112,7 +112,7 @@ def train(model: Any, arm: str, images: Tensor, labels: Tensor, args: argparse.N
 @torch.no_grad()
 def top1(model: Any, images: Tensor, labels: Tensor, batch: int) -> float:
     model.eval()
-    hits = sum(int((model(normalise(x)).argmax(1) == y).sum())
+    hits = sum(int((model(normalize(x)).argmax(1) == y).sum())
                for x, y in zip(images.split(batch), labels.split(batch), strict=True))
     return 100 * hits / len(labels)
 
@@ -172,7 +172,7 @@ def main() -> int:
     if not rows:
         raise SystemExit('nothing to show: pass --data-dir, or --results with a file of figures')
     arms = {arm: Arm(arm, '', {}, {}, tuple(args.seeds), None if arm == 'plain' else 'plain') for arm in ARMS}
-    table = format_table(summarise(Study('', arms, {}), rows, {}))
+    table = format_table(summarize(Study('', arms, {}), rows, {}))
     print(f'\n{table}')
     if args.write:
         write_between(args.write, BEGIN, END, table)

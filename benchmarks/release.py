@@ -1,7 +1,7 @@
 """Makes an entry of the zoo of a finished run: `python -m benchmarks.release RUN models/NAME --data-dir DIR`.
 
 The folder holds `model.safetensors` and `config.json` in timm's format, so that `local-dir:models/NAME` builds the
-model with weights and normalisation, and `release.json`, how it was made and what the last checkpoint scores by
+model with weights and normalization, and `release.json`, how it was made and what the last checkpoint scores by
 `validate.py`. `python -m benchmarks.zoo --write` makes card and index of it.
 """
 import argparse

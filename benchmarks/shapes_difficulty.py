@@ -25,13 +25,13 @@ def _accuracy(logits: Tensor, targets: Tensor) -> float:
     return 100 * (logits.argmax(1) == targets).float().mean().item()
 
 
-def nearest_neighbour(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
+def nearest_neighbor(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
     """Top-1 accuracy in per cent of the nearest training picture in Euclidean distance."""
     nearest = torch.cdist(val[0].flatten(1), train[0].flatten(1)).argmin(1)
     return 100 * (train[1][nearest] == val[1]).float().mean().item()
 
 
-def colour_histogram(images: Tensor, bins: int = 16) -> Tensor:
+def color_histogram(images: Tensor, bins: int = 16) -> Tensor:
     """Shares of `bins` levels of each channel: `(N, 3 * bins)`."""
     level = ((images + 1) / 2 * bins).long().clamp(0, bins - 1)
     return torch.cat([F.one_hot(level[:, c].flatten(1), bins).float().mean(1) for c in range(3)], 1)
@@ -92,12 +92,12 @@ def main() -> None:
     args = parser.parse_args()
     train, val = _load('train', args.num_samples), _load('validation', None)
     flat = (train[0].flatten(1), train[1]), (val[0].flatten(1), val[1])
-    colours = (colour_histogram(train[0]), train[1]), (colour_histogram(val[0]), val[1])
+    colors = (color_histogram(train[0]), train[1]), (color_histogram(val[0]), val[1])
     rows = {
         'linear classifier on pixels': lambda: fit(nn.Linear(3 * 32 * 32, 10), *flat, 10, 3e-4, 0.1),
-        'two-layer perceptron on colour histograms': lambda: fit(
-            nn.Sequential(nn.Linear(48, 256), nn.ReLU(), nn.Linear(256, 10)), *colours, 10, 1e-2, 1e-4),
-        'nearest neighbour': lambda: nearest_neighbour(train, val),
+        'two-layer perceptron on color histograms': lambda: fit(
+            nn.Sequential(nn.Linear(48, 256), nn.ReLU(), nn.Linear(256, 10)), *colors, 10, 1e-2, 1e-4),
+        'nearest neighbor': lambda: nearest_neighbor(train, val),
         f'small convolutional net, {args.epochs} epochs': lambda: fit(
             small_convnet(), train, val, args.epochs, 4e-3, 0.05, augment=True),
     }

@@ -129,7 +129,7 @@ def index() -> str:
 
 
 def reference_images(height: int, width: int) -> Tensor:
-    """Images `(4, 3, height, width)` in [0, 1] that follow from integers alone: coloured waves of growing frequency."""
+    """Images `(4, 3, height, width)` in [0, 1] that follow from integers alone: colored waves of growing frequency."""
     i, c = torch.arange(_IMAGES).view(-1, 1, 1, 1), torch.arange(3).view(1, -1, 1, 1)
     y, x = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
     phase = (3 + 4 * i + c) * y + (5 + 2 * i * c) * x + 40 * c + (x * y * (i + 1)) // 8

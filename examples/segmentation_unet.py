@@ -34,10 +34,10 @@ class UNet(nn.Module):
 
 def discs(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images `(count, 3, size, size)` of a brighter disc on noise, and its masks `(count, 1, size, size)`."""
-    centre = size * (.25 + .5 * torch.rand(count, 2, 1, 1, generator=generator))
+    center = size * (.25 + .5 * torch.rand(count, 2, 1, 1, generator=generator))
     radius = size * (.08 + .2 * torch.rand(count, 1, 1, generator=generator))
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing='ij')
-    mask = ((y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2 < radius ** 2).float()[:, None]
+    mask = ((y - center[:, 0]) ** 2 + (x - center[:, 1]) ** 2 < radius ** 2).float()[:, None]
     return torch.randn(count, 3, size, size, generator=generator) + .7 * mask, mask
 
 

@@ -22,7 +22,7 @@ def pictures():
     return make_pictures('train', 24)
 
 
-def test_objects_are_painted_in_their_mean_colour_and_the_ground_is_left_alone(pictures):
+def test_objects_are_painted_in_their_mean_color_and_the_ground_is_left_alone(pictures):
     inside = (pictures.radii > 0)[:, None].expand_as(pictures.images)
     assert torch.equal(pictures.painted[~inside], pictures.images[~inside])
     assert 0.02 < inside.float().mean() < 0.8

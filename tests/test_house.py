@@ -133,7 +133,7 @@ def test_no_unsafe_loads() -> None:
     ('model.eval()', 0),
     ('try: pass\nexcept pickle.UnpicklingError: pass', 0),
 ])
-def test_unsafe_loads_are_recognised(code: str, count: int) -> None:
+def test_unsafe_loads_are_recognized(code: str, count: int) -> None:
     assert len(list(unsafe_loads(ast.parse(code)))) == count
 
 
@@ -213,7 +213,7 @@ def test_the_rooms_of_the_engine_form_no_cycle() -> None:
     ('from ..train.loop import Run', 1), ('from .. import model', 1), ('from ..device import Precision', 0),
     ('from cpool_vision.engine.validate import metrics', 1), ('from .keyed import KeyedDataset', 0),
     ('from cpool_vision.errors import UserError', 0)])
-def test_wrong_arrows_are_recognised(code: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arrows_are_recognized(code: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], 'parsed', lambda path: ast.parse(code))
     assert len(wrong_arrows(PACKAGE / 'engine' / 'data' / 'example.py')) == wrong
 
@@ -232,7 +232,7 @@ def test_wrong_arrows_are_recognised(code: str, wrong: int, monkeypatch: pytest.
     ('engine', 'from timm.data import create_loader', 0),
     ('data', 'from ..engine import model', 1),
 ])
-def test_wrong_imports_are_recognised(here: str, code: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_imports_are_recognized(here: str, code: str, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], 'parsed', lambda path: ast.parse(code))
     assert len(wrong_imports(PACKAGE / here / 'example.py')) == wrong
 

@@ -35,7 +35,7 @@ FAULTS = {
     'exponent without its half': Fault(
         'ops/reference.py', 'inverse.square() * -0.5', 'inverse.square() * -1.0',
         LAYER + '::test_output_is_the_definition_on_predicted_maps'),
-    'cells off their centre': Fault(
+    'cells off their center': Fault(
         'ops/reference.py', 'torch.arange(out_size, device=device) + (stride - 1))',
         'torch.arange(out_size, device=device) + stride)',
         VALUES + '::TestProperties::test_small_supports_give_the_identity'),

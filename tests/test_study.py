@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.study import __main__ as command
 from benchmarks.study import runner
 from benchmarks.study.after import draw_supports, format_sizes
-from benchmarks.study.report import format_table, paired_interval, summarise
+from benchmarks.study.report import format_table, paired_interval, summarize
 from benchmarks.study.runner import (
     StaleRunError,
     prepare,
@@ -89,7 +89,7 @@ def test_interval_is_student_s():
 def test_differences_are_paired_by_seed(study, tmp_path):
     for name, top1 in (('plain-s0', 50), ('plain-s1', 60), ('pool-s0', 51), ('pool-s1', 61.1), ('once-s1', 59)):
         finish(tmp_path, name, top1)
-    rows = {r['arm']: r for r in summarise(study, read_results(study, tmp_path), {'pool': 1.25})}
+    rows = {r['arm']: r for r in summarize(study, read_results(study, tmp_path), {'pool': 1.25})}
     # far apart between seeds, close within: an unpaired test would see nothing
     assert rows['pool']['difference'] == pytest.approx(1.05) and rows['pool']['interval'][1] < 1.05
     assert rows['once']['difference'] == -1 and rows['once']['interval'] is None
@@ -101,7 +101,7 @@ def test_differences_are_paired_by_seed(study, tmp_path):
 def test_an_interval_around_zero_is_no_effect(study, tmp_path):
     for name, top1 in (('plain-s0', 50), ('plain-s1', 60), ('pool-s0', 51), ('pool-s1', 59.9)):
         finish(tmp_path, name, top1)
-    assert ', no effect |' in format_table(summarise(study, read_results(study, tmp_path), {}))
+    assert ', no effect |' in format_table(summarize(study, read_results(study, tmp_path), {}))
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(study, tmp_path):

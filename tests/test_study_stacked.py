@@ -15,7 +15,7 @@ from benchmarks.study.stacked.nets import build_net, run_stack
 from benchmarks.study.stacked.probes import EXCHANGES, exchange_maps, format_probes, pools_of, radius_correlations
 from benchmarks.study.stacked.runs import recipe_of
 from benchmarks.study.stacked.score import score_stack
-from benchmarks.study.stacked.tasks import Recipe, Split, augment, load_split, normalise
+from benchmarks.study.stacked.tasks import Recipe, Split, augment, load_split, normalize
 from benchmarks.study.stacked.train import Stack, epoch_order, learning_rate, stack_loss, train
 
 CPU = torch.device('cpu')
@@ -191,7 +191,7 @@ def test_folders_give_first_images_to_training_and_last_to_selection(tmp_path):
     assert splits['test'].images[:, 0, 0, 0].tolist() == [100 + 10 * (i // 2) for i in range(20)]
     assert splits['train'].targets.tolist() == [i // 2 for i in range(20)]
     assert torch.equal(load_split(recipe, 'train', tmp_path / 'cache').images, splits['train'].images)
-    assert normalise(splits['train'].images).dtype == torch.float32
+    assert normalize(splits['train'].images).dtype == torch.float32
 
 
 def test_command_runs_repeats_nothing_and_scores_test_images_once(tmp_path, capsys):
@@ -332,7 +332,7 @@ def test_arms_of_committed_studies_stack(name):
 
 def test_exchanged_parts_are_undone_and_change_what_they_should(cache):
     split = load_split(DENSE, 'selection', cache)
-    images = normalise(split.images)
+    images = normalize(split.images)
     scores = {}
     for name in ('predicted', 'constant'):
         net = build_net(make_arm(name, cpool_ratio=0.5), DENSE, 0).eval()

@@ -12,7 +12,7 @@ from cpool_vision.profile.measure import machine
 
 from ..markers import write_between
 from .after import draw_supports, format_sizes, score_sizes
-from .report import draw, format_table, summarise
+from .report import draw, format_table, summarize
 from .runner import read_results, restore, run_missing, run_name, score_once, write_text
 from .spec import read_study
 from .timing import step_ratios
@@ -79,7 +79,7 @@ def main() -> int:
             raise SystemExit(str(error)) from error
     timed = json.loads(timing.read_text(encoding='utf-8')) if timing.exists() else kept.get('timing', {})
     ratios = timed.get('ratios', {})
-    rows = summarise(study, results, ratios)
+    rows = summarize(study, results, ratios)
     table = format_table(rows)
     print(f'\n{study.title}\n\n{table}')
     total = sum(len(arm.seeds) for arm in study.arms.values())
@@ -88,7 +88,7 @@ def main() -> int:
     write_text(args.output / 'table.md', table + '\n')
     tables = {args.study.stem: table}
     for split, scored in final.items():
-        tables[f'{args.study.stem} {split}'] = format_table(summarise(study, scored, ratios))
+        tables[f'{args.study.stem} {split}'] = format_table(summarize(study, scored, ratios))
         print(f'\n{split}\n\n{tables[f"{args.study.stem} {split}"]}')
     sizes = kept.get('sizes', [])
     if args.sizes:

@@ -22,7 +22,7 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     return statistics.mean(differences), float(stats.t.ppf(.5 + CONFIDENCE / 2, len(differences) - 1)) * error
 
 
-def summarise(
+def summarize(
         study: Study, results: Sequence[dict[str, Any]], ratios: dict[str, float], metric: str = 'top1',
 ) -> list[dict[str, Any]]:
     """One row per arm that has results: the score `metric` over seeds, paired difference to its base, costs."""

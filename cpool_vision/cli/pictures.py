@@ -62,7 +62,7 @@ class Loaded:
         shown: `(B, H, W, 3)` uint8, the same images to look at.
         labels: B names.
         weights: where the model's weights come from.
-        data_config: size and normalisation of the input, as timm's `resolve_data_config` gives them.
+        data_config: size and normalization of the input, as timm's `resolve_data_config` gives them.
     """
 
     model: 'nn.Module'

@@ -203,32 +203,32 @@ class Pipeline:
     def build(
             self,
             size: tuple[int, int, int],
-            normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+            normalization: tuple[Sequence[float], Sequence[float]] | None = None,
             error: type[Exception] = AugmentationError,
     ) -> 'Augmentation':
         """The pipeline for one input size.
 
         Args:
             size: (channels, height, width) of what it must give.
-            normalisation: means and standard deviations of images in 0..1; None leaves that to timm's prefetcher.
+            normalization: means and standard deviations of images in 0..1; None leaves that to timm's prefetcher.
             error: class of the errors that are raised on images.
 
         Raises:
             AugmentationError: an argument does not fit this size.
         """
         compose, _ = _Builder(self.source, (size[1], size[2])).build(self._config, self._where)
-        return Augmentation(compose, size, normalisation, self._where, error)
+        return Augmentation(compose, size, normalization, self._where, error)
 
 
 class Augmentation:
-    """Maps a PIL image to a tensor `(channels, height, width)`: uint8, or float32 if it normalises.
+    """Maps a PIL image to a tensor `(channels, height, width)`: uint8, or float32 if it normalizes.
 
     What it draws follows from the last seed alone; without a seed it draws from a generator of its own.
 
     Args:
         compose: albumentations pipeline.
         size: (channels, height, width) that must come out.
-        normalisation: means and standard deviations of images in 0..1, None for uint8.
+        normalization: means and standard deviations of images in 0..1, None for uint8.
         name: for messages.
         error: class of errors.
     """
@@ -237,14 +237,14 @@ class Augmentation:
             self,
             compose: Any,
             size: tuple[int, int, int],
-            normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+            normalization: tuple[Sequence[float], Sequence[float]] | None = None,
             name: str = 'augmentation',
             error: type[Exception] = AugmentationError,
     ) -> None:
         self.compose, self.size, self.name, self.error = compose, tuple(size), name, error
         self._scale: tuple[torch.Tensor, torch.Tensor] | None = None
-        if normalisation is not None:
-            mean, std = (torch.tensor(each, dtype=torch.float64).view(-1, 1, 1) * 255 for each in normalisation)
+        if normalization is not None:
+            mean, std = (torch.tensor(each, dtype=torch.float64).view(-1, 1, 1) * 255 for each in normalization)
             self._scale = mean.float(), std.float()
         self._process = 0
 

@@ -38,7 +38,7 @@ TRANSFORMS = frozenset('''
     SquareSymmetry Superpixels ThinPlateSpline ToGray ToSepia Transpose UnsharpMask VerticalFlip XYMasking ZoomBlur
 '''.split())
 
-_FLOAT = 'images are normalised and turned into tensors after the pipeline: remove it'
+_FLOAT = 'images are normalized and turned into tensors after the pipeline: remove it'
 _MORE = 'it needs more than the image'
 REFUSED = {
     **dict.fromkeys(('FromFloat', 'Normalize', 'ToFloat', 'ToRGB', 'ToTensorV2', 'ToTensor3D'), _FLOAT),

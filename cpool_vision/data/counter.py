@@ -9,7 +9,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hashes 64-bit integers elementwise with the SplitMix64 finaliser (Steele et al., OOPSLA 2014)."""
+    """Hashes 64-bit integers elementwise with the SplitMix64 finalizer (Steele et al., OOPSLA 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -49,7 +49,7 @@ def _triangle_wave(t: F32) -> F32:
 
 
 def paint_texture(x: F32, y: F32, texture: NDArray[np.int64], period: F32, phase: F32) -> F32:
-    """Pattern in [-1, 1]; all textures share the period and the flanks. `x`, `y` are 0 at the centre of the object."""
+    """Pattern in [-1, 1]; all textures share the period and the flanks. `x`, `y` are 0 at the center of the object."""
     u = x / column(period) + column(phase[:, 0])
     v = y / column(period) + column(phase[:, 1])
     first = np.clip(2 * _triangle_wave(u), -1, 1)
@@ -69,10 +69,10 @@ def _value_noise(draws: CounterDraws, n: int, cells: int, size: int) -> F32:
     return rows[:, :, low] + (rows[:, :, low + 1] - rows[:, :, low]) * frac
 
 
-def blend(image: F32, cover: F32, colour: F32) -> None:
-    """Lays one colour `(n, 3)` over the image with the coverage `(n, size, size)`."""
+def blend(image: F32, cover: F32, color: F32) -> None:
+    """Lays one color `(n, 3)` over the image with the coverage `(n, size, size)`."""
     for c in range(3):
-        image[:, c] += cover * (column(colour[:, c]) - image[:, c])
+        image[:, c] += cover * (column(color[:, c]) - image[:, c])
 
 
 def stroke_cover(draws: CounterDraws, x: F32, y: F32, scale: float) -> F32:
@@ -86,29 +86,29 @@ def stroke_cover(draws: CounterDraws, x: F32, y: F32, scale: float) -> F32:
     return np.clip(np.float32(0.5) - (np.sqrt(px * px + py * py) - width) * np.float32(scale), 0, 1)
 
 
-def pair_of_colours(draws: CounterDraws) -> tuple[F32, F32]:
-    """A mean colour and a difference of random hue and sign, both `(N, 3)` in levels of 0 to 255."""
+def pair_of_colors(draws: CounterDraws) -> tuple[F32, F32]:
+    """A mean color and a difference of random hue and sign, both `(N, 3)` in levels of 0 to 255."""
     mean = draws.uniform(3, 70, 185)
     contrast = draws.uniform(1, 32, 68) * np.where(draws.uniform(1) < 0.5, np.float32(-1), np.float32(1))
     return mean, contrast * draws.uniform(3, 0.6, 1.0)
 
 
 def paint(image: F32, cover: F32, mean: F32, pattern: F32, difference: F32) -> None:
-    """Lays a pattern in [-1, 1] round a mean colour over the image with the coverage `(n, size, size)`."""
+    """Lays a pattern in [-1, 1] round a mean color over the image with the coverage `(n, size, size)`."""
     for c in range(3):
         target = column(mean[:, c]) + pattern * column(difference[:, c])
         image[:, c] += cover * (target - image[:, c])
 
 
 def canvas(n: int, size: int) -> tuple[F32, F32]:
-    """Coordinates of the pixel centres from 0 to 32 over the picture, both `(n, size, size)`."""
-    centre = ((np.arange(size) + 0.5) / (size / 32)).astype(np.float32)
+    """Coordinates of the pixel centers from 0 to 32 over the picture, both `(n, size, size)`."""
+    center = ((np.arange(size) + 0.5) / (size / 32)).astype(np.float32)
     shape = n, size, size
-    return np.broadcast_to(centre[None, None, :], shape), np.broadcast_to(centre[None, :, None], shape)
+    return np.broadcast_to(center[None, None, :], shape), np.broadcast_to(center[None, :, None], shape)
 
 
 def paint_ground(draws: CounterDraws, n: int, size: int) -> F32:
-    """Smooth colour noise, `(n, 3, size, size)` in levels of 0 to 255."""
+    """Smooth color noise, `(n, 3, size, size)` in levels of 0 to 255."""
     ground = draws.uniform(3, 60, 195)
     coarse = [_value_noise(draws, n, 3, size) for _ in range(2)]
     fine = _value_noise(draws, n, 10, size)
@@ -143,7 +143,7 @@ def render_scenes(
     """Renders one picture per index.
 
     Each shows one object of the given outline and texture, of random place, size (4 times and more between the smallest
-    and the largest), orientation, period, colours and aspect, on ground of smooth colour noise. What carries no class:
+    and the largest), orientation, period, colors and aspect, on ground of smooth color noise. What carries no class:
     an untextured object of another random outline, a patch of texture without an outline, line strokes below and above,
     the direction of the light, pixel noise.
 
@@ -166,7 +166,7 @@ def render_scenes(
     image = paint_ground(draws, n, size)
 
     # a patch of texture that fades out: texture without an outline
-    mean, difference = pair_of_colours(draws)
+    mean, difference = pair_of_colors(draws)
     at, reach = draws.uniform(2, 2, 30), draws.uniform(1, 3, 7)[:, 0]
     px, py = x - column(at[:, 0]), y - column(at[:, 1])
     fade = np.clip(1 - (px * px + py * py) / column(reach * reach), 0, 1)
@@ -194,7 +194,7 @@ def render_scenes(
     cover = outline_distance(ux, uy, outline) * column(radius) * np.float32(scale)
     cover = np.clip(half - cover, 0, 1)
     tx, ty = turn(px, py, draws.integers(1, 256)[:, 0])
-    mean, difference = pair_of_colours(draws)
+    mean, difference = pair_of_colors(draws)
     pattern = paint_texture(tx, ty, texture, draws.uniform(1, *PERIOD)[:, 0], draws.uniform(2))
     paint(image, cover, mean, pattern, difference)
 

@@ -26,7 +26,7 @@ class ShapesDataset(torch.utils.data.Dataset):
 
     To name the class a model must see the texture (a matter of 4 to 6 pixels at size 32) and the outline that bounds
     it (8 to 32 pixels); flat objects and patches of texture without an outline, which every picture holds too, must
-    not count. Colour, place, orientation and light tell nothing. Sample i of a split is a function of (`data_seed`,
+    not count. Color, place, orientation and light tell nothing. Sample i of a split is a function of (`data_seed`,
     split, i) alone: the same on every machine, in every worker and for any `num_samples`. Splits share no sample.
     The label of sample i is `i % 10`.
 

@@ -15,7 +15,7 @@ from .scene import (
     paint,
     paint_ground,
     paint_texture,
-    pair_of_colours,
+    pair_of_colors,
     shine,
     stroke_cover,
     table,
@@ -48,7 +48,7 @@ def _radius_table(mean: float, size_range: float) -> F32:
 
 
 def _places(draws: CounterDraws, radii: F32) -> F32:
-    """Centres `(N, K, 2)` of discs that lie apart as well as a few tries allow."""
+    """Centers `(N, K, 2)` of discs that lie apart as well as a few tries allow."""
     n, count = radii.shape
     at = np.empty((n, count, 2), np.float32)
     for k in range(count):
@@ -77,7 +77,7 @@ def render_crowds(
 
     Every object has a class of its own, outline times texture, and a radius of its own, uniform in its logarithm.
     Smaller objects lie in front of larger ones. The period of a texture grows with its object. What carries no class:
-    a flat object, a patch of texture without an outline, line strokes, colours, light and noise.
+    a flat object, a patch of texture without an outline, line strokes, colors, light and noise.
 
     Args:
         seed: seed of the data set.
@@ -101,7 +101,7 @@ def render_crowds(
         return np.maximum(radius * draws.uniform(1, *_PERIOD)[:, 0], smallest)
 
     # a patch of texture that fades out: texture without an outline
-    mean, difference = pair_of_colours(draws)
+    mean, difference = pair_of_colors(draws)
     at, reach = draws.uniform(2, 2, 30), radius_of[draws.integers(1, 256)[:, 0]]
     px, py = x - column(at[:, 0]), y - column(at[:, 1])
     fade = np.clip(1 - (px * px + py * py) / column(reach * reach), 0, 1)
@@ -130,7 +130,7 @@ def render_crowds(
         cover = outline_distance(px / column(radius), py / column(radius * aspect), outline)
         cover = np.clip(half - cover * column(radius) * np.float32(scale), 0, 1)
         tx, ty = turn(px, py, draws.integers(1, 256)[:, 0])
-        mean, difference = pair_of_colours(draws)
+        mean, difference = pair_of_colors(draws)
         paint(image, cover, mean, paint_texture(tx, ty, texture, period_of(radius), draws.uniform(2)), difference)
         inside = cover > half
         masks = np.where(inside, column(kinds[:, k] + 1).astype(np.uint8), masks)

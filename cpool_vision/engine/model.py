@@ -116,7 +116,7 @@ def _check_input(config: dict[str, Any]) -> None:
 
 
 def resolve_input(model: nn.Module, settings: ModelSettings, use_test_size: bool = False) -> dict[str, Any]:
-    """Input size, normalisation, interpolation and crop: from the flags, else from the model.
+    """Input size, normalization, interpolation and crop: from the flags, else from the model.
 
     Raises:
         ConfigError: the flags contradict each other or the model, or the configuration of the model makes no sense.
@@ -171,7 +171,7 @@ def create_train_model(settings: NetworkSettings) -> nn.Module:
         if not os.path.isfile(settings.pretrained_path):
             raise CheckpointNotFoundError(
                 f'--pretrained-path {settings.pretrained_path!r} does not exist: check the path')
-        # num_classes -1 never equals the model's, so that the head is left at its own initialisation
+        # num_classes -1 never equals the model's, so that the head is left at its own initialization
         overlay = {'pretrained_cfg_overlay': {'file': settings.pretrained_path, 'num_classes': -1}}
     drop_path = settings.drop_path
     if settings.drop_connect is not None and drop_path is None:

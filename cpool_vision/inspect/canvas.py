@@ -83,7 +83,7 @@ def check_images(images: NDArray[np.uint8], row_labels: Sequence[str] | None) ->
 
 
 class Sheet:
-    """A figure with panels at exact places: one column for the image, then some a layer, colour bars underneath."""
+    """A figure with panels at exact places: one column for the image, then some a layer, color bars underneath."""
 
     def __init__(self, rows: int, layers: int, aspect: float, per_layer: int = 3, cell: float = CELL) -> None:
         self.rows, self.cell, self.height = rows, cell, cell * aspect
@@ -103,7 +103,7 @@ class Sheet:
         return self._add(self.left[column], _TOP + row * (self.height + GAP), self.cell, self.height)
 
     def bar(self, column: int, last: int | None = None) -> Any:
-        """Axes of a colour bar under a column, or in the middle under the columns to `last`, two cells wide at most."""
+        """Axes of a color bar under a column, or in the middle under the columns to `last`, two cells wide at most."""
         left, right = self.left[column], self.left[column if last is None else last] + self.cell
         width = min(right - left, 2 * CELL) - 0.12
         return self._add((left + right - width) / 2, self.height_in - _BOTTOM + 0.04, width, 0.07)

@@ -19,7 +19,7 @@ __all__ = [
     'supports_figure']
 
 _MIN_CIRCLES, _MAX_CIRCLES = 3, 7  # per side
-_CLIPPED = 0.02  # share of the values beyond either end of a colour scale
+_CLIPPED = 0.02  # share of the values beyond either end of a color scale
 
 
 def support_in_pixels(maps: 'ContextMaps', image_size: tuple[int, int], group: int | None = None) -> Tensor:
@@ -67,7 +67,7 @@ def pick_layers(names: Sequence[str], wanted: Sequence[str] | int = 2) -> list[s
     return list(wanted)
 
 
-def _circles(axes: Any, sigma: NDArray[Any], maps: 'ContextMaps', size: tuple[int, int], colour: Any) -> None:
+def _circles(axes: Any, sigma: NDArray[Any], maps: 'ContextMaps', size: tuple[int, int], color: Any) -> None:
     """One circle of radius sigma at every few output cells, so far apart that most do not overlap."""
     from matplotlib.collections import EllipseCollection
     rows, cols = sigma.shape
@@ -77,14 +77,14 @@ def _circles(axes: Any, sigma: NDArray[Any], maps: 'ContextMaps', size: tuple[in
         -(-cells // round(min(max(extent / diameter, _MIN_CIRCLES), _MAX_CIRCLES)))
         for cells, extent in ((rows, size[0]), (cols, size[1])))
     i, j = np.mgrid[step_y // 2:rows:step_y, step_x // 2:cols:step_x]
-    # the centre of output cell i, in pixels of an image whose first pixel spans [0, 1]
+    # the center of output cell i, in pixels of an image whose first pixel spans [0, 1]
     y = (i * maps.stride + maps.stride / 2) * cell[0]
     x = (j * maps.stride + maps.stride / 2) * cell[1]
     diameters = 2 * sigma[i, j].ravel()
-    for colours, width in (('black', 1.4), (colour(sigma[i, j].ravel()), 0.8)):
+    for colors, width in (('black', 1.4), (color(sigma[i, j].ravel()), 0.8)):
         axes.add_collection(EllipseCollection(
             diameters, diameters, np.zeros_like(diameters), units='xy', offsets=np.stack([x.ravel(), y.ravel()], 1),
-            offset_transform=axes.transData, facecolors='none', edgecolors=colours, linewidths=width))
+            offset_transform=axes.transData, facecolors='none', edgecolors=colors, linewidths=width))
 
 
 def _limits(values: NDArray[Any]) -> tuple[float, float]:
@@ -100,7 +100,7 @@ def _reach(weight: NDArray[Any]) -> float:
 
 
 def _bars(sheet: Sheet, column: int, supports: Any, weights: Any) -> None:
-    """Colour bars under the columns of supports and weights."""
+    """Color bars under the columns of supports and weights."""
     from matplotlib.ticker import MaxNLocator
     for offset, (values, label) in enumerate(((supports, 'σ (px)'), (weights, 'log₂ (weight / uniform)'))):
         sheet.figure.colorbar(values, cax=sheet.bar(column + offset), orientation='horizontal', label=label,
@@ -125,9 +125,9 @@ def supports_figure(
 ) -> 'Figure':
     """Draws a sheet: a row per image; per layer the supports over the image, the support map and the weight map.
 
-    The circles have a radius of one standard deviation of the pooling mask and the colour of the support map beside
+    The circles have a radius of one standard deviation of the pooling mask and the color of the support map beside
     them. Supports are in pixels of the image; the weight map shows the binary logarithm of the weight over a uniform
-    one. Colour scales are those of the layer, over all rows, without the outermost 2 % of values at either end.
+    one. Color scales are those of the layer, over all rows, without the outermost 2 % of values at either end.
 
     Args:
         images: `(B, H, W, 3)` uint8.
@@ -206,7 +206,7 @@ def groups_figure(
 ) -> 'Figure':
     """Draws every group of channels of one context pool: a row per image; its support maps and weight maps as tiles.
 
-    Tiles are numbered row by row from 0. Units and colour scales are those of `supports_figure`.
+    Tiles are numbered row by row from 0. Units and color scales are those of `supports_figure`.
 
     Args:
         images: `(B, H, W, 3)` uint8.

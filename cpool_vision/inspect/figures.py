@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .maps import ContextMaps
     from .receptive_field import ReceptiveField
 
-_BLUE, _ORANGE, _GREY = '#0072b2', '#d55e00', '0.55'  # apart for every kind of colour vision
+_BLUE, _ORANGE, _GREY = '#0072b2', '#d55e00', '0.55'  # apart for every kind of color vision
 _DECADES = 3  # of a receptive field that are shown
 
 
@@ -35,9 +35,9 @@ def footprints_figure(
 ) -> 'Figure':
     """Draws a row per image: the image with the points, then per layer the footprints of the cells that hold them.
 
-    The weights of one footprint sum to one. Colours cover two decades, or what reaches one decade below the largest
+    The weights of one footprint sum to one. Colors cover two decades, or what reaches one decade below the largest
     weight of the flattest footprint; smaller weights are left out, and where footprints overlap the larger weight
-    shows. The dashed circle round a cell's centre has the radius of its support, one standard deviation.
+    shows. The dashed circle round a cell's center has the radius of its support, one standard deviation.
 
     Args:
         images: `(B, H, W, 3)` uint8.
@@ -82,8 +82,8 @@ def footprints_figure(
                       'bold')
         for column, name in enumerate(names, start=1):
             sheet.heading(column, column + 1, name, 'normal')
-        colours = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(smallest, 1), 'magma')
-        sheet.figure.colorbar(colours, cax=sheet.bar(1, len(names)), orientation='horizontal', label='pooling weight')
+        colors = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(smallest, 1), 'magma')
+        sheet.figure.colorbar(colors, cax=sheet.bar(1, len(names)), orientation='horizontal', label='pooling weight')
     return sheet.figure
 
 
@@ -105,7 +105,7 @@ def _draw_footprints(
     show(axes, strength, size, cmap=matplotlib.colormaps['magma'], vmin=0, vmax=1,
          alpha=0.85 * strength ** 0.5)
     cell = size[0] / found.grid[0], size[1] / found.grid[1]
-    for (y, x), radius in zip(found.centres().tolist(), _of_group(sigma, 0, group).tolist(), strict=True):
+    for (y, x), radius in zip(found.centers().tolist(), _of_group(sigma, 0, group).tolist(), strict=True):
         axes.add_patch(Ellipse((x * cell[1], y * cell[0]), 2 * radius * cell[1], 2 * radius * cell[0], fill=False,
                                edgecolor='white', linewidth=0.6, linestyle=(0, (3, 2))))
 
@@ -114,7 +114,7 @@ def depth_figure(maps: Mapping[str, 'ContextMaps'], image_size: tuple[int, int])
     """Draws the distribution of supports of every context pool by depth, in pixels of the image.
 
     The shape is the density of all supports of the layer, the bar reaches from their 5 % to their 95 % quantile, the
-    dot is the median. Short grey lines are the smallest and the largest support that the layer can have.
+    dot is the median. Short gray lines are the smallest and the largest support that the layer can have.
 
     Args:
         maps: what `context_maps` found.
@@ -132,13 +132,13 @@ def depth_figure(maps: Mapping[str, 'ContextMaps'], image_size: tuple[int, int])
     with matplotlib.rc_context({**STYLE, 'axes.spines.top': False, 'axes.spines.right': False}):
         figure = new_figure(max(2.6, 0.9 + 0.42 * len(maps)), 2.6, layout='constrained')
         axes = figure.subplots()
-        colours = matplotlib.colormaps['viridis'](np.linspace(0.1, 0.85, len(maps)))
-        for place, values, each, colour in zip(places, supports, maps.values(), colours, strict=True):
+        colors = matplotlib.colormaps['viridis'](np.linspace(0.1, 0.85, len(maps)))
+        for place, values, each, color in zip(places, supports, maps.values(), colors, strict=True):
             # the density of a constant is a line: it needs no estimate, and has none
             if np.ptp(values) > 1e-6 * abs(values[0]):
                 sample = np.random.default_rng(0).permutation(values)[:20000]
                 violin: Any = axes.violinplot(sample, [place], widths=0.8, showextrema=False)
-                violin['bodies'][0].set(facecolor=colour, edgecolor=colour, alpha=0.75, linewidth=0.5)
+                violin['bodies'][0].set(facecolor=color, edgecolor=color, alpha=0.75, linewidth=0.5)
             low, median, high = np.quantile(values, (0.05, 0.5, 0.95))
             axes.plot([place, place], [low, high], color='black', linewidth=1.2, solid_capstyle='butt')
             axes.plot(place, median, 'o', color='white', markeredgecolor='black', markersize=3.2, markeredgewidth=0.7)
@@ -150,7 +150,7 @@ def depth_figure(maps: Mapping[str, 'ContextMaps'], image_size: tuple[int, int])
         axes.set_ylim(bottom=0)
         axes.set_xlabel('context pool, in order of execution')
         marks = [
-            matplotlib.patches.Patch(facecolor=colours[0], alpha=0.75, label='density'),
+            matplotlib.patches.Patch(facecolor=colors[0], alpha=0.75, label='density'),
             matplotlib.lines.Line2D([], [], color='black', linewidth=1.2, marker='o', markerfacecolor='white',
                                     markersize=3.2, markeredgewidth=0.7, label='5–95 %, median'),
             matplotlib.lines.Line2D([], [], color=_GREY, linewidth=0.7, label='limits')]
@@ -189,7 +189,7 @@ def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') ->
             shown = show(axes, decades, size, cmap='magma', vmin=-_DECADES, vmax=0)
             for share, style in ((0.5, '-'), (0.9, (0, (3, 2)))):
                 axes.add_patch(matplotlib.patches.Circle(
-                    field.centre[::-1], field.radius(share), fill=False, edgecolor='white', linewidth=0.8,
+                    field.center[::-1], field.radius(share), fill=False, edgecolor='white', linewidth=0.8,
                     linestyle=style))
             axes.set_title(title, fontsize=7, fontweight='bold', pad=12)
             axes.text(0.5, 1.025, f'50 % in {field.radius(0.5):.3g} px, 90 % in {field.radius(0.9):.3g} px',
@@ -198,11 +198,11 @@ def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') ->
         figure.colorbar(shown, cax=bar, orientation='horizontal', ticks=range(-_DECADES, 1),
                         label='log₁₀ (gradient / largest)', extend='min')
         axes, reach = add(left + 2 * (side + gap) + 0.48, wide), 0.
-        for name, field, colour, style in (
+        for name, field, color, style in (
                 ('pools as they are', after, _ORANGE, '-'), ('pools off', before, _BLUE, (0, (3, 2)))):
             radii, mass = field.mass_within()
             reach = max(reach, 1.15 * field.radius(0.995))
-            axes.plot(radii, 100 * mass, color=colour, linewidth=1.2, linestyle=style, label=name,
+            axes.plot(radii, 100 * mass, color=color, linewidth=1.2, linestyle=style, label=name,
                       drawstyle='steps-post')
         for share in (50, 90):
             axes.axhline(share, color=_GREY, linewidth=0.5, linestyle=(0, (1, 2)))

@@ -27,25 +27,25 @@ class Footprints(NamedTuple):
     grid: tuple[int, int]
     stride: int
 
-    def centres(self) -> Tensor:
-        """Centres of the output cells in pixels of the pooled map, `(P, 2)` fp64; pixel 0 reaches from 0 to 1."""
+    def centers(self) -> Tensor:
+        """Centers of the output cells in pixels of the pooled map, `(P, 2)` fp64; pixel 0 reaches from 0 to 1."""
         return (torch.tensor(self.cells, dtype=torch.float64).view(-1, 2) + 0.5) * self.stride
 
     def reach(self) -> Tensor:
-        """Root of the weighted mean of squared distances from the cell's centre, `(B, G, P)`, per axis, in map pixels.
+        """Root of the weighted mean of squared distances from the cell's center, `(B, G, P)`, per axis, in map pixels.
 
         That of an unbounded Gaussian under equal weights is sigma, so the two show what weights and borders change.
         """
         height, width = self.grid
-        centres = self.centres().to(self.weights)
+        centers = self.centers().to(self.weights)
         rows = torch.arange(height).to(self.weights) + 0.5
         columns = torch.arange(width).to(self.weights) + 0.5
-        squares = (rows - centres[:, :1]).square()[:, :, None] + (columns - centres[:, 1:]).square()[:, None]
+        squares = (rows - centers[:, :1]).square()[:, :, None] + (columns - centers[:, 1:]).square()[:, None]
         return ((self.weights * squares).sum((-2, -1)) / 2).sqrt()
 
 
 def grid_points(image_size: tuple[int, int], side: int = 3) -> list[tuple[float, float]]:
-    """`side` x `side` points (y, x) at the centres of equal parts of an image, in pixels, row by row."""
+    """`side` x `side` points (y, x) at the centers of equal parts of an image, in pixels, row by row."""
     height, width = image_size
     return [((i + 0.5) * height / side, (j + 0.5) * width / side) for i in range(side) for j in range(side)]
 

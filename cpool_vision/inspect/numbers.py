@@ -71,11 +71,11 @@ def footprint_numbers(
 
 
 def receptive_field_numbers(before: ReceptiveField, after: ReceptiveField) -> dict[str, Any]:
-    """Unit and grid, and with pools off and as they are the centre and the radii that hold 50 and 90 % of the field."""
+    """Unit and grid, and with pools off and as they are the center and the radii that hold 50 and 90 % of the field."""
     numbers: dict[str, Any] = {'unit': list(after.unit), 'grid': list(after.grid)}
     for name, field in (('pools_off', before), ('pools_as_they_are', after)):
         numbers[name] = {
-            'centre_px': list(field.centre),
+            'center_px': list(field.center),
             'radius_50_px': field.radius(0.5),
             'radius_90_px': field.radius(0.9),
         }

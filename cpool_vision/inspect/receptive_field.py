@@ -17,20 +17,20 @@ class ReceptiveField(NamedTuple):
         map: `(H, W)` fp64 on the CPU, sums to one: root mean square of the gradient at each pixel of the input.
         unit: (row, column) of the unit in the feature map.
         grid: (rows, columns) of the feature map.
-        centre: (y, x) of the field in pixels of the input, whose first pixel reaches from 0 to 1: the centre of mass of
+        center: (y, x) of the field in pixels of the input, whose first pixel reaches from 0 to 1: the center of mass of
             the mean square gradient. Strided and padded convolutions put it off the middle of the unit's cell.
     """
 
     map: Tensor
     unit: tuple[int, int]
     grid: tuple[int, int]
-    centre: tuple[float, float]
+    center: tuple[float, float]
 
     def mass_within(self) -> tuple[Tensor, Tensor]:
-        """Distances from the centre that occur, ascending, in pixels, and the mass up to each: both fp64, 1-D."""
+        """Distances from the center that occur, ascending, in pixels, and the mass up to each: both fp64, 1-D."""
         height, width = self.map.shape
-        y = torch.arange(height, dtype=torch.float64) + 0.5 - self.centre[0]
-        x = torch.arange(width, dtype=torch.float64) + 0.5 - self.centre[1]
+        y = torch.arange(height, dtype=torch.float64) + 0.5 - self.center[0]
+        x = torch.arange(width, dtype=torch.float64) + 0.5 - self.center[1]
         # rounded, so that pixels at one distance are one step whatever the last bit says
         distance = (y[:, None].square() + x[None].square()).sqrt().round(decimals=9)
         radii, index = distance.flatten().unique(return_inverse=True)
@@ -38,7 +38,7 @@ class ReceptiveField(NamedTuple):
         return radii, mass
 
     def radius(self, share: float) -> float:
-        """Smallest distance from the centre, in pixels, within which at least `share` of the mass lies.
+        """Smallest distance from the center, in pixels, within which at least `share` of the mass lies.
 
         Raises:
             ValueError: `share` is not in (0, 1].

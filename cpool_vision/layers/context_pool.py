@@ -28,7 +28,7 @@ def as_fractions(support_init: float | Sequence[float], groups: int) -> tuple[fl
 
 
 class ContextPool2d(Mixer2d):
-    """Replaces each pixel by a weighted mean of a neighbourhood whose size the features choose themselves.
+    """Replaces each pixel by a weighted mean of a neighborhood whose size the features choose themselves.
 
     A predictor of two convolutions (1x1 from `dim` to `hidden_dim`, activation, 3x3 to `2 * groups`) gives a weight
     logit per input pixel and a raw support `s` per output cell; the support is a Gaussian of standard deviation
@@ -58,7 +58,7 @@ class ContextPool2d(Mixer2d):
         init: `paper` outputs the pool itself. `identity` outputs `base(x) + gamma * (pool(x) - base(x))` with a gate
             per channel that starts at zero, so that a fresh layer returns exactly `base(x)`.
         gate: Adds the gate with `init='paper'` too, where it starts at one and is free in sign: from a mean over the
-            neighbourhood (`gamma = 1`) to unsharp masking (`gamma < 0`).
+            neighborhood (`gamma = 1`) to unsharp masking (`gamma < 0`).
         support_groups: Supports per cell; each is shared by `groups / support_groups` groups in a row, whose masks are
             then made once. `groups` if None.
         support_init: Mean support of a fresh layer relative to the largest, between 0 and 1. At 0.5 the raw supports

@@ -96,7 +96,7 @@ class Mixer2d(nn.Module):
             nn.init.constant_(self.gamma, 0. if self.init == 'identity' else 1.)
 
     def init_weights(self) -> None:
-        """The hook by which timm's models re-initialise their layers."""
+        """The hook by which timm's models re-initialize their layers."""
         self.reset_parameters()
 
     def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from .context_pool import default_hidden_dim
 
 
 class GaussianBlur2d(nn.Module):
-    """A separable Gaussian of one constant width, normalised at the borders: `(B, C, H, W)` to `(B, C, Ho, Wo)`.
+    """A separable Gaussian of one constant width, normalized at the borders: `(B, C, H, W)` to `(B, C, Ho, Wo)`.
 
     It has no parameters. It is the context pool with equal weights and constant supports, at the cost of two small
     matrix products.

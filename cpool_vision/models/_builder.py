@@ -21,7 +21,7 @@ _PREDICTOR_KEYS = ('.reduce.weight', '.reduce.bias', '.predict.weight', '.predic
 
 
 def init_mixers(model: nn.Module) -> None:
-    """Initialises every mixer of `model` anew, where the model's own scheme has passed over its layers."""
+    """Initializes every mixer of `model` anew, where the model's own scheme has passed over its layers."""
     for _, mixer in mixers(model):
         mixer.reset_parameters()
 

@@ -222,6 +222,6 @@ def naflexvit_base_cpool_patch16_par_gap(pretrained: bool = False, **kwargs: Any
 
 @register_model
 def naflexvit_base_cpool_patch16_parfac_gap(pretrained: bool = False, **kwargs: Any) -> ContextPoolNaFlexVit:
-    """NaFlex ViT-B/16 with context pooling and factorised position embeddings that keep the image's proportions."""
+    """NaFlex ViT-B/16 with context pooling and factorized position embeddings that keep the image's proportions."""
     model_args = dict(_BASE_ARGS, pos_embed='factorized', pos_embed_ar_preserving=True)
     return _create_naflexvit('naflexvit_base_cpool_patch16_parfac_gap', pretrained, **dict(model_args, **kwargs))

@@ -15,10 +15,10 @@ def context_pool2d(
         offset: Tensor | None = None,
         backend: str | None = None,
 ) -> Tensor:
-    """Pools every output cell's neighbourhood with learned pooling weights and a learned Gaussian support.
+    """Pools every output cell's neighborhood with learned pooling weights and a learned Gaussian support.
 
     `y[b, c, i] = sum_j a_ij x[b, c, j]` with `a_ij = softmax_j(l_j - |p_i + o_i - p_j|^2 / (2 sigma_i^2))` over all
-    pixels j of the map, `p_j` the pixel centre, `p_i` the centre of output cell i and `o_i` its `offset`, zero if None.
+    pixels j of the map, `p_j` the pixel center, `p_i` the center of output cell i and `o_i` its `offset`, zero if None.
     ContextPool, Huang et al., ICML 2022, https://arxiv.org/abs/2207.01844.
 
     Each output is a convex combination of the input's pixels. `sigma -> 0` gives the identity (stride 1),
@@ -37,7 +37,7 @@ def context_pool2d(
             Gs divides G, and group g has the supports `g // (G // Gs)`.
             `weight_logits` and `sigma` may be of another floating dtype than `x`, and better stay in fp32.
         stride: output cells are `stride` pixels apart.
-        offset: where each group looks relative to the cell's centre, rows before columns, in input pixels:
+        offset: where each group looks relative to the cell's center, rows before columns, in input pixels:
             `(B or 1, G, 2, Ho or 1, Wo or 1)`. It may point outside the map.
         backend: `'triton'`, `'native'`, `'tiled'`, `'reference'`, or None for the best that can run (see
             `available_backends`).

@@ -11,7 +11,7 @@ def is_channels_last(x: Tensor, groups: int) -> bool:
 
 
 def empty_maps(like: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised `(B, C, H, W)` maps on the device of `like`."""
+    """Uninitialized `(B, C, H, W)` maps on the device of `like`."""
     b, c, h, w = shape
     if channels_last:
         # Not a permuted view: callers may change the maps in place, which autograd refuses for views made here.

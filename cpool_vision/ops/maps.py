@@ -119,7 +119,7 @@ def make_fused_maps(
 def empty_pair(
         like: Tensor, batch: int, height: int, width: int, groups: int, support_groups: int, stride: int,
 ) -> tuple[Tensor, Tensor]:
-    """Uninitialised logits and supports for a map of so many pixels, on the device of `like`, at least in fp32."""
+    """Uninitialized logits and supports for a map of so many pixels, on the device of `like`, at least in fp32."""
     dtype = map_dtype(like)
     out = (height + stride - 1) // stride, (width + stride - 1) // stride
     return (like.new_empty((batch, groups, height, width), dtype=dtype),

@@ -1,7 +1,7 @@
 """Which pixels each query must read: certified windows, and the bands and strips of queries that share them.
 
 A query pools over the whole map, but all but a tolerated share of its weight lies in a rectangle around it. The
-Gaussian factorises over rows and columns, so the exact weight outside a range of rows (or columns) costs one
+Gaussian factorizes over rows and columns, so the exact weight outside a range of rows (or columns) costs one
 multiplication per query and pixel, `1 / C` of the pooling itself. Windows therefore follow the supports *and* the
 pooling weights that were learned, and the share left out is computed, not estimated.
 """
@@ -127,7 +127,7 @@ def _maps_per_chunk(maps: int, elements: float) -> int:
 
 
 def _choose_shape(margins: Tensor, height: int, width: int, channels: int) -> tuple[int, int, float]:
-    """Columns of a band, rows of a strip, and the mean window area, at the least modelled cost."""
+    """Columns of a band, rows of a strip, and the mean window area, at the least modeled cost."""
     maps, ho, wo = margins.shape[1:]
     skip = -margins.float()
     best = (float('inf'), 0, 0, 0.0)

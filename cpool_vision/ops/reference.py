@@ -11,9 +11,9 @@ SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-100}
 
 
 def squared_offsets(out_size: int, in_size: int, stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Squared distances along one axis, in input pixels, from output cell centres to pixel centres.
+    """Squared distances along one axis, in input pixels, from output cell centers to pixel centers.
 
-    Less each cell's smallest, which softmax does not see: `(j - n)(j + n - 2 centre)` with n the nearest pixel. Both
+    Less each cell's smallest, which softmax does not see: `(j - n)(j + n - 2 center)` with n the nearest pixel. Both
     factors are integers, so every value is rounded once at most, and logits are not lost beside large distances.
 
     Returns:
@@ -41,10 +41,10 @@ def offset_tables(
 
 def _moved_squares(offset: Tensor, out_size: int, in_size: int, stride: int) -> Tensor:
     index = torch.arange(max(out_size, in_size), device=offset.device).to(offset.dtype)
-    centre, at = (stride * index[:out_size] + (stride - 1) / 2), index[:in_size]
-    nearest = (centre + offset.detach()).round().clamp(0, in_size - 1)[..., None]
-    # Index beside index first: a sum of centre and offset would round away what small supports see.
-    return (at - nearest) * (at - centre[:, None] + (nearest - centre[:, None]) - 2 * offset[..., None])
+    center, at = (stride * index[:out_size] + (stride - 1) / 2), index[:in_size]
+    nearest = (center + offset.detach()).round().clamp(0, in_size - 1)[..., None]
+    # Index beside index first: a sum of center and offset would round away what small supports see.
+    return (at - nearest) * (at - center[:, None] + (nearest - center[:, None]) - 2 * offset[..., None])
 
 
 def exponent_scale(sigma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,7 +61,7 @@ def share_out(maps: Tensor, groups: int) -> Tensor:
 
 def context_pool2d_reference(
         x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, offset: Tensor | None = None) -> Tensor:
-    """Pools every output cell's neighbourhood with learned weights and a learned Gaussian support, densely.
+    """Pools every output cell's neighborhood with learned weights and a learned Gaussian support, densely.
 
     `y[b, c, i] = sum_j softmax_j(l_j - |p_i + o_i - p_j|^2 / (2 sigma_i^2)) x[b, c, j]` over all pixels j of the map
     (Huang et al., ICML 2022, https://arxiv.org/abs/2207.01844). Time and memory grow with `(H W)(Ho Wo)`.

@@ -31,7 +31,7 @@ def grid_map(x: Tensor, num_prefix_tokens: int, like: Tensor) -> Tensor:
 
 
 def _with_prefix_of(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Contiguous tokens with the prefix of `tokens`, and the rest uninitialised."""
+    """Contiguous tokens with the prefix of `tokens`, and the rest uninitialized."""
     y = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     y[:, :num_prefix_tokens] = tokens[:, :num_prefix_tokens]
     return y

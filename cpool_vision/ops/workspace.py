@@ -16,7 +16,7 @@ _workspace = _Workspace()
 
 
 def take(slot: str, like: Tensor, *shape: int) -> Tensor:
-    """Uninitialised memory for one temporary, valid until the slot is taken again in the same thread.
+    """Uninitialized memory for one temporary, valid until the slot is taken again in the same thread.
 
     Callers bound the size by a chunk of the work, never by the batch.
     """

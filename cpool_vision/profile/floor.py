@@ -52,8 +52,8 @@ def needed_pairs(case: Case, inputs: Inputs, seed: int = 0) -> float:
 
 
 def _squared_offsets(cells: Tensor, size: int, stride: int) -> Tensor:
-    centre = cells.double() * stride + (stride - 1) / 2
-    return (centre[:, None] - torch.arange(size, device=cells.device, dtype=torch.float64)).square()
+    center = cells.double() * stride + (stride - 1) / 2
+    return (center[:, None] - torch.arange(size, device=cells.device, dtype=torch.float64)).square()
 
 
 def moved_bytes(case: Case, inputs: Inputs) -> int:

@@ -9,8 +9,8 @@ from .implementations import CONVOLUTION, NAMES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
-_COLOURS = ('#000000', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9')
+# Okabe and Ito's colors: told apart by color-blind readers too.
+_COLORS = ('#000000', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9')
 _MARKERS = 'osD^vP'
 _LABELS = {'size': 'side of the map (pixels)', 'support': 'mean support (pixels)'}
 
@@ -33,7 +33,7 @@ def _draw_panel(axes: Any, kind: str, points: Sequence[Mapping[str, Any]], ticke
     for number, name in enumerate(drawn):
         at, cost = _series(points, name)
         if at:
-            axes.plot(at, cost, color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)],
+            axes.plot(at, cost, color=_COLORS[number % len(_COLORS)], marker=_MARKERS[number % len(_MARKERS)],
                       markersize=3, linewidth=1, label=name)
     axes.plot(*_floor_series(points), color='0.5', linestyle='--', linewidth=0.8, label='floor')
     axes.axhline(1, color='0.5', linewidth=0.8, label='depthwise 7x7 convolution')

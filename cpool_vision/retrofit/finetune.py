@@ -78,7 +78,7 @@ def param_groups(
 
 
 class _FixedStatistics:
-    """Keeps a normalisation in eval mode whatever mode the model is in."""
+    """Keeps a normalization in eval mode whatever mode the model is in."""
 
     def train(self, mode: bool = True) -> Any:
         return super().train(False)  # type: ignore[misc]
@@ -94,10 +94,10 @@ def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def freeze_base(model: Any, train_head: bool = False) -> Any:
-    """Freezes, in place, all but the context pools; also running statistics of normalisations stay put.
+    """Freezes, in place, all but the context pools; also running statistics of normalizations stay put.
 
-    Normalisations with running statistics stay in eval mode, also after `model.train()`; class and state-dict keys
-    otherwise stay theirs. Dropout and stochastic depth follow `model.train()` as ever. Convert to synchronised batch
+    Normalizations with running statistics stay in eval mode, also after `model.train()`; class and state-dict keys
+    otherwise stay theirs. Dropout and stochastic depth follow `model.train()` as ever. Convert to synchronized batch
     norm, which makes new modules, before freezing.
 
     Args:
@@ -131,7 +131,7 @@ def freeze_base(model: Any, train_head: bool = False) -> Any:
 
 
 def unfreeze_base(model: Any) -> Any:
-    """Undoes `freeze_base`, in place: every parameter is trained, normalisations follow the mode of the model again."""
+    """Undoes `freeze_base`, in place: every parameter is trained, normalizations follow the mode of the model again."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for module in model.modules():

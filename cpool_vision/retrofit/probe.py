@@ -159,7 +159,7 @@ def reaches_output(model: nn.Module, x: Tensor, places: list[Place], run_alone: 
 def in_raster_order(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool]:
     """For each place of tokens, whether a token sees the part of the image where its index puts it on the grid.
 
-    A token off the centre is followed back to the image; no other part of it may count `MISPLACED` times more than its
+    A token off the center is followed back to the image; no other part of it may count `MISPLACED` times more than its
     own surroundings. Some networks keep their tokens in another order, where a pool would mix far parts of the image.
     """
     tokens = [i for i, place in enumerate(places) if place.features.layout == 'NLC']

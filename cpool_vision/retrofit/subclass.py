@@ -1,4 +1,4 @@
-"""Behaviour added to one module by a subclass of its class: `isinstance`, names and state dict stay as they are.
+"""Behavior added to one module by a subclass of its class: `isinstance`, names and state dict stay as they are.
 
 Such subclasses have no name that could be imported: a module is copied and pickled as its own class and the list of
 what was added to it, in order.

@@ -177,7 +177,7 @@ for _ in range(12):
     ([{'RandomResizedCrop': {}}], 'RandomResizedCrop cannot be built.*size'),
     ([{'RandomResizedCrop': {'size': 'input', 'scale': 'input'}}], "scale cannot be 'input'"),
     ([{'Affine': {'interpolation': 'cubist'}}], "interpolation='cubist' is unknown: did you mean cubic"),
-    ([{'Normalize': {}}], 'Normalize cannot be part of the pipeline: images are normalised.*remove it'),
+    ([{'Normalize': {}}], 'Normalize cannot be part of the pipeline: images are normalized.*remove it'),
     (['ToTensorV2'], 'ToTensorV2 cannot be part'), (['FDA'], 'FDA.*more than the image'),
     (['Lambda'], 'Lambda.*runs code'), ([], r'transforms is \[\]: list one'), ('', r'holds None'), ('7', 'holds 7'),
     ([{'OneOf': []}], 'OneOf: transforms is'), ([{'OneOf': {'p': 1}}], 'OneOf: transforms is None'),
@@ -259,7 +259,7 @@ def test_one_channel() -> None:
             (1, 24, 24)}
 
 
-def test_normalisation(write: Any) -> None:
+def test_normalization(write: Any) -> None:
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     pipeline = Pipeline('light')
     raw, normal = pipeline.build(SIZE), pipeline.build(SIZE, (mean, std))

@@ -28,7 +28,7 @@ def test_pictures_are_the_published_ones(split: str, size: int, expected: str) -
     assert digest(pixels) == expected
 
 
-def test_sample_does_not_depend_on_its_neighbours() -> None:
+def test_sample_does_not_depend_on_its_neighbors() -> None:
     whole = ShapesDataset('train', num_samples=300).pixels()
     assert np.array_equal(ShapesDataset('train', num_samples=7).pixels(), whole[:7])
     alone = ShapesDataset('train', num_samples=300)
@@ -109,7 +109,7 @@ def test_draws_are_uniform_and_keyed() -> None:
     assert draws.bytes(5).shape == (2000, 5)
 
 
-def test_classes_cannot_be_told_from_colour() -> None:
+def test_classes_cannot_be_told_from_color() -> None:
     dataset = ShapesDataset('train', 2000)
     means = dataset.pixels().reshape(200, 10, -1, 3).mean((2,))
     between = means.mean(0).std(0)
@@ -181,5 +181,5 @@ def test_bad_input(name: str, options: dict, message: str) -> None:
 
 
 def test_unknown_argument() -> None:
-    with pytest.raises(TypeError, match='colour'):
-        create_dataset('cpool/shapes', colour='red')
+    with pytest.raises(TypeError, match='color'):
+        create_dataset('cpool/shapes', color='red')

@@ -24,7 +24,7 @@ def test_pictures_are_the_published_ones(split: str, size: int, pixels: str, mas
     assert (digest(crowd.pixels), digest(crowd.masks)) == (pixels, masks)
 
 
-def test_sample_does_not_depend_on_its_neighbours() -> None:
+def test_sample_does_not_depend_on_its_neighbors() -> None:
     dataset = ShapesSegDataset('train', 30, 32)
     whole, alone = dataset.arrays(), dataset.render(np.asarray([17]))
     for many, one in zip(whole, alone, strict=True):
@@ -78,10 +78,10 @@ def test_scene_is_the_same_at_another_size() -> None:
 
 
 def test_mask_is_what_is_drawn() -> None:
-    # inside an object its own two colours, and nothing of the ground: the picture changes at the border of the mask
+    # inside an object its own two colors, and nothing of the ground: the picture changes at the border of the mask
     crowd = ShapesSegDataset('train', 60, 64).arrays()
-    grey = crowd.pixels.astype(float).mean(-1)
-    step = np.abs(np.diff(grey, axis=2))
+    gray = crowd.pixels.astype(float).mean(-1)
+    step = np.abs(np.diff(gray, axis=2))
     border = np.diff((crowd.masks > 0).astype(int), axis=2) != 0
     away = ~(border | (crowd.masks[:, :, 1:] > 0))
     assert step[border].mean() > 2 * step[away].mean()

@@ -69,18 +69,18 @@ def test_figure_shows_every_layer_and_image() -> None:
     assert any(title.startswith(f'second: mean σ {mean:.3g} px (2 groups: ') for title in titles)
     assert not any('third' in title for title in titles)
     assert {'cat', 'dog'} <= {axes.get_ylabel() for axes in figure.axes}
-    assert len(figure.axes) == 2 * 7 + 4  # two rows of panels, two colour bars per layer
+    assert len(figure.axes) == 2 * 7 + 4  # two rows of panels, two color bars per layer
 
 
 @pytest.mark.parametrize('grid, stride, size', [((4, 4), 1, (32, 32)), ((16, 24), 2, (32, 48)), ((5, 3), 2, (32, 48))])
-def test_circles_stand_on_cell_centres_with_the_radius_of_the_support(grid, stride, size) -> None:
+def test_circles_stand_on_cell_centers_with_the_radius_of_the_support(grid, stride, size) -> None:
     maps = fake_maps(grid, stride, batch=1)
     figure = supports_figure(fake_images(1, size), {'only': maps})
     circles = figure.axes[1].collections[-1]
     cell = np.asarray([size[1] / grid[1], size[0] / grid[0]]) * stride
-    centres = circles.get_offsets() / cell
-    assert np.allclose(centres % 1, 0.5)
-    column, row = np.floor(centres).astype(int).T
+    centers = circles.get_offsets() / cell
+    assert np.allclose(centers % 1, 0.5)
+    column, row = np.floor(centers).astype(int).T
     expected = 2 * support_in_pixels(maps, size)[0].numpy()[row, column]
     assert np.allclose(2 * np.asarray(circles._widths), expected)
     assert 1 <= len(expected) <= 49 and circles._units == 'xy'
@@ -90,12 +90,12 @@ def test_circles_stand_on_cell_centres_with_the_radius_of_the_support(grid, stri
 def test_circles_leave_the_image_visible(sigma: float, per_side: int) -> None:
     maps = ContextMaps(torch.zeros(1, 1, 14, 14), torch.full((1, 1, 14, 14), sigma), (14, 14), 1)
     figure = supports_figure(fake_images(1, (224, 224)), {'only': maps})
-    centres = np.asarray(figure.axes[1].collections[-1].get_offsets())
-    assert len(centres) <= per_side ** 2 and len(set(centres[:, 0])) >= 3
-    assert per_side == 3 or np.diff(np.unique(centres[:, 0])).min() >= 2 * sigma * 16 - 1e-6
+    centers = np.asarray(figure.axes[1].collections[-1].get_offsets())
+    assert len(centers) <= per_side ** 2 and len(set(centers[:, 0])) >= 3
+    assert per_side == 3 or np.diff(np.unique(centers[:, 0])).min() >= 2 * sigma * 16 - 1e-6
 
 
-def test_one_extreme_value_does_not_take_the_colour_scale() -> None:
+def test_one_extreme_value_does_not_take_the_color_scale() -> None:
     logits, sigma = torch.zeros(1, 1, 16, 16), torch.linspace(1, 2, 256).view(1, 1, 16, 16).clone()
     logits[0, 0, 0, 0], sigma[0, 0, 0, 0] = 50., 1000.
     figure = supports_figure(fake_images(1, (16, 16)), {'only': ContextMaps(logits, sigma, (16, 16), 1)})

@@ -64,10 +64,10 @@ def test_footprints_stand_in_image_pixels() -> None:
     for column, name, cell in ((1, 'fine', 4), (2, 'coarse', 2)):
         circles = figure.axes[column].patches
         assert [circle.center for circle in circles] == [
-            (x * cell, y * cell) for y, x in found[name].centres().tolist()]
+            (x * cell, y * cell) for y, x in found[name].centers().tolist()]
         assert circles[0].width == 2 * cell * maps[name].sigma[0, 0, 0, 0] == 2 * 6
-    grey, colour = figure.axes[1].images
-    assert grey.get_array().shape == SIZE and colour.get_array().shape == (8, 12)
+    gray, color = figure.axes[1].images
+    assert gray.get_array().shape == SIZE and color.get_array().shape == (8, 12)
 
 
 def test_long_names_are_made_to_fit() -> None:

@@ -59,8 +59,8 @@ def test_rows_sum_to_one_and_reproduce_the_pool(name, kwargs) -> None:
 def test_points_in_pixels_of_the_image() -> None:
     maps = ContextMaps(torch.zeros(1, 1, 5, 8), torch.ones(1, 1, 3, 4), (5, 8), 2)
     assert cells_at(maps, (40, 64), [(0, 0), (15.9, 15.9), (16, 16), (39.9, 63.9)]) == [(0, 0), (0, 0), (1, 1), (2, 3)]
-    centres = footprints_of(maps, (40, 64), [(17, 17)]).centres()
-    assert centres.tolist() == [[3, 3]]
+    centers = footprints_of(maps, (40, 64), [(17, 17)]).centers()
+    assert centers.tolist() == [[3, 3]]
     assert grid_points((4, 8), 2) == [(1, 2), (1, 6), (3, 2), (3, 6)]
 
 

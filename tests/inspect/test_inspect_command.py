@@ -43,7 +43,7 @@ def test_everything_of_a_model(tmp_path: pathlib.Path, capsys) -> None:
     assert np.shape(first['sigma_px']) == (2, 8, 2)  # images, groups, points
     field = numbers['receptive_field']
     assert field['unit'] == [4, 4] and field['grid'] == [8, 8] and field['layer'] is None
-    assert all(4 < value < 28 for value in field['pools_off']['centre_px'])
+    assert all(4 < value < 28 for value in field['pools_off']['center_px'])
     assert 0 < field['pools_off']['radius_50_px'] < field['pools_off']['radius_90_px'] < 32
     page = check_page(paths[5].read_text(encoding='utf-8'))
     assert len(page.images) == 5

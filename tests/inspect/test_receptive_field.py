@@ -24,7 +24,7 @@ def test_two_box_filters_by_hand() -> None:
     expected = torch.zeros(11, 11, dtype=torch.float64)
     expected[3:8, 3:8] = axis[:, None] * axis
     torch.testing.assert_close(field.map, expected)
-    assert field.unit == (5, 5) and field.grid == (11, 11) and field.centre == pytest.approx((5.5, 5.5))
+    assert field.unit == (5, 5) and field.grid == (11, 11) and field.center == pytest.approx((5.5, 5.5))
     radii, mass = field.mass_within()
     assert [round(value * 81) for value in mass[:6].tolist()] == [9, 33, 49, 61, 77, 81]
     assert radii[:3].tolist() == pytest.approx([0, 1, math.sqrt(2)])
@@ -40,16 +40,16 @@ def test_layer_and_point() -> None:
     coarse = nn.Conv2d(1, 1, 2, stride=2, bias=False)
     nn.init.ones_(coarse.weight)
     field = effective_receptive_field(coarse, torch.randn(1, 1, 8, 8), point=(4, 4))
-    assert field.unit == (2, 2) and field.centre == pytest.approx((5, 5))
+    assert field.unit == (2, 2) and field.center == pytest.approx((5, 5))
     assert field.radius(1) == pytest.approx(math.sqrt(0.5))
 
 
-def test_centre_is_that_of_the_mean_square_gradient() -> None:
+def test_center_is_that_of_the_mean_square_gradient() -> None:
     # the kernel of unit (2, 2) begins at pixel 3: 1, 2, 0 along x, whose squares 1 and 4 lie at 3.5 and 4.5
     conv = nn.Conv2d(1, 1, 3, stride=2, padding=1, bias=False)
     conv.weight.data = torch.tensor([1.0, 2.0, 0.0]).expand(1, 1, 3, 3)
     field = effective_receptive_field(conv, torch.randn(1, 1, 8, 8))
-    assert field.unit == (2, 2) and field.centre == pytest.approx((4.5, (3.5 + 4 * 4.5) / 5))
+    assert field.unit == (2, 2) and field.center == pytest.approx((4.5, (3.5 + 4 * 4.5) / 5))
 
 
 def test_signs_keep_channels_from_cancelling() -> None:

@@ -103,15 +103,15 @@ def browse(page: pathlib.Path, height: int = 900) -> np.ndarray:
     return np.asarray(Image.open(picture).convert('RGB')).astype(int)
 
 
-def pixels_of(shown: np.ndarray, colour: tuple[int, int, int]) -> int:
-    """Number of pixels of nearly a colour."""
-    return int((abs(shown - colour).sum(-1) < 12).sum())
+def pixels_of(shown: np.ndarray, color: tuple[int, int, int]) -> int:
+    """Number of pixels of nearly a color."""
+    return int((abs(shown - color).sum(-1) < 12).sum())
 
 
 def test_chromium_shows_the_page(tmp_path: pathlib.Path) -> None:
     page = tmp_path / 'page.html'
     page.write_text(example(), encoding='utf-8')
     shown = browse(page)
-    # the two colours of the picture, at the size that the page gives it: 389 x 259 pixels, a fifth of them yellow
+    # the two colors of the picture, at the size that the page gives it: 389 x 259 pixels, a fifth of them yellow
     assert pixels_of(shown, (68, 1, 84)) == pytest.approx(0.8 * 389 * 259, rel=0.15)
     assert pixels_of(shown, (253, 231, 37)) == pytest.approx(0.2 * 389 * 259, rel=0.15)

@@ -207,7 +207,7 @@ def test_fastai_learner(name, image_folder, tmp_path):
     torch.manual_seed(0)
     loaders = vision.ImageDataLoaders.from_folder(
         image_folder, valid_pct=.4, seed=0, bs=3, num_workers=0, item_tfms=vision.Resize(64), device='cpu')
-    if name == 'retrofit':  # a folder with weights: normalised by its own mean, its body frozen at first
+    if name == 'retrofit':  # a folder with weights: normalized by its own mean, its body frozen at first
         save_model(add_context_pool(timm.create_model('test_resnet'), img_size=64), str(tmp_path / 'model'))
         learner = vision.vision_learner(loaders, f"local-dir:{tmp_path / 'model'}", path=tmp_path)
         assert loaders.after_batch.fs.filter(vision.risinstance(vision.Normalize))

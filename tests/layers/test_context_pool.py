@@ -316,7 +316,7 @@ def test_a_state_dict_without_a_bound_makes_the_layer_unbounded():
     assert bounded.bound == 3
 
 
-def test_shared_supports_serve_neighbouring_groups():
+def test_shared_supports_serve_neighboring_groups():
     pool = spread(make(groups=4, support_groups=2, ratio=.5), std=3.)
     x = torch.randn(2, 32, 6, 5)
     weight_logits, sigma = pool.maps(x)

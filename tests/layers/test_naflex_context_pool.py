@@ -100,7 +100,7 @@ def test_gradients_of_groups_and_missing_tokens():
     assert torch.autograd.gradcheck(call, (x, *values))
 
 
-def test_a_mean_of_neighbours_counts_only_those_present():
+def test_a_mean_of_neighbors_counts_only_those_present():
     pool = create_mixer(1, mixer='average', layout='naflex').double()
     x = torch.tensor([[[1.], [2.], [6.]]], dtype=torch.float64)
     y = pool(x, find_grids(torch.tensor([[[0, 0], [0, 1], [1, 1]]])))

@@ -83,14 +83,14 @@ def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
 def test_pretrained_with_another_head_and_stem(weights, name, base, size):
     model, overlay = weights(base)
     x = torch.randn(1, 1, size, size)
-    colour = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0).eval()
+    color = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0).eval()
     variant = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=1).eval()
     assert variant(x).shape == (1, 5)
     headless = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, in_chans=1).eval()
     with torch.no_grad():
-        torch.testing.assert_close(headless(x), colour(x.expand(-1, 3, -1, -1)), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(headless(x), color(x.expand(-1, 3, -1, -1)), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize('name,base,size', PAIRS)

@@ -18,7 +18,7 @@ def _poisoned(function):
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Uninitialised memory reads as NaN, so that an element nobody wrote cannot pass for a result."""
+    """Uninitialized memory reads as NaN, so that an element nobody wrote cannot pass for a result."""
     from cpool_vision.ops import workspace
     workspace.clear()
     for owner, name in ((torch, 'empty'), (torch, 'empty_like'), (torch.Tensor, 'new_empty')):

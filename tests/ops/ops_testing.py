@@ -75,7 +75,7 @@ def assert_close_to_definition(function, eager, case: Case, stride: int = 1, sha
     """Against `eager` in fp64, mean and max errors stay below twice those of `eager` plus the dtype's rounding.
 
     The gradients of logits and supports are differences of `dy . x`, so rounding is relative to those products. That of
-    a support multiplies them by the slope of its weights, steep where a small support meets a strong neighbour. A
+    a support multiplies them by the slope of its weights, steep where a small support meets a strong neighbor. A
     further `share` of a query's weight may be wrong.
     """
     peaks = [t.double().abs().amax((2, 3)) for t in (case[3], case[0])]

@@ -89,7 +89,7 @@ def test_random_calls(first):
         torch.set_num_threads(threads)
 
 
-# What the subprocess runs. Optimised less, compiling takes seconds; the compiler itself goes without the runtime.
+# What the subprocess runs. Optimized less, compiling takes seconds; the compiler itself goes without the runtime.
 SANITIZED = """
 import os, sys
 del os.environ['LD_PRELOAD']
@@ -111,7 +111,7 @@ def _runtimes(compiler: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+def test_kernels_are_clean_under_address_and_undefined_behavior_sanitizers(tmp_path):
     runtimes = _runtimes(build._compiler())
     if len(runtimes) < 2:
         pytest.skip('the compiler has no address sanitizer')

@@ -50,8 +50,8 @@ def test_offset_moves_the_place_that_cells_look_round(shape, backend):
 
     def definition(x, logits, sigma):
         """All distances at once, as the formula says."""
-        centre = at[None, None] + moved
-        distance = (centre.flatten(3)[..., None] - at.flatten(1)[:, None]).square().sum(2)
+        center = at[None, None] + moved
+        distance = (center.flatten(3)[..., None] - at.flatten(1)[:, None]).square().sum(2)
         scale = 2 * sigma.repeat_interleave(2, 1).flatten(2)[..., None].square()
         attn = (logits.flatten(2)[:, :, None] - distance / scale).softmax(-1)
         return torch.einsum('bgij,bgcj->bgci', attn, x.unflatten(1, (6, -1)).flatten(3)).reshape(x.shape)

@@ -79,7 +79,7 @@ def test_the_base_is_kept_to_the_bit_and_the_pools_learn(family):
         before, features = model(x), model.forward_features(x)
     state = torch.get_rng_state()
     assert add(model, family) is model
-    assert not torch.equal(state, torch.get_rng_state())  # only the pools' own initialisation draws
+    assert not torch.equal(state, torch.get_rng_state())  # only the pools' own initialization draws
     pools = context_pools(model)
     _, _, _, layout, places = MODELS[family]
     assert [name.removesuffix('.cpool') for name in pools] == places

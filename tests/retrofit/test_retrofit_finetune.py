@@ -107,7 +107,7 @@ def test_a_frozen_base_in_training_mode_predicts_as_in_eval_mode(model):
     assert not torch.equal(model.train()(x), model.eval()(x))
 
 
-def test_a_pooled_normalisation_can_be_frozen():
+def test_a_pooled_normalization_can_be_frozen():
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=5)
     x = torch.randn(2, 3, 64, 64)

@@ -19,7 +19,7 @@ import torch
 from cpool_vision.profile.measure import machine
 
 from ...markers import write_between
-from ..report import draw, draw_contrasts, format_contrasts, format_table, summarise
+from ..report import draw, draw_contrasts, format_contrasts, format_table, summarize
 from ..runner import read_results, restore, write_text
 from ..spec import read_study
 from .runs import Data, check_parameters, recipe_of, replay_ratios, run_stack_of, score_test, stacks, step_ratios
@@ -94,14 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = {}
     for split, rows in {'': results, **{f' {k}': v for k, v in final.items()}}.items():
         tables[f'{args.study.stem}{split}'] = format_table(
-            summarise(study, rows, timed.get('ratios', {}), metric), metric)
+            summarize(study, rows, timed.get('ratios', {}), metric), metric)
         if study.contrasts:
             tables[f'{args.study.stem}{split} contrasts'] = format_contrasts(study, rows, metric)
     print(f'\n{study.title}: {len(results)} of {len(list(study.runs()))} runs\n\n' + '\n\n'.join(tables.values()))
     if args.results:
         keep_results(args.results, {**kept, 'timing': timed, 'runs': results, 'final': final})
     if args.plot:
-        draw(study.title, summarise(study, results, timed.get('ratios', {}), metric), args.plot, metric)
+        draw(study.title, summarize(study, results, timed.get('ratios', {}), metric), args.plot, metric)
         if study.contrasts:
             draw_contrasts(study, results, args.plot.with_name(f'{args.plot.stem}_contrasts.png'), metric)
     if args.write:

@@ -68,13 +68,13 @@ def transform_maker(settings: LoaderSettings, data_config: Mapping[str, Any], pi
                     ) -> Callable[[tuple[int, int, int]], Augmentation]:
     """Function that makes the transform for an input size (channels, height, width).
 
-    It gives uint8 for timm's prefetcher, or normalises where there is none; on images it raises `ConfigError`.
+    It gives uint8 for timm's prefetcher, or normalizes where there is none; on images it raises `ConfigError`.
     """
-    normalisation = (data_config['mean'], data_config['std']) if settings.no_prefetcher else None
+    normalization = (data_config['mean'], data_config['std']) if settings.no_prefetcher else None
 
     def make(size: tuple[int, int, int]) -> Augmentation:
         try:
-            return pipeline.build(size, normalisation, ConfigError)
+            return pipeline.build(size, normalization, ConfigError)
         except AugmentationError as error:
             raise ConfigError(f'--aug-config: {error}') from error
 

@@ -59,7 +59,7 @@ def build_train_loader(
         settings, runtime, data_config, classes: the run.
         make_transform: makes the transform of images for an input size (channels, height, width), in place of timm's
             or that of `--aug-config`.
-            It maps a PIL image to a (channels, height, width) tensor: uint8 for the prefetcher, else normalised. If
+            It maps a PIL image to a (channels, height, width) tensor: uint8 for the prefetcher, else normalized. If
             it has a method `set_random_seed(int)`, that is called before each image.
 
     Raises:

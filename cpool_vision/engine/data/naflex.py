@@ -126,7 +126,7 @@ def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
             f'({type(model).__name__}) takes whole images: '
             'choose a naflexvit model (naflexvit_*_cpool_* or one of timm), or leave --naflex-loader out')
     idle = (
-        ('no_prefetcher', 'patches are normalised by the prefetcher'), ('channels_last', 'patches have no layout'),
+        ('no_prefetcher', 'patches are normalized by the prefetcher'), ('channels_last', 'patches have no layout'),
         ('torchscript', 'dictionaries cannot be scripted'), ('train_img_sizes', 'both set the size of a batch'),
         ('use_multi_epochs_loader', 'the order changes with the epoch'), ('aug_splits', 'it makes one view per image'),
         ('aug_repeats', 'it draws each image once'), ('save_images', 'there is no picture to save'),

@@ -28,7 +28,7 @@ class UnreadableImageError(Exception):
 
 
 class StrictImageDataset(ImageDataset):
-    """timm's `ImageDataset`, but an unreadable image is an error, where timm's hands out its neighbour.
+    """timm's `ImageDataset`, but an unreadable image is an error, where timm's hands out its neighbor.
 
     Images are decoded by `data.images.open_image`.
     """

@@ -92,9 +92,9 @@ class LoaderSettings(DataSettings, AugmentSettings, SizedBatchSettings, EpochSet
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings(ModelSettings):
-    """How the model begins, and what regularises it."""
+    """How the model begins, and what regularizes it."""
 
-    title = 'start and regularisation of the model'
+    title = 'start and regularization of the model'
     pretrained_path: str | None = flag(
         None, 'file to use instead of the published pretrained weights, adapted to classes and channels')
     initial_checkpoint: str = flag('', 'weights to start from; must fit exactly', metavar='PATH')
@@ -114,7 +114,7 @@ class NetworkSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(LoaderSettings):
-    """What is minimised; class weights are counted in the data."""
+    """What is minimized; class weights are counted in the data."""
 
     title = 'loss'
     smoothing: float = flag(0.1, 'label smoothing (default: 0.1)')

@@ -80,4 +80,4 @@ class ValidateSettings(DeviceSettings, ModelSettings, DataSettings):
 def build_parser() -> argparse.ArgumentParser:
     """A fresh parser with every flag of validate.py."""
     return flags.build_parser(
-        ValidateSettings, 'validate.py', 'Measure the accuracy of one model, or of many, on a labelled image set.')
+        ValidateSettings, 'validate.py', 'Measure the accuracy of one model, or of many, on a labeled image set.')

@@ -130,19 +130,19 @@ def _plot(axes: Any, curve: Curve | None, marked: bool = True, **style: Any) -> 
         axes.plot(*curve, **{**marker, **style})
 
 
-def _draw_curves(panels: Sequence[Any], runs: Sequence[RunCurves], colours: Sequence[str]) -> None:
+def _draw_curves(panels: Sequence[Any], runs: Sequence[RunCurves], colors: Sequence[str]) -> None:
     loss, accuracy, rate = panels
     known = {name for run in runs for name in run.epochs}
     kinds = {title: pair for title, pair in _SCORES.items() if known & {pair[0][0], pair[1][0]}} or dict(
         [next(iter(_SCORES.items()))])
-    for run, colour in zip(runs, colours, strict=True):
-        _plot(loss, run.updates.get('loss'), False, color=colour, alpha=0.35, linewidth=0.6)
-        _plot(loss, run.epochs.get('train_loss'), color=colour, linestyle='--', linewidth=0.8)
-        _plot(loss, run.epochs.get('eval_loss'), color=colour)
+    for run, color in zip(runs, colors, strict=True):
+        _plot(loss, run.updates.get('loss'), False, color=color, alpha=0.35, linewidth=0.6)
+        _plot(loss, run.epochs.get('train_loss'), color=color, linestyle='--', linewidth=0.8)
+        _plot(loss, run.epochs.get('eval_loss'), color=color)
         for (solid, _), (dashed, _) in kinds.values():
-            _plot(accuracy, run.epochs.get(solid), color=colour)
-            _plot(accuracy, run.epochs.get(dashed), color=colour, linestyle='--', linewidth=0.8)
-        _plot(rate, run.updates.get('lr', run.epochs.get('lr')), False, color=colour)
+            _plot(accuracy, run.epochs.get(solid), color=color)
+            _plot(accuracy, run.epochs.get(dashed), color=color, linestyle='--', linewidth=0.8)
+        _plot(rate, run.updates.get('lr', run.epochs.get('lr')), False, color=color)
     for axes, title, names in ((loss, 'loss', ('validation', 'training', 'at log lines')),
                                (accuracy, ', '.join(kinds), [name for pair in kinds.values() for _, name in pair])):
         axes.set_title(title)
@@ -153,13 +153,13 @@ def _draw_curves(panels: Sequence[Any], runs: Sequence[RunCurves], colours: Sequ
     rate.set_title('learning rate')
 
 
-def _draw_supports(axes: Any, layer: str, runs: Sequence[RunCurves], colours: Sequence[str]) -> None:
+def _draw_supports(axes: Any, layer: str, runs: Sequence[RunCurves], colors: Sequence[str]) -> None:
     bounds = []
-    for run, colour in zip(runs, colours, strict=True):
+    for run, color in zip(runs, colors, strict=True):
         if layer in run.supports:
             times, values = run.supports[layer]
-            axes.fill_between(times, values[:, 1], values[:, 3], color=colour, alpha=0.2, linewidth=0)
-            _plot(axes, (times, values[:, 0]), color=colour)
+            axes.fill_between(times, values[:, 1], values[:, 3], color=color, alpha=0.2, linewidth=0)
+            _plot(axes, (times, values[:, 0]), color=color)
             bounds += [float(np.nanmin(values)), float(np.nanmax(values))] if np.isfinite(values).any() else []
     if bounds:
         low, high = min(bounds), max(bounds)
@@ -185,19 +185,19 @@ def runs_figure(runs: Sequence[RunCurves]) -> 'Figure':
     from matplotlib.ticker import MaxNLocator
     layers = list(dict.fromkeys(layer for run in runs for layer in run.supports))
     lines = -(-len(layers) // _COLUMNS)
-    colours = [f'C{index % 10}' for index in range(len(runs))]
+    colors = [f'C{index % 10}' for index in range(len(runs))]
     with matplotlib.rc_context(_STYLE):
         figure = new_figure(7.2, 2.3 + 1.5 * lines, layout='constrained')
         parts: Any = figure.subfigures(2, 1, height_ratios=(2.0, 1.5 * lines)) if lines else [figure]
         panels = list(parts[0].subplots(1, 3))
-        _draw_curves(panels, runs, colours)
+        _draw_curves(panels, runs, colors)
         if lines:
             grid = parts[1].subplots(lines, _COLUMNS, squeeze=False)
             for index, axes in enumerate(grid.flat):
                 if index >= len(layers):
                     axes.axis('off')
                     continue
-                _draw_supports(axes, layers[index], runs, colours)
+                _draw_supports(axes, layers[index], runs, colors)
                 panels.append(axes)
             parts[1].supylabel('support σ (px)', fontsize=7)
         end = max((curve[0].max() for run in runs for curves in (run.epochs, run.updates, run.supports)
@@ -208,7 +208,7 @@ def runs_figure(runs: Sequence[RunCurves]) -> 'Figure':
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=end >= 3))
             axes.ticklabel_format(axis='y', useOffset=False, style='plain')
         if len(runs) > 1:
-            handles = [Line2D([], [], color=colour) for colour in colours]
+            handles = [Line2D([], [], color=color) for color in colors]
             names = [_plain(run.name) for run in runs]
             figure.legend(handles, names, loc='outside upper center', ncols=min(len(runs), 4))
         else:

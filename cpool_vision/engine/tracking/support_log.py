@@ -69,7 +69,7 @@ def measure_supports(model: nn.Module, images: torch.Tensor, precision: Precisio
 
     Args:
         model: as it is validated; wrappers are taken off.
-        images: `(B, C, H, W)`, normalised, on the device of the model.
+        images: `(B, C, H, W)`, normalized, on the device of the model.
         precision: as in validation.
     """
     with precision.autocast():

@@ -1,4 +1,4 @@
-"""What is optimised: loss, training task, optimizer and learning rate schedule."""
+"""What is optimized: loss, training task, optimizer and learning rate schedule."""
 import logging
 from dataclasses import replace
 from typing import Any

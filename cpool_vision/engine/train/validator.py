@@ -28,7 +28,7 @@ def columns_of(settings: DataSettings) -> tuple[str, ...]:
 
 
 def average_statistics(settings: TrainSettings, runtime: Runtime, model: nn.Module | None) -> None:
-    """`--dist-bn`: gives all processes the same running statistics; synchronised ones are equal already."""
+    """`--dist-bn`: gives all processes the same running statistics; synchronized ones are equal already."""
     if runtime.distributed and settings.dist_bn and not settings.sync_bn:
         utils.distribute_bn(model, runtime.world_size, settings.dist_bn == 'reduce')
 

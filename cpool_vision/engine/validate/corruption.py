@@ -59,7 +59,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def summarise(about: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(about: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of a model over all corruptions.
 
     Args:

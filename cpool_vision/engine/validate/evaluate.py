@@ -152,7 +152,7 @@ def evaluate(
         model: maps images (B, C, H, W) to logits (B, classes); left in eval mode.
         loader: yields images and targets, class indices or what `tally` takes.
         runtime: where to compute; the counts of all its processes are added.
-        prefetched: the loader puts normalised images on the device itself.
+        prefetched: the loader puts normalized images on the device itself.
         channels_last: layout of the images.
         log_interval, title: batches between log lines, and their text.
         valid_labels: outputs that compete; targets are positions in this list.
@@ -193,8 +193,8 @@ def evaluate(
 
 def _check(metrics: dict[str, float], title: str, primary: bool) -> None:
     """Refuses images without a class, and warns of logits that are not finite."""
-    if metrics.get('unlabelled'):
-        raise DatasetError(f'{metrics["unlabelled"]} images are labelled with none of the classes that compete: check '
+    if metrics.get('unlabeled'):
+        raise DatasetError(f'{metrics["unlabeled"]} images are labeled with none of the classes that compete: check '
                            '--num-classes and --class-map, or whether the split has labels')
     if primary and metrics['nonfinite']:
         _logger.warning('%s: %d images gave logits that are NaN or infinite; they count as wrong, and not in the loss.',

@@ -31,10 +31,10 @@ def wilson_interval(hits: int, total: int, z: float = _Z95) -> tuple[float, floa
     if not total:
         return math.nan, math.nan
     share, weight = hits / total, z * z / total
-    centre = (share + weight / 2) / (1 + weight)
+    center = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
     # at 0 and 1 the bound is the share itself, which rounding would miss
-    return (0. if not hits else centre - half), (1. if hits == total else centre + half)
+    return (0. if not hits else center - half), (1. if hits == total else center + half)
 
 
 def _fixed_point(values: torch.Tensor) -> torch.Tensor:
@@ -56,11 +56,11 @@ def _share(hits: int, total: int) -> float:
 class Tally(Metric):
     """Loss, top-1 and top-5.
 
-    torchmetrics synchronises the states; its own classes are not used, as `MulticlassAccuracy` takes NaN for class 0
+    torchmetrics synchronizes the states; its own classes are not used, as `MulticlassAccuracy` takes NaN for class 0
     and float sums of others depend on the order. Adding a batch does not wait for the device.
 
-    A row labelled `UNREADABLE` is counted as such and nothing else. A row with a logit that is NaN or infinite is
-    never classed: it counts as wrong, and not in the loss. Rows labelled with no class are counted as unlabelled.
+    A row labeled `UNREADABLE` is counted as such and nothing else. A row with a logit that is NaN or infinite is
+    never classed: it counts as wrong, and not in the loss. Rows labeled with no class are counted as unlabeled.
 
     Args:
         device: device of the outputs.
@@ -77,7 +77,7 @@ class Tally(Metric):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(sync_on_compute=False, compute_with_cache=False)
-        self._add('counts', 6)  # images, top-1, top-5, not finite, unreadable, unlabelled
+        self._add('counts', 6)  # images, top-1, top-5, not finite, unreadable, unlabeled
         self._add('sums', self._sums, 2)
         self.to(device)
 
@@ -110,14 +110,14 @@ class Tally(Metric):
         self.sums[0] += _fixed_point(-log_prob.gather(1, target[:, None])[:, 0].masked_fill(~valid, 0))
 
     def read(self) -> dict[str, float]:
-        """`loss` (natural logarithm), `top1` and `top5` in percent; `images`, `nonfinite`, `unreadable`, `unlabelled`.
+        """`loss` (natural logarithm), `top1` and `top5` in percent; `images`, `nonfinite`, `unreadable`, `unlabeled`.
 
         A figure of no image is NaN.
         """
-        images, top1, top5, nonfinite, unreadable, unlabelled = self.counts.tolist()
+        images, top1, top5, nonfinite, unreadable, unlabeled = self.counts.tolist()
         return {'loss': mean_of_parts(self.sums[0].tolist(), images - nonfinite), 'top1': _share(top1, images),
                 'top5': _share(top5, images), 'images': images, 'nonfinite': nonfinite, 'unreadable': unreadable,
-                'unlabelled': unlabelled}
+                'unlabeled': unlabeled}
 
     def headline(self) -> tuple[str, str]:
         """What a log line, and what a progress bar says of the figures so far."""

@@ -224,7 +224,7 @@ def validate(settings: ValidateSettings, runtime: Runtime | None = None) -> dict
         `top1_low` and so on (95 % intervals), `nll`, `macro_accuracy`, `ece`, `mce`, `brier` (0 to 2), `nonfinite` and
         `unreadable` (images); lists `per_class`, `reliability`, `top_confusions` and, up to 100 classes,
         `confusion_matrix`; `environment`; `cost` with `--measure-cost`. With `--corruptions` see
-        `corruption.summarise`, with `--task multi_label` `multi_label.LabelTally`; the loss is `bce` there.
+        `corruption.summarize`, with `--task multi_label` `multi_label.LabelTally`; the loss is `bce` there.
 
     Raises:
         DatasetError: images that cannot be read; also see `data.build_dataset`.
@@ -244,7 +244,7 @@ def validate(settings: ValidateSettings, runtime: Runtime | None = None) -> dict
             part = replace(settings, data_dir=place.path, split='', num_samples=None)
             measured = _measure(subject, part, _open_loader(subject, part), f'{place.corruption} {place.severity}')
             lines.append(corruption.line(place, _describe(subject, about, measured)))
-        row = corruption.summarise(about, lines)
+        row = corruption.summarize(about, lines)
     else:
         loader = _open_loader(subject, settings)  # bad data is told before the model is compiled
         compile_subject(subject)

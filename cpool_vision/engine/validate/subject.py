@@ -34,7 +34,7 @@ class Subject:
         classes: outputs of the model.
         model: with its weights, compiled if asked for.
         parameters: how many.
-        data_config: input size, normalisation, interpolation, crop.
+        data_config: input size, normalization, interpolation, crop.
         crop_pct: side of the crop over the resized side.
         valid_labels: outputs that compete, None for all.
         subset: folders and classes of `--class-subset`.

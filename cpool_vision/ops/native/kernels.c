@@ -1,14 +1,14 @@
 /* Context pooling on a processor: every tile of query cells reads the disc of pixels that its supports reach.
  *
- * Maps are (pixels, channels), one map per image and group. Weights factorise: a = gy[row] gx[column] w[pixel], kept
- * unnormalised until the end of a tile. Their products with the features take one of two forms: dense.h where the
+ * Maps are (pixels, channels), one map per image and group. Weights factorize: a = gy[row] gx[column] w[pixel], kept
+ * unnormalized until the end of a tile. Their products with the features take one of two forms: dense.h where the
  * queries of a tile read much the same keys, quads.h where they do not.
  */
 #include "dense.h"
 #include "quads.h"
 
 #define MAX_SPREAD 60.0f /* of the logits in a map: beyond, products of factors leave the range of fp32 */
-#define TALL 24.0f       /* beyond, weights are normalised before they meet features of any size */
+#define TALL 24.0f       /* beyond, weights are normalized before they meet features of any size */
 
 /* exp(l - middle) for logits that lie middle to both sides: the rounding of the difference, up to a millionth, is made
  * up for. */
@@ -51,7 +51,7 @@ static int begin(Tile *t, const Shape *p, int backward, const float *logits, flo
     return ok;
 }
 
-/* Weights of map m in a tile that make_tile has made, not normalised; sets their sums and returns whether to go by
+/* Weights of map m in a tile that make_tile has made, not normalized; sets their sums and returns whether to go by
  * lists. */
 static int weigh(Tile *t, const Shape *p, const Facts *facts, int64_t m, const float *logits, const float *pixel,
                  vf *total) {
@@ -124,7 +124,7 @@ static vf differentiate_tile(Tile *t, const Shape *p, const Facts *facts, int64_
     for (int k = 0; k < t->key_count; ++k) mean += t->weights[k] * t->dots[k];
     for (int i = 0, k = 0; i < t->segment_count; ++i) {
         const Segment s = t->segments[i];
-        const vf off_y = offset2(t->centre_y, t->near_y, s.y);
+        const vf off_y = offset2(t->center_y, t->near_y, s.y);
         float *to = dl + (int64_t)s.y * p->width;
         for (int at = s.x0; at < s.x1; at += LANES) {
             vf u[LANES];
@@ -132,7 +132,7 @@ static vf differentiate_tile(Tile *t, const Shape *p, const Facts *facts, int64_
             for (int j = 0; j < LANES; ++j) u[j] = splat(0);
             for (int j = 0; j < some; ++j, ++k) {
                 u[j] = t->weights[k] * (t->dots[k] - mean);
-                dscale += u[j] * (off_y + offset2(t->centre_x, t->near_x, at + j));
+                dscale += u[j] * (off_y + offset2(t->center_x, t->near_x, at + j));
             }
             const vf sums = add_lanes(u);
             for (int j = 0; j < some; ++j) to[at + j] += sums[j];

@@ -17,7 +17,7 @@ typedef struct {
     int64_t dx_image, dx_pixel;          /* strides of their gradient, the same */
     int64_t y_image, y_pixel, y_channel; /* strides of the output, or of its gradient */
     int64_t bands; /* of query rows per map, each with gradients of its own in the backward pass */
-    int64_t shared; /* neighbouring groups that have their supports in common */
+    int64_t shared; /* neighboring groups that have their supports in common */
     int64_t threads;
     float tolerance; /* share of a query's weight that may be left out */
 } Shape;
@@ -44,7 +44,7 @@ typedef struct {
     int entry_count[QUADS];
     float *rows;         /* (LANES, channels): output or its gradient */
     vf *columns;         /* (channels, LANES): the same, queries in lanes */
-    vf scale, centre_y, centre_x, near_y, near_x;
+    vf scale, center_y, center_x, near_y, near_x;
     vf tolerance;        /* share of a query's weight that reach2 and trim may each leave out */
     int64_t index[LANES]; /* of the query, -1 for lanes without one */
     int segment_count, key_count;
@@ -55,7 +55,7 @@ typedef struct {
 } Tile;
 
 /* Of one map: the largest logit, whether every key must be read, whether products of factors and pixels leave the
- * range of fp32 unless taken as logarithms, and whether they may with large features unless normalised first. */
+ * range of fp32 unless taken as logarithms, and whether they may with large features unless normalized first. */
 typedef struct {
     float top;
     int whole, wide, tall;
@@ -104,7 +104,7 @@ static void make_tile(Tile *t, const Shape *p, int ty, int tx, const float *sigm
     const vf small = vmin(sig, splat(1)); /* what is left out is multiplied by sigma^-3 in dsigma */
     const vf tolerance = 0.125f * p->tolerance * small * small * small;
     const vf r2 = whole ? splat(INFINITY) : reach2(scale, excess, near_y + near_x, diagonal, tolerance);
-    t->tolerance = tolerance; t->scale = scale; t->centre_y = cy; t->centre_x = cx; t->near_y = ny; t->near_x = nx;
+    t->tolerance = tolerance; t->scale = scale; t->center_y = cy; t->center_x = cx; t->near_y = ny; t->near_x = nx;
     float most = 0;
     for (int q = 0; q < LANES; ++q) most = fmaxf(most, r2[q]);
     const float reach = sqrtf(most);
@@ -138,24 +138,24 @@ static void make_tile(Tile *t, const Shape *p, int ty, int tx, const float *sigm
 }
 
 /* Squared distance less that of the nearest pixel, without loss where both are large. */
-INLINE vf offset2(vf centre, vf nearest, int at) {
-    return ((float)at - nearest) * (((float)at - centre) + (nearest - centre));
+INLINE vf offset2(vf center, vf nearest, int at) {
+    return ((float)at - nearest) * (((float)at - center) + (nearest - center));
 }
 
 static void make_factors(Tile *t, int wide) {
     if (t->factors == 1 + wide) return;
     t->factors = 1 + wide;
     for (int y = t->y0; y < t->y1; ++y) {
-        const vf e = -offset2(t->centre_y, t->near_y, y) * t->scale;
+        const vf e = -offset2(t->center_y, t->near_y, y) * t->scale;
         t->gy[y] = wide ? e : vexp(e);
     }
     for (int x = t->x0; x < t->x1; ++x) {
-        const vf e = -offset2(t->centre_x, t->near_x, x) * t->scale;
+        const vf e = -offset2(t->center_x, t->near_x, x) * t->scale;
         t->gx[x] = wide ? e : vexp(e);
     }
 }
 
-/* Weights of every key, not normalised; returns their sums. */
+/* Weights of every key, not normalized; returns their sums. */
 static vf make_weights(Tile *t, const Shape *p, const float *logits, const float *pixel, int wide) {
     const int w = (int)p->width;
     vf total = splat(0);

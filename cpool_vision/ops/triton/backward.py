@@ -10,7 +10,7 @@ from .common import (
     EVERYTHING,
     WIDE,
     cell,
-    centre,
+    center,
     dot,
     exponents,
     follow,
@@ -168,8 +168,8 @@ def grad_queries(
         piece_row, first, last, radius = query_reach(p_radius, y0, x0, out_width, q_rows, TILE_H, TILE_W, XW)
         wide = tl.max(radius, 0) >= WIDE
         ya, yb, xa, xb = key_window(piece_row, first, last, radius, height, width, CHUNK, XW, STRIDE)
-    row = centre(q_row, STRIDE)
-    col = centre(q_col, STRIDE)
+    row = center(q_row, STRIDE)
+    col = center(q_col, STRIDE)
     least_y = least_square(q_row, height, STRIDE)
     least_x = least_square(q_col, width, STRIDE)
     g_at = q_row.to(INDEX) * s_gh + q_col.to(INDEX) * s_gw
@@ -204,9 +204,9 @@ def query_rows(p_radius, block, y0, x0, out_height, rows, size,
     """First row (a multiple of CHUNK) and last + 1 of the queries of a block of columns that read a key tile."""
     h = tl.arange(0, ROWS)
     radius = tl.load(p_radius + block * rows + h, mask=h < out_height, other=-EVERYTHING)
-    y = centre(h, STRIDE)
-    right = centre(block * XW + XW - 1, STRIDE)
-    gap = tl.maximum(tl.maximum(centre(block * XW, STRIDE) - (x0 + TILE_W - 1), x0 - right), 0.0)
+    y = center(h, STRIDE)
+    right = center(block * XW + XW - 1, STRIDE)
+    gap = tl.maximum(tl.maximum(center(block * XW, STRIDE) - (x0 + TILE_W - 1), x0 - right), 0.0)
     reaches = (y + radius >= y0) & (y - radius <= y0 + TILE_H - 1) & (gap <= radius)
     return (tl.min(tl.where(reaches, h, size), 0) // CHUNK * CHUNK, tl.max(tl.where(reaches, h, -1), 0) + 1)
 
@@ -244,7 +244,7 @@ def sums_of_keys(
             ya, yb = query_rows(p_scale + 3 * queries, b, y0, x0, out_height, q_rows, ROWS,
                                 TILE_H, TILE_W, CHUNK, XW, STRIDE, ROWS)
         m_x = b * XW + qc < out_width
-        dx2 = squares(centre(b * XW + qc, STRIDE)[None, :], k_col[:, None].to(tl.float32),
+        dx2 = squares(center(b * XW + qc, STRIDE)[None, :], k_col[:, None].to(tl.float32),
                       least_square(b * XW + qc, width, STRIDE)[None, :], STRIDE)
         p_block = p_g + offset(b, INDEX) * (XW * s_gw)
         if PREFETCH:
@@ -273,7 +273,7 @@ def sums_of_keys(
                 g = keys_at(p_block + offset(y, INDEX) * s_gh, at_c, c, m_x & (qr < out_height - y), CHANNELS, WHOLE_C)
                 scale = tl.load(p_scale + n)
                 norm = tl.load(p_sums + n)
-            dy2 = squares(centre(y + qr, STRIDE)[None, :], k_row[:, None].to(tl.float32),
+            dy2 = squares(center(y + qr, STRIDE)[None, :], k_row[:, None].to(tl.float32),
                           least_square(y + qr, height, STRIDE)[None, :], STRIDE)
             if IN_LOGS:
                 a = exponents(log_w[:, None], scale[None, :], dx2, dy2) - tl.load(p_top + n)[None, :]

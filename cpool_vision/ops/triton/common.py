@@ -67,8 +67,8 @@ def offset(i, INDEX: tl.constexpr):
 
 
 @triton.jit
-def centre(index, STRIDE: tl.constexpr):
-    """Centre of an output row or column, in pixels."""
+def center(index, STRIDE: tl.constexpr):
+    """Center of an output row or column, in pixels."""
     if STRIDE == 1:
         return index * 1.0
     return index * (STRIDE * 1.0) + (STRIDE - 1) * 0.5
@@ -76,14 +76,14 @@ def centre(index, STRIDE: tl.constexpr):
 
 @triton.jit
 def nearest(index, size, STRIDE: tl.constexpr):
-    """Row or column of the pixel nearest to an output cell's centre, the first where two are."""
+    """Row or column of the pixel nearest to an output cell's center, the first where two are."""
     return tl.minimum(index * STRIDE + (STRIDE - 1) // 2, size - 1)
 
 
 @triton.jit
 def least_square(index, size, STRIDE: tl.constexpr):
-    """Squared offset of the pixel nearest to an output cell's centre, along one axis."""
-    away = nearest(index, size, STRIDE) * 1.0 - centre(index, STRIDE)
+    """Squared offset of the pixel nearest to an output cell's center, along one axis."""
+    away = nearest(index, size, STRIDE) * 1.0 - center(index, STRIDE)
     return away * away
 
 
@@ -111,11 +111,11 @@ def query_reach(p_radius, y0, x0, out_width, rows, TILE_H: tl.constexpr, TILE_W:
 def key_window(row, first, last, radius, height, width, CHUNK: tl.constexpr, XW: tl.constexpr, STRIDE: tl.constexpr):
     """First row (a multiple of CHUNK) and last + 1, first and last + 1 block of columns that a query tile reads."""
     # Of pieces outside the map the radius is so negative that they never decide.
-    y = centre(row, STRIDE)
+    y = center(row, STRIDE)
     ya = tl.min(tl.where(radius >= 0, y - radius, EVERYTHING), 0)
     yb = tl.max(y + radius, 0)
-    xa = tl.min(tl.where(radius >= 0, centre(first, STRIDE) - radius, EVERYTHING), 0)
-    xb = tl.max(centre(last, STRIDE) + radius, 0)
+    xa = tl.min(tl.where(radius >= 0, center(first, STRIDE) - radius, EVERYTHING), 0)
+    xb = tl.max(center(last, STRIDE) + radius, 0)
     ya = tl.minimum(tl.maximum(ya, 0.0), height * 1.0).to(tl.int32) // CHUNK * CHUNK
     yb = tl.minimum(tl.maximum(yb, -1.0), height - 1.0).to(tl.int32) + 1
     xa = tl.minimum(tl.maximum(xa, 0.0), width * 1.0).to(tl.int32) // XW

@@ -5,7 +5,7 @@ import triton.language as tl
 from .common import (
     WIDE,
     cell,
-    centre,
+    center,
     dot,
     exponents,
     follow,
@@ -151,8 +151,8 @@ def pool(
         piece_row, first, last, radius = query_reach(p_radius, y0, x0, out_width, q_rows, TILE_H, TILE_W, XW)
         wide = tl.max(radius, 0) >= WIDE
         ya, yb, xa, xb = key_window(piece_row, first, last, radius, height, width, CHUNK, XW, STRIDE)
-    row = centre(q_row, STRIDE)
-    col = centre(q_col, STRIDE)
+    row = center(q_row, STRIDE)
+    col = center(q_col, STRIDE)
     least_y = least_square(q_row, height, STRIDE)
     least_x = least_square(q_col, width, STRIDE)
     if wide:

@@ -106,7 +106,7 @@ def test_streamed_sets_are_augmented_by_epoch(build: Build, monkeypatch: pytest.
     assert len(set(images(first))) == 24
 
 
-def test_the_prefetcher_gets_bytes_and_normalises_them(build: Build) -> None:
+def test_the_prefetcher_gets_bytes_and_normalizes_them(build: Build) -> None:
     fetched, unfetched = (build('--aug-config', 'cifar', *flags).take(0) for flags in ([], ['--no-prefetcher']))
     for (one, label), (two, other) in zip(fetched, unfetched, strict=True):
         assert one.dtype == two.dtype == torch.float32 and torch.equal(label, other)

@@ -14,7 +14,7 @@ from cpool_vision.engine.data import loaders
 # every image whole, scaled up in the same way each time
 WHOLE = ('--scale', '1', '1', '--ratio', '1', '1', '--hflip', '0', '--color-jitter', '0', '--train-interpolation',
          'bilinear', '--smoothing', '0')
-STEP = 1 / 255 / min(INPUT['std'])  # one level of 255 after normalisation
+STEP = 1 / 255 / min(INPUT['std'])  # one level of 255 after normalization
 SIZES = ('--train-img-sizes', '16', '24', '32', '--epochs', '3')
 PROGRESSIVE = (*SIZES, '--train-size-schedule', 'progressive', '--train-size-random-mix', '0',
                '--train-size-schedule-spread', '0.01')
@@ -40,7 +40,7 @@ def _numbers(prepared: Prepared, epoch: int) -> list[int]:
 
 def opened(image_root: str, resample: Image.Resampling = Image.Resampling.BILINEAR,
            box: tuple[int, int, int, int] = (0, 0, 16, 16)) -> torch.Tensor:
-    """The same images, cut out, scaled and normalised by hand."""
+    """The same images, cut out, scaled and normalized by hand."""
     images = []
     for name in ('cat', 'dog', 'owl'):
         for number in range(8):
@@ -97,7 +97,7 @@ def test_images_are_those_made_by_hand(build: Build, image_root: str, flag: str)
     assert isinstance(prepared.loader, PrefetchLoader) is (flag != 'no_prefetcher')
 
 
-def _colours(image: torch.Tensor) -> torch.Tensor:
+def _colors(image: torch.Tensor) -> torch.Tensor:
     return image * torch.tensor(INPUT['std'])[:, None, None] + torch.tensor(INPUT['mean'])[:, None, None]
 
 
@@ -115,7 +115,7 @@ CHANGED: dict[str, tuple[list[str], Callable[[torch.Tensor, torch.Tensor], Any]]
     'color_jitter': (['--color-jitter', '0.9'], lambda image, plain: (
         image - plain).abs().mean((1, 2, 3)).min() > STEP),
     'grayscale_prob': (['--grayscale-prob', '1'], lambda image, plain: torch.allclose(
-        _colours(image), _colours(image)[:, :1].expand_as(image), atol=1e-3)),
+        _colors(image), _colors(image)[:, :1].expand_as(image), atol=1e-3)),
     'gaussian_blur_prob': (['--gaussian-blur-prob', '1'], lambda image, plain: (
         _roughness(image) <= _roughness(plain)).all() and _roughness(image).mean() < 0.9 * _roughness(plain).mean()),
     'reprob': (['--reprob', '1'], lambda image, plain: 0.1 < (image != plain).float().mean() < 0.4),

@@ -153,12 +153,12 @@ def test_a_class_map_orders_the_labels_and_may_know_more(pictures: Path) -> None
     ('a.csv', 'file_name,labels\n0.png,"red\n', {}, 'cannot be read'),
     ('a.csv', 'file_name,labels\n0.png,red\n1.png,blue\n./0.png,green\n', {},
      "line 4: './0.png' is already listed in line 2"),
-    ('a.csv', 'file_name,labels\n0.png,red|grey\n', {'class_map': {'red': 0, 'grew': 1}}, "did you mean 'grew'"),
-    ('a.csv', 'file_name,labels\n0.png,red|grey\n', {'class_map': {'red': 0, 'x': 1}}, "known are 'red' and 1 more"),
+    ('a.csv', 'file_name,labels\n0.png,red|gray\n', {'class_map': {'red': 0, 'grew': 1}}, "did you mean 'grew'"),
+    ('a.csv', 'file_name,labels\n0.png,red|gray\n', {'class_map': {'red': 0, 'x': 1}}, "known are 'red' and 1 more"),
     ('a.csv', 'file_name,labels\n0.png,red\n', {}, '1 different labels, the model 3 classes: set --num-classes 1'),
     ('a.csv', 'file_name,labels\n0.png,1|3\n', {}, '3 is not a class below 3'),
     ('a.csv', 'file_name,red,blue\n0.png,1,2\n', {}, "'2' in 'blue' is neither 0 nor 1"),
-    ('a.csv', 'file_name,labels\n0.png,red\n', {'target_key': 'colours'}, "no column 'colours'.*file_name, labels"),
+    ('a.csv', 'file_name,labels\n0.png,red\n', {'target_key': 'colors'}, "no column 'colors'.*file_name, labels"),
     ('a.csv', 'file_name,labels\n0.png,red\n', {'multihot': 3}, 'multihot goes with JSON lines'),
     ('a.jsonl', '{"file_name": "0.png", "labels": ["red"]\n', {}, 'line 1: not valid JSON'),
     ('a.jsonl', '\n[1]\n', {}, 'line 2: expected an object, got list'),
@@ -344,8 +344,8 @@ def test_weights_that_cannot_be_computed(train_args: Args, pictures: Path) -> No
                           '3', '--class-weights', 'neg_pos')
     with pytest.raises(ConfigError, match='every image of split .* has class 2'):
         loss.resolve_positive_weight(settings, Classes(3))
-    labels_csv(pictures, [['blue'], ['green', 'grey'], [], [], [], []])
-    mapped = dataclasses.replace(settings, class_map={'blue': 0, 'green': 1, 'grey': 2, 'red': 3})
+    labels_csv(pictures, [['blue'], ['green', 'gray'], [], [], [], []])
+    mapped = dataclasses.replace(settings, class_map={'blue': 0, 'green': 1, 'gray': 2, 'red': 3})
     with pytest.raises(ConfigError, match='class 3 has no image'):
         loss.resolve_positive_weight(mapped, Classes(4))
     with pytest.raises(ConfigError, match='add --task multi_label'):

@@ -81,7 +81,7 @@ def test_permutations_are_uniform() -> None:
 
 
 def mix(x: int) -> int:
-    """SplitMix64's finaliser on a plain integer."""
+    """SplitMix64's finalizer on a plain integer."""
     mask = (1 << 64) - 1
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
     x = (x ^ x >> 27) * 0x94D049BB133111EB & mask

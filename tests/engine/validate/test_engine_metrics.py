@@ -120,7 +120,7 @@ def test_unreadable_and_unlabelled_rows_enter_no_figure(rows: tuple[torch.Tensor
     assert (metrics['images'], metrics['nonfinite'], metrics['unreadable']) == (298, 2, 2)
     less, _ = of(output[target != UNREADABLE], target[target != UNREADABLE])
     assert {**less, 'unreadable': 2} == metrics
-    assert of(output[:3], torch.tensor([0, -1, CLASSES]))[0]['unlabelled'] == 2
+    assert of(output[:3], torch.tensor([0, -1, CLASSES]))[0]['unlabeled'] == 2
 
 
 def test_no_image_and_few_classes() -> None:
@@ -224,7 +224,7 @@ def test_processes_change_no_digit(rows: tuple[torch.Tensor, torch.Tensor], tmp_
 
 
 def test_labels_that_are_no_class_are_an_error() -> None:
-    with pytest.raises(DatasetError, match='2 images are labelled with none .* --num-classes'):
+    with pytest.raises(DatasetError, match='2 images are labeled with none .* --num-classes'):
         measure(torch.rand(3, CLASSES), torch.tensor([0, -1, CLASSES]))
 
 

@@ -370,7 +370,7 @@ def test_the_checkpoint_is_read_once(validate: Validate, monkeypatch: pytest.Mon
 
 
 def test_grey_images_for_one_channel(validate_args: Callable[..., Any], image_root: str, tmp_path: Path) -> None:
-    path = str(tmp_path / 'grey.pth')
+    path = str(tmp_path / 'gray.pth')
     torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=1).state_dict(), path)
     row = run_validation(validate_args(
         '--data-dir', image_root, '--model', 'test_resnet', '--num-classes', '3', '--input-size', '1', '32', '32',
@@ -378,7 +378,7 @@ def test_grey_images_for_one_channel(validate_args: Callable[..., Any], image_ro
     assert np.isfinite(row['loss'])
 
 
-def test_another_normalisation_than_in_training_is_reported(
+def test_another_normalization_than_in_training_is_reported(
         run_train: Callable[..., Any], validate_args: Callable[..., Any], image_root: str,
         caplog: pytest.LogCaptureFixture) -> None:
     path = str(Path(run_train('--epochs', '1', '--std', '0.3', '0.3', '0.3')['folder']) / 'last.pth.tar')

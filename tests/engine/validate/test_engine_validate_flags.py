@@ -77,7 +77,7 @@ def test_the_crop(seen: Callable[..., torch.Tensor]) -> None:
     assert red[:, 0].tolist() == middle(8, 4, 1) and green[0].tolist() == middle(8, 8, 1)
 
 
-def test_normalisation_and_interpolation(seen: Callable[..., torch.Tensor]) -> None:
+def test_normalization_and_interpolation(seen: Callable[..., torch.Tensor]) -> None:
     plain = seen()
     torch.testing.assert_close(seen('--mean', '0.5', '0.5', '0.5', '--std', '0.5', '0.5', '0.5'), 2 * plain - 255)
     smooth = seen('--interpolation', 'bilinear')
