@@ -16,11 +16,11 @@ class UnknownModelError(UserError, ValueError):
 
 
 class DatasetError(UserError, ValueError):
-    """A data set is unknown, empty, unreadable, or does not fit the model."""
+    """A dataset is unknown, empty, unreadable, or does not fit the model."""
 
 
 class DatasetNotFoundError(DatasetError, FileNotFoundError):
-    """The folder or file of a data set does not exist."""
+    """The folder or file of a dataset does not exist."""
 
 
 class CheckpointError(UserError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Folders of a model as the Hugging Face hub keeps them."""
+"""Saving a model as a folder for the Hugging Face Hub."""
 import json
 import os
 import shutil
@@ -15,18 +15,18 @@ _MODEL_FILES = (CONFIG, WEIGHTS, 'pytorch_model.bin')
 def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool = False, **kwargs: Any) -> None:
     """Writes `model.safetensors` and `config.json` that `local-dir:`, `hf-hub:` and transformers' wrapper all read.
 
-    timm records every argument of the model, also the number of classes, under `model_args`. transformers passes that
-    number itself and refuses to be given it twice: it is kept at the top of the file only, where timm reads it as well.
-    Both files are written elsewhere first: a failure leaves the folder as it was.
+    timm records every argument of the model under `model_args`, including the number of classes. transformers passes
+    that number itself and fails if it is given twice, so it is stored only at the top level, where timm reads it too.
+    If writing fails, the folder does not change.
 
     Args:
         model: A model made by `timm.create_model`.
-        folder: Made if need be; other files in it stay.
-        force: Replace a model that the folder holds.
+        folder: Created if missing; other files in it are kept.
+        force: Overwrite the model in the folder.
         **kwargs: `data_config`, `model_config` of `timm.models.save_for_hf`.
 
     Raises:
-        FileExistsError: The folder holds a model, or is a file.
+        FileExistsError: The folder already has a model, or is a file.
     """
     folder = os.path.abspath(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):

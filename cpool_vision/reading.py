@@ -15,7 +15,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a regular file for reading; a pipe, a device or a folder is an error at once, where `open` might wait.
 
     Raises:
-        OSError: the operating system refused, or it is no regular file.
+        OSError: the operating system refused, or it is not a regular file.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
     try:

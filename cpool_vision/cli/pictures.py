@@ -36,11 +36,11 @@ def add_picture_args(parser: argparse.ArgumentParser) -> None:
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='channel means used in training')
     add('--std', type=float, nargs='+', default=None, metavar='STD', help='channel standard deviations of training')
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help='further arguments of the model')
-    add('--dataset', default=None, metavar='NAME', help='data set to draw from (default: cpool/shapes)')
+        help='more arguments of the model')
+    add('--dataset', default=None, metavar='NAME', help='dataset to draw from (default: cpool/shapes)')
     add('--data-dir', default=None, metavar='DIR', help='root folder of the data')
     add('--split', default='validation', metavar='NAME', help='split to draw from (default: validation)')
-    add('--num-images', type=int, default=4, metavar='N', help='images from the data set (default: 4)')
+    add('--num-images', type=int, default=4, metavar='N', help='images from the dataset (default: 4)')
     add('--seed', type=int, default=0, metavar='S', help='which images are taken (default: 0)')
     add('--layers', nargs='+', default=['2'], metavar='NAME',
         help='names of context pools, or one number: so many, spread over the model (default: 2)')
@@ -115,7 +115,7 @@ def _pictures(args: argparse.Namespace, num_classes: int) -> tuple[list[Any], li
     settings = DataSettings(dataset=name, data_dir=args.data_dir)
     dataset = build_dataset(settings, Classes(num_classes), args.split, False, 'RGB', None)
     if not hasattr(dataset, '__len__'):
-        raise DatasetError(f'data set {name!r} is a stream: name image files instead')
+        raise DatasetError(f'dataset {name!r} is a stream: name image files instead')
     names = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
     names = {index: name for name, index in names.items()}
     for index in np.random.default_rng(args.seed).permutation(len(dataset))[:args.num_images]:

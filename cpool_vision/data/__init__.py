@@ -1,4 +1,4 @@
-"""Data sets and the factory that finds them."""
+"""Datasets and the factory that finds them."""
 from .factory import create_dataset, list_datasets
 from .shapes import ShapesDataset
 from .shapes_seg import ShapesSegDataset

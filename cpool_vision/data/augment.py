@@ -1,4 +1,4 @@
-"""albumentations in place of timm's training transforms: `Pipeline` is read, `Augmentation` is applied to images."""
+"""albumentations instead of timm's training transforms: `Pipeline` is read, `Augmentation` is applied to images."""
 import functools
 import importlib.metadata
 import inspect
@@ -164,8 +164,8 @@ class Pipeline:
     """A pipeline as it is written: a file or a preset, checked.
 
     A file lists transforms, or maps `transforms` to that list and `p` to the probability of the whole; files that
-    albumentations writes (`albumentations.save`) and the records of runs are read as well. `input` in place of a size
-    stands for that of the network's input. See docs/augmentation.md.
+    albumentations writes (`albumentations.save`) and the records of runs are read as well. In place of a size,
+    `input` stands for that of the network's input. See docs/augmentation.md.
 
     Args:
         source: name of a preset, or path of a .yaml, .yml or .json file.
@@ -223,7 +223,7 @@ class Pipeline:
 class Augmentation:
     """Maps a PIL image to a tensor `(channels, height, width)`: uint8, or float32 if it normalizes.
 
-    What it draws follows from the last seed alone; without a seed it draws from a generator of its own.
+    What it draws follows from the last seed alone; without a seed it draws from its own generator.
 
     Args:
         compose: albumentations pipeline.
@@ -251,7 +251,7 @@ class Augmentation:
     def set_random_seed(self, seed: int) -> None:
         """Starts the stream of random numbers that all transforms of the next image share.
 
-        albumentations' method of this name gives each transform a stream of its own with the same seed, by which
+        albumentations' method of this name gives each transform its own stream with the same seed, by which
         transforms of equal probability are applied together or not at all.
         """
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))  # noqa: S311

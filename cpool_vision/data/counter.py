@@ -22,7 +22,7 @@ class CounterDraws:
     whatever other samples it is made.
 
     Args:
-        seed: seed of the data set, any non-negative integer below 2^64.
+        seed: seed of the dataset, any non-negative integer below 2^64.
         stream: number of the split.
         indices: `(N,)` integers, the samples.
     """

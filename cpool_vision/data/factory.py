@@ -28,7 +28,7 @@ def create_dataset(
         split: str = 'validation',
         **kwargs: Any,
 ) -> torch.utils.data.Dataset:
-    """Creates a data set by name; every name but those under `cpool/` goes to `timm.data.create_dataset` unchanged.
+    """Creates a dataset by name; every name but those under `cpool/` goes to `timm.data.create_dataset` unchanged.
 
     Args:
         name: 'cpool/shapes' (32 pixels), 'cpool/shapes64' (any side), 'cpool/shapes-seg' (64 pixels) and
@@ -41,7 +41,7 @@ def create_dataset(
             `mean_radius`, `size_range` and `objects` too, and no `input_img_mode`.
 
     Returns:
-        A data set whose items are `(image, class index)`, or `(image, mask)`.
+        A dataset whose items are `(image, class index)`, or `(image, mask)`.
 
     Raises:
         ValueError: unknown name under `cpool/`, unknown split, `num_samples` < 1, or a `class_map` for a set of ours.
@@ -51,7 +51,7 @@ def create_dataset(
         return timm.data.create_dataset(name, root=root, split=split, **kwargs)
     match = _SHAPES.fullmatch(name[len(PREFIX):].lower())
     if match is None:
-        raise ValueError(f'unknown data set {name!r}: choose one of {", ".join(list_datasets())}')
+        raise ValueError(f'unknown dataset {name!r}: choose one of {", ".join(list_datasets())}')
     options = {key: value for key, value in kwargs.items() if value is not None and key not in _NOT_FOR_OURS}
     if options.pop('class_map', None):
         raise ValueError(f'class_map has no meaning for {name!r}: its classes are fixed; leave it out')

@@ -22,7 +22,7 @@ def walk_files(folder: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str
     """Folder and name of each wanted file below `folder`, through symbolic links too.
 
     A folder that several paths lead to, by a loop of links say, is entered once, by the shortest path that uses the
-    fewest links. What is neither a file nor a folder is passed over. Both are told in the log.
+    fewest links. What is neither a file nor a folder is skipped. Both are told in the log.
 
     Raises:
         OSError: `folder` cannot be listed.
@@ -46,7 +46,7 @@ def walk_files(folder: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str
                     if entry.is_file():
                         yield path, entry.name
                     else:
-                        _logger.warning('%s is no regular file: it is left out.', one_line(entry.path))
+                        _logger.warning('%s is not a regular file: it is left out.', one_line(entry.path))
 
 
 class PathReader(Reader):

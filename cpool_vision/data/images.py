@@ -6,7 +6,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cpool_vision.reading import open_regular
 
-# what image data sets come in; Pillow would also start Ghostscript for PostScript, and knows some forty more
+# what image datasets come in; Pillow would also start Ghostscript for PostScript, and knows some forty more
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses by default: half a gigabyte as RGB
 
@@ -19,7 +19,7 @@ def open_image(source: str | os.PathLike[str] | IO[bytes], mode: str = 'RGB') ->
         mode: Pillow's mode to convert to.
 
     Raises:
-        OSError: the file cannot be read, is no regular file, or is none of `FORMATS`.
+        OSError: the file cannot be read, is not a regular file, or is none of `FORMATS`.
         ValueError: larger than `MAX_PIXELS`, or a mode that there is not.
         SyntaxError, EOFError, struct.error, Image.DecompressionBombError: damaged, as Pillow says it.
     """

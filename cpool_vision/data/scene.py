@@ -1,4 +1,4 @@
-"""Pictures of one textured object on cluttered ground, in elementwise fp32: bit-equal on every platform."""
+"""Pictures of one textured object on cluttered ground, in elementwise fp32: bit-identical on every platform."""
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,7 @@ def pair_of_colors(draws: CounterDraws) -> tuple[F32, F32]:
 
 
 def paint(image: F32, cover: F32, mean: F32, pattern: F32, difference: F32) -> None:
-    """Lays a pattern in [-1, 1] round a mean color over the image with the coverage `(n, size, size)`."""
+    """Lays a pattern in [-1, 1] around a mean color over the image with the coverage `(n, size, size)`."""
     for c in range(3):
         target = column(mean[:, c]) + pattern * column(difference[:, c])
         image[:, c] += cover * (target - image[:, c])
@@ -148,7 +148,7 @@ def render_scenes(
     the direction of the light, pixel noise.
 
     Args:
-        seed: seed of the data set.
+        seed: seed of the dataset.
         stream: number of the split.
         indices: `(N,)` sample numbers.
         outline: `(N,)` indices into `OUTLINES`.

@@ -75,12 +75,12 @@ def render_crowds(
 ) -> Crowd:
     """Renders one picture per index; the same scene at every `size`, up to pixel noise.
 
-    Every object has a class of its own, outline times texture, and a radius of its own, uniform in its logarithm.
+    Every object has its own class, outline times texture, and its own radius, uniform in its logarithm.
     Smaller objects lie in front of larger ones. The period of a texture grows with its object. What carries no class:
     a flat object, a patch of texture without an outline, line strokes, colors, light and noise.
 
     Args:
-        seed: seed of the data set.
+        seed: seed of the dataset.
         stream: number of the split.
         indices: `(N,)` sample numbers.
         size: side in pixels.

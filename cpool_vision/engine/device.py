@@ -70,7 +70,7 @@ def resolve_precision(settings: DeviceSettings, device: torch.device) -> Precisi
         raise ConfigError(f'--amp needs float32 weights, got --model-dtype {settings.model_dtype}: drop one of the two')
     amp_dtype = _DTYPES[settings.amp_dtype]
     if amp_dtype is torch.float32:
-        raise ConfigError("--amp-dtype 'float32' is no mixed precision: choose float16 or bfloat16, or drop --amp")
+        raise ConfigError("--amp-dtype 'float32' is not mixed precision: choose float16 or bfloat16, or drop --amp")
     _warn_of_emulation(amp_dtype, device, '--amp')
     return Precision(model_dtype, amp_dtype, device.type)
 

@@ -74,7 +74,7 @@ def _build(settings: ModelSettings, **kwargs: Any) -> Any:
     )
     clash = sorted(set(settings.model_kwargs) & set(kwargs))
     if clash:
-        raise ConfigError(f'--model-kwargs {clash[0]!r} has a flag of its own: use that')
+        raise ConfigError(f'--model-kwargs {clash[0]!r} has its own flag: use that')
     if settings.pretrained or settings.model.startswith(('hf-hub:', 'hf_hub:')):
         settle_hub()
     try:
@@ -254,7 +254,7 @@ def create_eval_model(name: str, checkpoint: str = '', *, pretrained: bool = Fal
         num_classes: outputs, None for the model's own number.
         in_chans: channels of the images, None for the model's own number.
         img_size: side of a square input in pixels, None for the model's own size.
-        model_kwargs: further arguments of the model.
+        model_kwargs: more arguments of the model.
 
     Raises:
         UnknownModelError, CheckpointError, CheckpointNotFoundError, ConfigError: see their docstrings.

@@ -37,7 +37,7 @@ def footprints_figure(
 
     The weights of one footprint sum to one. Colors cover two decades, or what reaches one decade below the largest
     weight of the flattest footprint; smaller weights are left out, and where footprints overlap the larger weight
-    shows. The dashed circle round a cell's center has the radius of its support, one standard deviation.
+    shows. The dashed circle around a cell's center has the radius of its support, one standard deviation.
 
     Args:
         images: `(B, H, W, 3)` uint8.

@@ -61,14 +61,14 @@ def cells_at(
         points: (y, x) in pixels of the image, whose first pixel reaches from 0 to 1.
 
     Raises:
-        ValueError: no points, or a point that is no pair of numbers inside the image.
+        ValueError: no points, or a point that is not a pair of numbers inside the image.
     """
     if not len(points):
         raise ValueError('points must hold at least one (y, x), got none')
     cells = []
     for point in points:
         if len(point) != 2 or not all(0 <= value < size for value, size in zip(point, image_size, strict=True)):
-            raise ValueError(f'point {tuple(point)} is no (y, x) inside an image of {image_size[0]} x {image_size[1]} '
+            raise ValueError(f'point {tuple(point)} is not inside an image of {image_size[0]} x {image_size[1]} '
                              'pixels (height x width): choose 0 <= y < height and 0 <= x < width')
         pixel = (value * extent / size for value, extent, size in zip(point, maps.grid, image_size, strict=True))
         row, column = (math.floor(value / maps.stride) for value in pixel)

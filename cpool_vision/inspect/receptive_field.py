@@ -117,7 +117,7 @@ def _unit(point: tuple[float, float] | None, size: tuple[int, int], grid: tuple[
     if point is None:
         return grid[0] // 2, grid[1] // 2
     if len(point) != 2 or not all(0 <= value < side for value, side in zip(point, size, strict=True)):
-        raise ValueError(f'point {tuple(point)} is no (y, x) inside an image of {size[0]} x {size[1]} pixels '
+        raise ValueError(f'point {tuple(point)} is not inside an image of {size[0]} x {size[1]} pixels '
                          '(height x width): choose 0 <= y < height and 0 <= x < width')
     return int(point[0] * grid[0] / size[0]), int(point[1] * grid[1] / size[1])
 
@@ -153,7 +153,7 @@ def effective_receptive_field(
         seed: of the signs.
 
     Raises:
-        ValueError: no such layer, its output is no map, the point is outside, `probes` below 1, no images, the unit
+        ValueError: no such layer, its output is not a map, the point is outside, `probes` below 1, no images, the unit
             does not depend on the input, the gradient is not finite, or `pools=False` and the model has none.
     """
     if probes < 1:
@@ -178,13 +178,13 @@ def effective_receptive_field(
             unit = _unit(point, size, grid)
             channels = features[0, :, unit[0], unit[1]]
             if not channels.requires_grad:
-                raise ValueError(f'layer {layer!r} does not depend on the images: name a layer behind the input')
+                raise ValueError(f'layer {layer!r} does not depend on the images: name a layer after the input')
             for probe in range(probes):
                 signs = torch.randint(2, channels.shape, generator=generator).mul(2).sub(1).to(channels)
                 gradient, = torch.autograd.grad(
                     channels, leaf, signs, retain_graph=probe + 1 < probes, allow_unused=True)
                 if gradient is None:
-                    raise ValueError(f'layer {layer!r} does not depend on the images: name a layer behind the input')
+                    raise ValueError(f'layer {layer!r} does not depend on the images: name a layer after the input')
                 total += gradient[0].detach().double().square().sum(0).cpu()
     rms = total.sqrt()
     mass = float(rms.sum())

@@ -1,4 +1,4 @@
-"""Context pooling of feature maps: a lean predictor of weights and supports in front of the operator."""
+"""Context pooling of feature maps: a small predictor of weights and supports, and the operator."""
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def as_fractions(support_init: float | Sequence[float], groups: int) -> tuple[fl
 
 
 class ContextPool2d(Mixer2d):
-    """Replaces each pixel by a weighted mean of a neighborhood whose size the features choose themselves.
+    """Replaces each pixel by a weighted mean of its neighborhood, with predicted weights and a predicted size.
 
     A predictor of two convolutions (1x1 from `dim` to `hidden_dim`, activation, 3x3 to `2 * groups`) gives a weight
     logit per input pixel and a raw support `s` per output cell; the support is a Gaussian of standard deviation
@@ -36,14 +36,14 @@ class ContextPool2d(Mixer2d):
     `y_i = sum_j softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2)) x_j` (Huang et al., ICML 2022,
     https://arxiv.org/abs/2207.01844).
 
-    A weight logit is `b * tanh(raw / b)` with `b = logit_bound`, so that weights of a map differ by at most `exp(2 b)`.
-    The bound travels with the weights (the buffer `logit_bound`): a state dict without it was trained with unbounded
-    logits, and makes the layer that loads it unbounded.
+    A weight logit is `b * tanh(raw / b)` with `b = logit_bound`, so weights of a map differ by a factor of at most
+    `exp(2 b)`. The state dict contains the bound (the buffer `logit_bound`). A state dict without it was trained with
+    unbounded logits, and makes the layer that loads it unbounded.
 
     With `h = hidden_dim` and `G = groups` the layer has `dim * h + h + 18 * h * G + 2 * G` parameters (and `dim` more
     with a gate, `(k * k + 1) * dim` more with `depthwise=k`; with `support_groups=S` the factor `2 * G` becomes
     `G + S`); its predictor costs `H * W * (dim * h + 18 * h * G)`
-    multiply-adds, the pool itself up to `dim * (H * W) * (Ho * Wo)`, less where supports are small.
+    multiply-adds, the pool itself at most `dim * (H * W) * (Ho * Wo)`, and fewer if supports are small.
 
     Weight logits and supports are handed to the operator in fp32, or fp64 where the parameters have it; the output has
     the dtype of the input. Under autocast the features are pooled in the autocast dtype, with
@@ -52,36 +52,36 @@ class ContextPool2d(Mixer2d):
     Args:
         dim: Channels C of the input `(B, C, H, W)`.
         stride: Output cells are `stride` pixels apart; the output is `(B, C, ceil(H / stride), ceil(W / stride))`.
-        groups: Groups of channels with weights and supports of their own; divides `dim`.
+        groups: Groups of channels with their own weights and supports; divides `dim`.
         ratio: Largest support relative to the side of the map.
         floor: Smallest support, in pixels.
         init: `paper` outputs the pool itself. `identity` outputs `base(x) + gamma * (pool(x) - base(x))` with a gate
-            per channel that starts at zero, so that a fresh layer returns exactly `base(x)`.
-        gate: Adds the gate with `init='paper'` too, where it starts at one and is free in sign: from a mean over the
+            per channel that starts at zero, so that a new layer returns exactly `base(x)`.
+        gate: Adds the gate with `init='paper'` too, where it starts at one and may have any sign: from a mean over the
             neighborhood (`gamma = 1`) to unsharp masking (`gamma < 0`).
-        support_groups: Supports per cell; each is shared by `groups / support_groups` groups in a row, whose masks are
-            then made once. `groups` if None.
-        support_init: Mean support of a fresh layer relative to the largest, between 0 and 1. At 0.5 the raw supports
+        support_groups: Supports per cell; each is shared by `groups / support_groups` consecutive groups, whose masks
+            are then computed once. `groups` if None.
+        support_init: Mean support of a new layer relative to the largest, between 0 and 1. At 0.5 the raw supports
             start at zero; a small value starts near the identity and leaves room to grow. A pair spreads the groups
             geometrically from the first value to the second, as ALiBi does with the slopes of its heads.
-        depthwise: Side of a depthwise convolution beside the pool, whose output is added to the pool's: the pool takes
-            means, the convolution can look to one side and subtract. It starts at zero; 0 for none.
+        depthwise: Side of a depthwise convolution whose output is added to the pool's: the pool computes means, the
+            convolution can look to one side and subtract. It starts at zero; 0 for none.
         offset: Where a group looks relative to its cell, within `ratio` times the side of the map in each direction:
-            `none` round the cell itself; `group` at an offset that each group learns, as in dilated convolutions with
-            learnable spacings; `cell` at offsets that the predictor gives to every cell (`18 * h * G + 2 * G` more
-            parameters). Offsets start at zero, those of `cell` near it.
+            `none` at the cell itself; `group` at an offset that each group learns, as in dilated convolutions with
+            learnable spacings; `cell` at offsets predicted for every cell (`18 * h * G + 2 * G` more parameters).
+            Offsets start at zero, those of `cell` near it.
         logit_bound: Bound b of the weight logits in nats; 0 leaves them unbounded.
         hidden_dim: Width of the predictor; `max(16, dim // 16)` rounded to a multiple of 8 if None.
         base: What `identity` starts from; the identity itself at stride 1 if None. Not kept with `init='paper'`.
         act_layer: Activation of the predictor.
-        backend: Implementation of the operator; None lets it choose. A request never falls back silently.
+        backend: Backend of the operator; None chooses one per call. A named backend never falls back silently.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An argument is out of range, or a gate with `stride > 1` has no `base`. On call, outside TorchScript
-            and fx: the input is no `(B, C, H, W)` with `dim` channels.
-        TypeError: `act_layer` makes no module.
+            and fx: the input is not `(B, C, H, W)` with `dim` channels.
+        TypeError: `act_layer` does not return a module.
     """
 
     backend: str | None

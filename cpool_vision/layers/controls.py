@@ -1,4 +1,4 @@
-"""Mixers that take a context pool's place in controlled comparisons: what it would be without its adaptive parts."""
+"""Controls: mixers that replace a context pool in comparisons and lack some of its adaptive parts."""
 from typing import Any
 
 import torch
@@ -11,18 +11,18 @@ from .rivals import DeformableDepthwise2d, GaussianBlur2d, dilated_with_learned_
 from .token_context_pool import TokenContextPool, TokenMixer
 
 ABLATIONS = ('uniform', 'fixed', 'layer')
-# Mixers that are no context pool.
+# Mixers that are not context pools.
 LOCAL = ('identity', 'average', 'depthwise3', 'depthwise7', 'gaussian', 'deform', 'dcls', 'selective')
 
 
 class AblatedPool2d(ContextPool2d):
-    """A context pool one part of which does not adapt: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
+    """A context pool without one of its adaptive parts: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
 
     Args:
         dim: Channels C.
         mixer: `uniform`: equal pooling weights, predicted supports. `fixed`: predicted weights, every support
             `support_init` of the largest. `layer`: predicted weights, one learned support per group for the whole map.
-        **kwargs: Further arguments of `ContextPool2d`.
+        **kwargs: More arguments of `ContextPool2d`.
 
     Raises:
         ValueError: Unknown `mixer`, or an argument is out of range.
@@ -60,16 +60,16 @@ class AblatedPool2d(ContextPool2d):
 
 
 class LocalMixer2d(Mixer2d):
-    """A mixer that is no context pool: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
+    """A mixer that is not a context pool: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
 
     Args:
         dim: Channels C.
         mixer: `identity`: the input itself, every `stride`-th pixel. `average`: the mean of 3 x 3 pixels.
             `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity. `gaussian`: a separable
             Gaussian of constant width without parameters. `deform`: a deformable depthwise 3x3 convolution that starts
-            as the identity. `dcls`: a depthwise convolution of nine Gaussian taps at learned places (needs the package
-            `dcls`). `selective`: timm's `SelectiveKernel` of depthwise convolutions.
-        ratio, floor, support_init: The width of `gaussian`, as in a context pool whose supports stay as they start.
+            as the identity. `dcls`: a depthwise convolution of nine Gaussian taps at learned positions (needs the
+            package `dcls`). `selective`: timm's `SelectiveKernel` of depthwise convolutions.
+        ratio, floor, support_init: The width of `gaussian`: the initial supports of a context pool with these values.
         stride, init, gate, base, device, dtype: As in `Mixer2d`.
 
     Raises:
@@ -138,7 +138,7 @@ class TokenAblatedPool(AblatedPool2d, TokenContextPool):
 
 
 class NaFlexAblatedPool(AblatedPool2d, NaFlexContextPool):
-    """`AblatedPool2d` for tokens of images on grids of their own; arguments of both classes."""
+    """`AblatedPool2d` for tokens of images with their own grids; arguments of both classes."""
 
 
 class TokenLocalMixer(TokenMixer, LocalMixer2d):
@@ -146,4 +146,4 @@ class TokenLocalMixer(TokenMixer, LocalMixer2d):
 
 
 class NaFlexLocalMixer(NaFlexMixer, LocalMixer2d):
-    """`LocalMixer2d` for tokens of images on grids of their own; `num_prefix_tokens` as in `NaFlexContextPool`."""
+    """`LocalMixer2d` for tokens of images with their own grids; `num_prefix_tokens` as in `NaFlexContextPool`."""

@@ -19,7 +19,7 @@ from .token_context_pool import TokenContextPool
 
 MIXERS = ('context', *ABLATIONS, *LOCAL)
 
-# By layout: the pool, the pool with a part that does not adapt, the mixer that is no context pool.
+# By layout: the pool, the pool with a part that does not adapt, the mixer that is not a context pool.
 _LAYOUTS: dict[str, tuple[type[ContextPool2d], type[AblatedPool2d], type[LocalMixer2d]]] = {
     'map': (ContextPool2d, AblatedPool2d, LocalMixer2d),
     'tokens': (TokenContextPool, TokenAblatedPool, TokenLocalMixer),
@@ -29,15 +29,15 @@ _POOL_ARGS = frozenset(inspect.signature(ContextPool2d).parameters) - set(inspec
 
 
 def create_mixer(dim: int, mixer: str = 'context', layout: str = 'map', **kwargs: Any) -> Mixer2d:
-    """The module in a pool's slot: a context pool, or a control in its place.
+    """Creates the module for a pool's slot: a context pool, or a control in its place.
 
     Args:
         dim: Channels.
-        mixer: One of `MIXERS`: `context`, or what `AblatedPool2d` and `LocalMixer2d` name.
+        mixer: One of `MIXERS`: `context`, or a mixer of `AblatedPool2d` or `LocalMixer2d`.
         layout: `map` for `(B, C, H, W)`; `tokens` for `(B, P + H * W, C)`; `naflex` for `(B, P + N, C)` of images on
-            grids of their own.
+            their own grids.
         **kwargs: Arguments of `ContextPool2d`, `TokenContextPool` or `NaFlexContextPool`. Mixers without a predictor
-            leave those of the predictor aside.
+            ignore those of the predictor.
 
     Raises:
         ValueError: Unknown `mixer` or `layout`, or an argument is out of range.

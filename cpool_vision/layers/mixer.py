@@ -1,4 +1,4 @@
-"""What every module in a pool's slot shares: its stride, and the gate that blends it with what it replaced."""
+"""Base class of every module in a pool's slot: its stride, and the gate that blends it with what it replaced."""
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +11,8 @@ INITS = ('paper', 'identity')
 class Subsample2d(nn.Module):
     """Keeps every `stride`-th row and column: `(B, C, H, W)` to `(B, C, ceil(H / stride), ceil(W / stride))`.
 
-    The base of a strided `ContextPool2d` that stands behind a convolution whose own stride was taken away: a
-    convolution at stride 1 followed by this equals the convolution at `stride`, bit for bit up to its kernel choice.
+    The base of a strided `ContextPool2d` after a convolution whose stride was removed: a convolution at stride 1
+    followed by this equals the convolution at `stride`, up to the choice of its kernel.
     """
 
     def __init__(self, stride: int = 2) -> None:
@@ -29,7 +29,7 @@ class Subsample2d(nn.Module):
 
 
 def check_map(x: Tensor, dim: int) -> None:
-    """Raises ValueError where `x` is no `(B, C, H, W)` with `dim` channels."""
+    """Raises ValueError where `x` is not `(B, C, H, W)` with `dim` channels."""
     if x.ndim != 4:
         remedy = 'add a batch dimension, x[None]' if x.ndim == 3 else 'reshape it'
         raise ValueError(f'expected a map (B, {dim}, H, W), got shape {tuple(x.shape)}: {remedy}')
@@ -39,18 +39,18 @@ def check_map(x: Tensor, dim: int) -> None:
 
 
 class Mixer2d(nn.Module):
-    """Base of the modules that mix the places of a map: context pools, and the controls they are compared with.
+    """Base of the modules that mix the pixels of a map: context pools, and the controls they are compared with.
 
     A subclass defines `mix`. With a gate the output is `base(x) + gamma * (mix(x) - base(x))`, else `mix(x)`.
-    `on_tokens` says whether it works on tokens as they lie, without `mix_gated`.
+    `on_tokens` says whether it works on tokens directly, without `mix_gated`.
 
     Args:
         dim: Channels C of the input `(B, C, H, W)`.
         stride: Output cells are `stride` pixels apart; the output is `(B, C, ceil(H / stride), ceil(W / stride))`.
-        init: `paper` outputs the mixer itself. `identity` adds a gate per channel that starts at zero, so that a fresh
+        init: `paper` outputs the mixer itself. `identity` adds a gate per channel that starts at zero, so that a new
             module returns exactly `base(x)`.
-        gate: Adds the gate with `init='paper'` too, where it starts at one: a fresh module outputs the mixer itself,
-            and the gate is free to sharpen (`gamma < 0`) or to exaggerate (`gamma > 1`).
+        gate: Adds the gate with `init='paper'` too, where it starts at one: a new module outputs the mixer itself,
+            and the gate may learn to sharpen (`gamma < 0`) or to exaggerate (`gamma > 1`).
         base: What the gate blends with; the identity itself at stride 1 if None. Not kept without a gate.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -96,7 +96,7 @@ class Mixer2d(nn.Module):
             nn.init.constant_(self.gamma, 0. if self.init == 'identity' else 1.)
 
     def init_weights(self) -> None:
-        """The hook by which timm's models re-initialize their layers."""
+        """The hook by which timm's models reinitialize their layers."""
         self.reset_parameters()
 
     def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:
@@ -107,7 +107,7 @@ class Mixer2d(nn.Module):
         raise NotImplementedError('a mixer defines mix')
 
     def mix_gated(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """The mixed map behind the gate, `(B, C, H, W)` to `(B, C, Ho, Wo)`; `present` as in `mix`."""
+        """The mixed map after the gate, `(B, C, H, W)` to `(B, C, Ho, Wo)`; `present` as in `mix`."""
         if not torch.jit.is_scripting():
             if not isinstance(x, fx.Proxy):
                 check_map(x, self.dim)

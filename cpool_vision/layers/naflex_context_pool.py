@@ -1,4 +1,4 @@
-"""Context pooling of token sequences in which every image has a grid of its own, and padding."""
+"""Context pooling of token sequences in which every image has its own grid, and padding."""
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,16 +37,16 @@ class TokenGrids:
 def find_grids(patch_coord: Tensor, patch_valid: Tensor | None = None, num_prefix_tokens: int = 0) -> TokenGrids:
     """The grids of patches with coordinates, as NaFlex loaders give them.
 
-    The grid of an image reaches from row and column 0 to the largest of its valid patches. These may come in any order,
-    and some may be missing. Coordinates of padding are not looked at.
+    The grid of an image reaches from row and column 0 to the largest of its valid patches. These may be in any order,
+    and some may be missing. Coordinates of padding are ignored.
 
     Args:
         patch_coord: Row and column of every patch, integers `(B, N, 2)`.
         patch_valid: `(B, N)`, false for padding; all are valid if None.
-        num_prefix_tokens: Tokens P in front of the patches of each image.
+        num_prefix_tokens: Number of tokens P before the patches of each image.
 
     Raises:
-        ValueError: An image has no valid patch, one with a negative coordinate, or two at one place.
+        ValueError: An image has no valid patch, a negative coordinate, or two patches with the same coordinates.
     """
     batch, length = patch_coord.shape[:2]
     device = patch_coord.device
@@ -80,14 +80,14 @@ def find_grids(patch_coord: Tensor, patch_valid: Tensor | None = None, num_prefi
     doubles = sum(fact[2] for fact in facts) - len(filled)
     if doubles:
         raise ValueError(f'{doubles} valid patches of the batch lie at the place of another one of the same image: '
-                         'give every patch a row and column of its own')
+                         'give every patch its own row and column')
     if len(filled) == size:
         return TokenGrids(sizes, source)
     return TokenGrids(sizes, source.clamp(min=0), source >= 0, filled)
 
 
 class NaFlexMixer(SequenceMixer):
-    """What mixers of the tokens of images on grids of their own share."""
+    """What mixers of the tokens of images with their own grids share."""
 
     def to_map(self, x: Tensor, grids: TokenGrids | None) -> Tensor:
         """The grid tokens of `x` as a map `(B, C, H, W)`, a view.
@@ -107,7 +107,7 @@ class NaFlexMixer(SequenceMixer):
         """Mixes tokens `(B, P + N, C)` of several grids, or with padding, group by group."""
         flat, source = x.flatten(0, 1), grids.source
         if source is None:
-            raise ValueError('tokens of one full grid are no groups: call the module')
+            raise ValueError('tokens of one full grid are not groups: call the module')
         packed = flat.index_select(0, source)
         sizes = [images * height * width for images, height, width, _ in grids.groups]
         present: Sequence[Tensor | None] = [None] * len(sizes)
@@ -131,16 +131,16 @@ class NaFlexMixer(SequenceMixer):
 
 
 class NaFlexContextPool(NaFlexMixer, ContextPool2d):
-    """`ContextPool2d` (stride 1) for tokens `(B, P + N, C)` of images on grids of their own, with padding between them.
+    """`ContextPool2d` (stride 1) for tokens `(B, P + N, C)` of images with their own grids, with padding between them.
 
-    Images of like grids are pooled together on maps without padding, so that an image's result does not depend on the
-    others of its batch: supports are relative to its own grid. Prefix tokens and padding pass untouched, and weigh
-    nothing anywhere. In grids with missing tokens the weight logits of those are -inf.
+    Images with equal grids are pooled together, without padding, so the result of an image does not depend on the rest
+    of the batch: supports are relative to its own grid. Prefix tokens and padding are returned unchanged and have no
+    weight. Missing tokens of a grid have weight logits of -inf.
 
     Args:
         dim: Channels C.
         num_prefix_tokens: Leading tokens P that are not part of the grid (class, registers).
-        **kwargs: Further arguments of `ContextPool2d`.
+        **kwargs: More arguments of `ContextPool2d`.
 
     Raises:
         ValueError: An argument is out of range. On call: no grids are given, or the tokens do not fit them.

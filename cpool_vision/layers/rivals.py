@@ -1,4 +1,4 @@
-"""Other modules that adapt or blur, in a pool's slot: what a context pool is measured against."""
+"""Rivals: other modules that adapt or blur, for comparison with a context pool in the same slot."""
 import math
 from typing import Any
 
@@ -13,13 +13,13 @@ from .context_pool import default_hidden_dim
 class GaussianBlur2d(nn.Module):
     """A separable Gaussian of one constant width, normalized at the borders: `(B, C, H, W)` to `(B, C, Ho, Wo)`.
 
-    It has no parameters. It is the context pool with equal weights and constant supports, at the cost of two small
+    It has no parameters. It equals a context pool with equal weights and constant supports, at the cost of two small
     matrix products.
 
     Args:
         stride: Output cells are `stride` pixels apart.
         ratio: Standard deviation relative to the side `sqrt(H * W)` of the map.
-        floor: Standard deviation in pixels that is added.
+        floor: Number of pixels added to the standard deviation.
     """
 
     def __init__(self, stride: int = 1, ratio: float = 0.05, floor: float = 0.1) -> None:
@@ -40,9 +40,9 @@ class GaussianBlur2d(nn.Module):
 
 
 class DeformableDepthwise2d(nn.Module):
-    """A depthwise 3x3 convolution whose taps move to where the features send them, one set of offsets per pixel.
+    """A depthwise 3x3 convolution with predicted offsets of its taps, one set per pixel.
 
-    Offsets come from a predictor as lean as that of `ContextPool2d`. It starts as the identity. `Deformable
+    The predictor is as small as that of `ContextPool2d`. The layer starts as the identity. `Deformable
     Convolutional Networks`, https://arxiv.org/abs/1703.06211; the sampling is torchvision's.
 
     Args:
@@ -78,7 +78,7 @@ class DeformableDepthwise2d(nn.Module):
 
 
 def dilated_with_learned_spacings(dim: int, stride: int = 1, device: Any = None, dtype: Any = None) -> nn.Module:
-    """A depthwise convolution of nine Gaussian taps whose places in 7x7 pixels are learned, the same for all images.
+    """A depthwise convolution of nine Gaussian taps with learned positions in 7x7 pixels, the same for all images.
 
     `Dilated Convolution with Learnable Spacings`, https://arxiv.org/abs/2112.03740, from the package `dcls`.
 
@@ -96,7 +96,7 @@ def dilated_with_learned_spacings(dim: int, stride: int = 1, device: Any = None,
 
 
 def selective_kernel(dim: int, stride: int = 1, device: Any = None, dtype: Any = None) -> nn.Module:
-    """Depthwise 3x3 and dilated 3x3 convolutions that each image weighs per channel, from timm.
+    """timm's selective kernel: depthwise 3x3 and dilated 3x3 convolutions, weighted per image and channel.
 
     `Selective Kernel Networks`, https://arxiv.org/abs/1903.06586.
     """

@@ -10,7 +10,7 @@ from .mixer import Mixer2d
 
 
 def check_tokens(x: Tensor, dim: int, num_prefix_tokens: int, height: int, width: int) -> None:
-    """Raises ValueError where `x` is no `(B, P + H * W, C)` with `dim` channels."""
+    """Raises ValueError where `x` is not `(B, P + H * W, C)` with `dim` channels."""
     if x.ndim != 3:
         remedy = 'add a batch dimension, x[None]' if x.ndim == 2 else 'flatten the map, x.flatten(2).transpose(1, 2)'
         raise ValueError(f'expected tokens (B, N, {dim}), got shape {tuple(x.shape)}: {remedy}')
@@ -45,7 +45,7 @@ class SequenceMixer(Mixer2d):
         return x[:, self.num_prefix_tokens:].transpose(1, 2).unflatten(2, (height, width))
 
     def from_map(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """Tokens of the pooled map `(B, C, H, W)` behind the prefix tokens of `x`."""
+        """Tokens of the pooled map `(B, C, H, W)` after the prefix tokens of `x`."""
         y = pooled.flatten(2).transpose(1, 2)
         if self.num_prefix_tokens > 0:
             y = torch.cat([x[:, :self.num_prefix_tokens], y], dim=1)
@@ -98,17 +98,17 @@ class TokenMixer(SequenceMixer):
 
 
 class TokenContextPool(TokenMixer, ContextPool2d):
-    """`ContextPool2d` (stride 1) for tokens `(B, P + H * W, C)`: prefix tokens pass untouched, the grid is pooled.
+    """`ContextPool2d` (stride 1) for tokens `(B, P + H * W, C)`: pools the grid, returns prefix tokens unchanged.
 
-    The grid of a call is `(height, width)` where given, else `grid_size`, which may be set at any time. The predictor
-    reads the tokens as they lie, and the operator reads and writes behind the prefix tokens, without a concatenation.
-    With `init='identity'` a fresh layer returns its input.
+    The grid of a call is `(height, width)` if given, else `grid_size`, which may be set at any time. Predictor and
+    operator read the tokens in place and write the result after the prefix tokens, without a concatenation.
+    With `init='identity'` a new layer returns its input.
 
     Args:
         dim: Channels C.
         num_prefix_tokens: Leading tokens P that are not part of the grid (class, registers, distillation).
-        grid_size: `(H, W)` of calls that name no grid.
-        **kwargs: Further arguments of `ContextPool2d`.
+        grid_size: `(H, W)` of calls without `height` and `width`.
+        **kwargs: More arguments of `ContextPool2d`.
 
     Raises:
         ValueError: An argument is out of range. On call, outside TorchScript and fx: the number of tokens does not

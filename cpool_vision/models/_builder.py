@@ -21,7 +21,7 @@ _PREDICTOR_KEYS = ('.reduce.weight', '.reduce.bias', '.predict.weight', '.predic
 
 
 def init_mixers(model: nn.Module) -> None:
-    """Initializes every mixer of `model` anew, where the model's own scheme has passed over its layers."""
+    """Initializes every mixer of `model`, whose layers the model's own initialization may have overwritten."""
     for _, mixer in mixers(model):
         mixer.reset_parameters()
 
@@ -36,10 +36,10 @@ def pool_keys(model: nn.Module) -> set[str]:
 
 
 def _filter_weights(state_dict: dict[str, Any], model: nn.Module, base_filter: Callable | None) -> dict[str, Tensor]:
-    """Makes base weights complete with the variant's fresh pools, so that loading can stay strict.
+    """Adds the variant's new pools to base weights, so that loading can be strict.
 
     Raises:
-        ValueError: The checkpoint holds context pools, but not those of `model`.
+        ValueError: The checkpoint has context pools, but not those of `model`.
     """
     if base_filter is not None:
         state_dict = base_filter(state_dict, model)
@@ -69,7 +69,7 @@ def base_cfgs(variant: str, base: str) -> dict[str, PretrainedCfg]:
 
 
 def variant_cfgs(bases: dict[str, str], own: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`default_cfgs` of a family: `bases` maps variants to timm's architectures, `own` holds further cfgs by name."""
+    """`default_cfgs` of a family: `bases` maps variants to timm's architectures, `own` holds more cfgs by name."""
     cfgs: dict[str, Any] = dict(own)
     for variant, base in bases.items():
         cfgs.update(base_cfgs(variant, base))
@@ -86,9 +86,9 @@ def build_variant(
 ) -> Any:
     """Builds a variant through timm's builder.
 
-    `cpool_*` keywords become a `PoolConfig`. With `pretrained` the base architecture's weights are loaded, and
-    `cpool_init` is `identity` unless given, so that the variant predicts what its base predicts. The resolved keywords
-    are recorded for saving: a checkpoint stays rebuildable when defaults change.
+    `cpool_*` keywords become a `PoolConfig`. With `pretrained` the weights of the base architecture are loaded, and
+    `cpool_init` is `identity` unless given, so the variant gives the predictions of its base. The resolved keywords
+    are recorded for saving, so that a saved model can be rebuilt when defaults change.
     """
     keys = [f.name for f in dataclasses.fields(PoolConfig) if f'cpool_{f.name}' in kwargs]
     pool_args = {k: kwargs.pop(f'cpool_{k}') for k in keys}
@@ -112,7 +112,7 @@ def build_variant(
 
 
 def check_placed(model: nn.Module, cpool: PoolConfig) -> None:
-    """Raises ValueError where positions were asked for and none was found in the model."""
+    """Raises ValueError if positions were requested but the model has none of them."""
     if cpool.positions and not any(mixers(model)):
         raise ValueError(
             f'positions {cpool.positions} in stages {cpool.stages} place no context pool in this model: '

@@ -17,7 +17,7 @@ class Family:
         positions: Positions that `cpool_positions` may name; the first is the default.
         stages: Stages that pool by default; None for a family without stages.
         ratio, groups: Defaults of `cpool_ratio` and `cpool_groups`.
-        former_positions: Former names of positions, which saved models hold, with the present ones.
+        former_positions: Former names of positions, which saved models may contain, and their present names.
     """
     name: str
     positions: tuple[str, ...]
@@ -42,7 +42,7 @@ class PoolConfig:
         stages: Index or indices of the stages that pool (staged families only).
         ratio, groups: As in `ContextPool2d`; those of the family if None.
         floor, init, gate, support_init, support_groups, offset, depthwise, logit_bound, backend: As in `ContextPool2d`.
-        mixer: What stands in the pools' places, for comparisons; one of `cpool_vision.layers.MIXERS`.
+        mixer: The module in place of the pools, for comparisons; one of `cpool_vision.layers.MIXERS`.
 
     Raises:
         ValueError: An unknown position or mixer, or a stage out of range.

@@ -26,8 +26,8 @@ FAMILY = Family(
 class ContextPoolConvNeXt(ConvNeXt):
     """timm's `ConvNeXt` with context pools.
 
-    Positions: `pre_block` pools what enters the last block of each stage; `downsample` pools before the strided
-    convolution between stages, behind its norm. Both at stride 1, so that `init='identity'` starts from the base.
+    Positions: `pre_block` pools the input of each stage's last block; `downsample` pools before the strided
+    convolution between stages, after its norm. Both run at stride 1, so `init='identity'` starts from the base.
 
     Args:
         *args, **kwargs: As for `ConvNeXt`.

@@ -32,9 +32,9 @@ FAMILY = Family('efficientnet', positions=('pre_block', 'stride'), stages=(1, 2,
 
 
 class SameSubsample2d(nn.Module):
-    """The pixels of a stride-1 convolution that TensorFlow's "same" padding computes at stride 2.
+    """Selects the pixels of a stride-1 convolution that TensorFlow's "same" padding computes at stride 2.
 
-    That padding is uneven where a side is even: the kernels then stand on odd rows or columns.
+    That padding is asymmetric if a side is even: the kernels are then centered on odd rows or columns.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ class SameSubsample2d(nn.Module):
 class ContextPoolEfficientNet(EfficientNet):
     """timm's `EfficientNet` with context pools.
 
-    Stages are counted by the size of their maps: stage `i` ends at a map `2 ** (i + 2)` times coarser than the image.
-    Positions: `pre_block` pools what enters the last block of each stage; `stride` pools behind the strided depthwise
+    A stage is all blocks of one resolution: stage `i` ends at a map `2 ** (i + 2)` times coarser than the image.
+    Positions: `pre_block` pools the input of each stage's last block; `stride` pools after the strided depthwise
     convolution of a stage's first block, which then runs at stride 1. With `init='identity'` both start as the base.
 
     Args:
@@ -76,7 +76,7 @@ class ContextPoolEfficientNet(EfficientNet):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As in timm's class; a stage's pool belongs to the group of the block behind it."""
+        """As in timm's class; a stage's pool belongs to the group of the block after it."""
         matcher = super().group_matcher(coarse=coarse)
         if not coarse:
             stages: Any = self.blocks

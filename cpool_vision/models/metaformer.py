@@ -23,7 +23,7 @@ FAMILY = Family(
 
 
 class ContextPoolMixer(nn.Module):
-    """Token mixer `pool(x) - x`, as PoolFormer subtracts the input that its residual connection adds again.
+    """Token mixer `pool(x) - x`: like PoolFormer, it subtracts the input, which the residual connection adds again.
 
     Args:
         cpool: Pools maps `(B, C, H, W)` at stride 1.
@@ -38,10 +38,10 @@ class ContextPoolMixer(nn.Module):
 
 
 class ContextPoolMetaFormer(MetaFormer):
-    """timm's `MetaFormer` with context pools in the place of PoolFormer's average pools.
+    """timm's `MetaFormer` with context pools in place of PoolFormer's average pools.
 
     Position: `token_mixer` replaces the token mixer of every block in the stages that pool. With `init='identity'` it
-    starts as the average pool. `cpool_mixer` puts the controls into the same skeleton; `identity` mixes nothing.
+    starts as the average pool. `cpool_mixer` selects a control instead; `identity` does not mix.
 
     Args:
         *args, **kwargs: As for `MetaFormer`, without `token_mixers`.
@@ -49,7 +49,7 @@ class ContextPoolMetaFormer(MetaFormer):
         cpool: Where and how to pool; the defaults of the family if None.
 
     Raises:
-        ValueError: `token_mixers` is given: the pools take their place.
+        ValueError: `token_mixers` is given: the pools replace them.
     """
 
     def __init__(

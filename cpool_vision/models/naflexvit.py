@@ -1,4 +1,4 @@
-"""NaFlex vision transformers with context pooling: images of any size and proportion, each on its own grid.
+"""NaFlex vision transformers with context pooling: images of any size and aspect ratio, each on its own grid.
 
 NaFlex as in NaViT: `Patch n' Pack`, https://arxiv.org/abs/2307.06304, and FlexiViT, https://arxiv.org/abs/2212.08013
 Context pooling: `Efficient Representation Learning via Adaptive Context Pooling`, https://arxiv.org/abs/2207.01844
@@ -70,16 +70,17 @@ class ContextPoolNaFlexBlock(ContextPoolBlock):
 
 
 class ContextPoolNaFlexVit(NaFlexVit):
-    """timm's `NaFlexVit` with context pools, for images and for batches of patches of a NaFlex loader.
+    """timm's `NaFlexVit` with context pools, for images and for batches of patches from a NaFlex loader.
 
-    Positions as in `ContextPoolVisionTransformer`. Each image is pooled on its own grid, that of the image or of its
-    patches' coordinates; supports are relative to it. Padding and prefix tokens are not pooled.
+    Positions `pre_attn` and `post_block` as in `ContextPoolVisionTransformer`. Each image is pooled on its own grid,
+    from the image size or the coordinates of its patches; supports are relative to it. Padding and prefix tokens are
+    not pooled.
 
     Args:
         cfg: As for `NaFlexVit`, without `block_fn`, and with timm's plain blocks.
-        *args: Further arguments of `NaFlexVit`.
+        *args: More arguments of `NaFlexVit`.
         cpool: Where and how to pool; the defaults of the family if None.
-        **kwargs: Further arguments of `NaFlexVit`, fields of its configuration among them.
+        **kwargs: More arguments of `NaFlexVit`, fields of its configuration among them.
 
     Raises:
         ValueError: `block_fn` is given; or, with pools, the options ask for EVA's blocks (rotary embeddings, gates,
@@ -215,13 +216,13 @@ def naflexvit_base_cpool_patch16_gap(pretrained: bool = False, **kwargs: Any) ->
 
 @register_model
 def naflexvit_base_cpool_patch16_par_gap(pretrained: bool = False, **kwargs: Any) -> ContextPoolNaFlexVit:
-    """NaFlex ViT-B/16 with context pooling and position embeddings that keep the image's proportions."""
+    """NaFlex ViT-B/16 with context pooling and position embeddings that keep the aspect ratio."""
     model_args = dict(_BASE_ARGS, pos_embed_ar_preserving=True)
     return _create_naflexvit('naflexvit_base_cpool_patch16_par_gap', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def naflexvit_base_cpool_patch16_parfac_gap(pretrained: bool = False, **kwargs: Any) -> ContextPoolNaFlexVit:
-    """NaFlex ViT-B/16 with context pooling and factorized position embeddings that keep the image's proportions."""
+    """NaFlex ViT-B/16 with context pooling and factorized position embeddings that keep the aspect ratio."""
     model_args = dict(_BASE_ARGS, pos_embed='factorized', pos_embed_ar_preserving=True)
     return _create_naflexvit('naflexvit_base_cpool_patch16_parfac_gap', pretrained, **dict(model_args, **kwargs))

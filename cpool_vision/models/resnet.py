@@ -26,7 +26,7 @@ FAMILY = Family(
 
 
 class ContextPoolBasicBlock(BasicBlock):
-    """timm's `BasicBlock` with a pool (`cpool`) of its residual branch, in front of the addition."""
+    """timm's `BasicBlock` with a pool (`cpool`) of its residual branch, before the addition."""
 
     if TYPE_CHECKING:  # TorchScript reads annotations
         cpool: nn.Module
@@ -43,7 +43,7 @@ class ContextPoolBasicBlock(BasicBlock):
 
 
 class ContextPoolBottleneck(Bottleneck):
-    """timm's `Bottleneck` with a pool (`cpool`) of its residual branch, in front of the addition."""
+    """timm's `Bottleneck` with a pool (`cpool`) of its residual branch, before the addition."""
 
     if TYPE_CHECKING:  # TorchScript reads annotations
         cpool: nn.Module
@@ -85,13 +85,13 @@ class ContextPoolResNet(ResNet):
     """timm's `ResNet` with context pools.
 
     Positions: `branch` pools the residual branch of the last block of each stage, before the addition (stride 1);
-    `stem` takes the place of the stem's max-pool; `stride` pools behind the strided 3x3 convolution of a stage's first
+    `stem` replaces the max-pool of the stem; `stride` pools after the strided 3x3 convolution of a stage's first
     block, which then runs at stride 1; `shortcut` pools before the 1x1 convolution of the strided shortcut. With
-    `init='identity'` every one starts as what it replaced.
+    `init='identity'` each starts as the module that it replaced.
 
     Args:
         *args, **kwargs: As for `ResNet`.
-        small_stem: The stem keeps the resolution: its convolutions run at stride 1 and nothing pools behind them.
+        small_stem: The stem keeps the resolution: its convolutions run at stride 1, without a pool after them.
         cpool: Where and how to pool; the defaults of the family if None.
 
     Raises:

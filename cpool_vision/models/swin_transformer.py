@@ -21,7 +21,7 @@ FAMILY = Family('swin_transformer', positions=('pre_attn', 'window', 'post_block
 
 
 class ContextPoolLinear(nn.Linear):
-    """Queries, keys and values of pooled tokens `(windows, N, C)`: each window is a map of its own."""
+    """Queries, keys and values of pooled tokens `(windows, N, C)`: each window is its own map."""
 
     def __init__(self, *args: Any, cpool: Mixer2d, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -32,9 +32,9 @@ class ContextPoolLinear(nn.Linear):
 
 
 class ContextPoolSwinBlock(SwinTransformerBlock):
-    """timm's block with a pool of what attention reads (`cpool_attn`) and of what leaves the block (`cpool`).
+    """timm's block with a pool of the input of attention (`cpool_attn`) and of the output of the block (`cpool`).
 
-    Both pool the whole map, before it is cut into windows. Either may be None.
+    Both pool the whole map, before it is split into windows. Either may be None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,8 +56,9 @@ class ContextPoolSwinBlock(SwinTransformerBlock):
 class ContextPoolSwinTransformer(SwinTransformer):
     """timm's `SwinTransformer` with context pools.
 
-    Positions: `pre_attn` pools the whole map that a block's attention reads, so that windows see over their borders;
-    `window` pools inside each window; `post_block` pools the residual stream after every block of a stage but its last.
+    Positions: `pre_attn` pools the whole map that a block's attention reads, so windows see across their borders;
+    `window` pools inside each window; `post_block` pools the residual stream after every block of a stage except its
+    last.
 
     Args:
         *args, **kwargs: As for `SwinTransformer`.

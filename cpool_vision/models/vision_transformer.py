@@ -23,7 +23,7 @@ FAMILY = Family(  # the ratio at which docs/evidence_details.md measures positio
 
 
 class ContextPoolBlock(Block):
-    """timm's `Block` with a pool of what attention reads (`cpool_attn`) and of what leaves the block (`cpool`).
+    """timm's `Block` with a pool of the input of attention (`cpool_attn`) and of the output of the block (`cpool`).
 
     Both are None until the model sets them. `height` and `width` are the token grid of the call; without them the
     pools use their own `grid_size`.
@@ -57,7 +57,7 @@ class ContextPoolBlock(Block):
 
 
 class ContextPoolKeyValue(nn.Linear):
-    """Queries of tokens `(B, P + N, C)` as they are, keys and values of the pooled tokens, `(B, P + N, 3 C)`."""
+    """Queries of the tokens `(B, P + N, C)`, keys and values of the pooled tokens: `(B, P + N, 3 C)`."""
 
     if TYPE_CHECKING:  # TorchScript reads annotations
         cpool: Mixer2d
@@ -70,11 +70,11 @@ class ContextPoolKeyValue(nn.Linear):
 
 
 class ContextPoolVisionTransformer(VisionTransformer):
-    """timm's `VisionTransformer` whose tokens choose the granularity that attention works at.
+    """timm's `VisionTransformer` with context pools.
 
-    Positions: `pre_attn` pools what each block's attention reads, behind its first norm; `pre_kv` pools what its keys
-    and values are made of, while queries stay sharp; `post_block` pools the residual stream after every block that
-    feeds another one, as published. Prefix tokens are not pooled.
+    Positions: `pre_attn` pools the input of each block's attention, after its first norm; `pre_kv` pools the input of
+    keys and values only, not of queries; `post_block` pools the residual stream between blocks, as in the paper.
+    Prefix tokens are not pooled.
 
     Args:
         *args, **kwargs: As for `VisionTransformer`, without `block_fn`.
@@ -260,55 +260,55 @@ def vit_base_cpool_patch16_224(pretrained: bool = False, **kwargs: Any) -> Conte
 
 @register_model
 def vit_small_cpool_d6_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
-    """ViT-S/16 with context pooling and six layers in place of twelve."""
+    """ViT-S/16 with context pooling and six layers instead of twelve."""
     model_args = dict(patch_size=16, embed_dim=384, depth=6, num_heads=6)
     return _create_vit('vit_small_cpool_d6_patch16_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_small_cpool_d8_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
-    """ViT-S/16 with context pooling and eight layers in place of twelve."""
+    """ViT-S/16 with context pooling and eight layers instead of twelve."""
     model_args = dict(patch_size=16, embed_dim=384, depth=8, num_heads=6)
     return _create_vit('vit_small_cpool_d8_patch16_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_small_cpool_d9_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
-    """ViT-S/16 with context pooling and nine layers in place of twelve."""
+    """ViT-S/16 with context pooling and nine layers instead of twelve."""
     model_args = dict(patch_size=16, embed_dim=384, depth=9, num_heads=6)
     return _create_vit('vit_small_cpool_d9_patch16_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_small_cpool_d10_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
-    """ViT-S/16 with context pooling and ten layers in place of twelve."""
+    """ViT-S/16 with context pooling and ten layers instead of twelve."""
     model_args = dict(patch_size=16, embed_dim=384, depth=10, num_heads=6)
     return _create_vit('vit_small_cpool_d10_patch16_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_base_cpool_d6_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
-    """ViT-B/16 with context pooling and six layers in place of twelve."""
+    """ViT-B/16 with context pooling and six layers instead of twelve."""
     model_args = dict(patch_size=16, embed_dim=768, depth=6, num_heads=12)
     return _create_vit('vit_base_cpool_d6_patch16_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_base_cpool_d8_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
-    """ViT-B/16 with context pooling and eight layers in place of twelve."""
+    """ViT-B/16 with context pooling and eight layers instead of twelve."""
     model_args = dict(patch_size=16, embed_dim=768, depth=8, num_heads=12)
     return _create_vit('vit_base_cpool_d8_patch16_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_base_cpool_d9_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
-    """ViT-B/16 with context pooling and nine layers in place of twelve."""
+    """ViT-B/16 with context pooling and nine layers instead of twelve."""
     model_args = dict(patch_size=16, embed_dim=768, depth=9, num_heads=12)
     return _create_vit('vit_base_cpool_d9_patch16_224', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vit_base_cpool_d10_patch16_224(pretrained: bool = False, **kwargs: Any) -> ContextPoolVisionTransformer:
-    """ViT-B/16 with context pooling and ten layers in place of twelve."""
+    """ViT-B/16 with context pooling and ten layers instead of twelve."""
     model_args = dict(patch_size=16, embed_dim=768, depth=10, num_heads=12)
     return _create_vit('vit_base_cpool_d10_patch16_224', pretrained, **dict(model_args, **kwargs))

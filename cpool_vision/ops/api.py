@@ -15,7 +15,7 @@ def context_pool2d(
         offset: Tensor | None = None,
         backend: str | None = None,
 ) -> Tensor:
-    """Pools every output cell's neighborhood with learned pooling weights and a learned Gaussian support.
+    """Replaces every output cell by a weighted mean of the map, with given pooling weights and Gaussian supports.
 
     `y[b, c, i] = sum_j a_ij x[b, c, j]` with `a_ij = softmax_j(l_j - |p_i + o_i - p_j|^2 / (2 sigma_i^2))` over all
     pixels j of the map, `p_j` the pixel center, `p_i` the center of output cell i and `o_i` its `offset`, zero if None.
@@ -24,18 +24,18 @@ def context_pool2d(
     Each output is a convex combination of the input's pixels. `sigma -> 0` gives the identity (stride 1),
     `sigma -> inf` the weighted global mean; a constant added to the logits changes nothing.
 
-    Under autocast features are pooled in the autocast dtype, weight logits and supports in fp32, and gradients come in
-    the dtypes of the inputs. Distances come from integer pixel indices and sums are kept in fp32 (fp64 for fp64 input),
-    under autocast too. The triton, native and tiled backends may leave out a share of each query's weight, at most
-    `cpool_vision.ops.TOLERANCE[x.dtype]`: 2^-20, or 2^-46 in fp64.
+    Under autocast, features are pooled in the autocast dtype with weight logits and supports in fp32, and gradients
+    have the dtypes of the inputs. Distances are computed from integer pixel indices, and sums are fp32 (fp64 for fp64
+    input), under autocast too. The triton, native and tiled backends may skip pixels that hold at most
+    `cpool_vision.ops.TOLERANCE[x.dtype]` of a query's weight: 2^-20, or 2^-46 in fp64.
 
     Args:
-        x: features `(B, C, H, W)`, floating point, of any strides; channels-last input gives channels-last output.
+        x: features `(B, C, H, W)`, floating point, with any strides; channels-last input gives channels-last output.
         weight_logits: logarithms of the pooling weights, `(B, G, H, W)`; each of G groups pools `C / G` channels.
-            A pixel of logit -inf, whose features are finite, weighs exactly nothing, as if it were not there.
+            A pixel with logit -inf and finite features has exactly no weight, as if it were not there.
         sigma: support sizes, `(B, Gs, ceil(H / stride), ceil(W / stride))`: standard deviations in input pixels, > 0.
-            Gs divides G, and group g has the supports `g // (G // Gs)`.
-            `weight_logits` and `sigma` may be of another floating dtype than `x`, and better stay in fp32.
+            Gs divides G, and group g uses the supports `g // (G // Gs)`.
+            `weight_logits` and `sigma` may have another floating dtype than `x`; keep them in fp32.
         stride: output cells are `stride` pixels apart.
         offset: where each group looks relative to the cell's center, rows before columns, in input pixels:
             `(B or 1, G, 2, Ho or 1, Wo or 1)`. It may point outside the map.

@@ -1,4 +1,4 @@
-"""Which implementations can take a call, and why not: one predicate each, used to choose and to explain."""
+"""Which backends can run a call, and why the others cannot: one predicate each, used to choose and to explain."""
 import functools
 import importlib.util
 import os
@@ -98,12 +98,12 @@ BACKENDS = tuple(_PREDICATES)
 def available_backends(
         x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1, offset: Tensor | None = None,
 ) -> dict[str, str | None]:
-    """Reports for each backend whether it can take these arguments, which are those of `context_pool2d`.
+    """Reports for each backend whether it can run with these arguments of `context_pool2d`.
 
-    Nothing is compiled for the answer: that the C compiler fails is known after the first call that needs it.
+    This compiles nothing, so a failing C compiler is only known after the first call that needs it.
 
     Returns:
-        By backend, in order of preference: None if it can, else the reason why not.
+        By backend, in order of preference: None if it can run, else the reason why not.
 
     Raises:
         TypeError: a tensor is not floating point.
@@ -123,7 +123,7 @@ def choose_backend(
         NotImplementedError: the requested backend cannot take these arguments. There is no silent fallback.
     """
     if backend is None:
-        # Importing torch.onnx takes a while, and only who has imported it exports.
+        # Importing torch.onnx takes a while, and only code that has imported it exports.
         onnx = sys.modules.get('torch.onnx')
         if onnx is not None and onnx.is_in_onnx_export():
             return 'reference'  # made of operators that ONNX knows

@@ -115,7 +115,7 @@ def check_out(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> N
         raise ValueError(
             f'{name} must have shape {shape} on {x.device}, got {tuple(tensor.shape)} on {tensor.device}')
     if any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(f'{name} must have memory of its own for every element, got strides {tensor.stride()}')
+        raise ValueError(f'{name} must have its own memory for every element, got strides {tensor.stride()}')
 
 
 def _has_tangent(tensors: Iterable[Any]) -> bool:

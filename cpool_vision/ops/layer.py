@@ -16,7 +16,7 @@ _lib = torch.library.Library('cpool_vision', 'FRAGMENT')
 _HOW = (
     'int num_prefix_tokens, int height, int width, int groups, int support_groups, float bound, float ratio, '
     'float floor')
-# TorchScript says of every bias that it may be absent.
+# TorchScript types every bias as optional.
 _lib.define(
     'pool_tokens(Tensor x, Tensor reduce_weight, Tensor? reduce_bias, Tensor predict_weight, Tensor? predict_bias, '
     f'{_HOW}, str? backend=None) -> Tensor')
@@ -119,7 +119,7 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
 
 
 _lib.impl('pool_tokens', _pool_tokens, 'CompositeImplicitAutograd')
-# torch.func.vmap decomposes it too, into operators with rules of their own.
+# torch.func.vmap decomposes it too, into operators with their own rules.
 _lib.impl('pool_tokens', _pool_tokens, 'FuncTorchBatchedDecomposition')
 _lib.impl('pool_tokens_fused', _fused, 'CompositeExplicitAutograd')
 _lib.impl('pool_tokens_fused_backward', _fused_backward, 'CompositeExplicitAutograd')

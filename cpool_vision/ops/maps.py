@@ -1,4 +1,4 @@
-"""Weight logits and supports from what a predictor says: one operator with a derivative of its own."""
+"""Weight logits and supports from the output of a predictor: one operator with its own derivative."""
 from collections.abc import Callable
 from typing import Any
 

@@ -24,7 +24,7 @@ TOLERANCE = {
 }
 # exp() of less is subnormal, hence slow, and too small for any tolerance.
 MIN_EXPONENT = -80.0
-# Stands in place of margins where queries are weighed by softmax over the whole map.
+# Replaces margins where queries are weighed by softmax over the whole map.
 BY_SOFTMAX = -1
 # Columns of a band and rows of a strip that are considered; 0 stands for the whole width.
 SHAPES = ((14, 7), (14, 14), (28, 7), (0, 4), (0, 7))

@@ -1,4 +1,4 @@
-"""The predictor of weight logits and supports on tokens, as one operator with a derivative of its own."""
+"""The predictor of weight logits and supports on tokens, as one operator with its own derivative."""
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +16,7 @@ _lib = torch.library.Library('cpool_vision', 'FRAGMENT')
 
 WEIGHTS = 'Tensor reduce_weight, Tensor reduce_bias, Tensor predict_weight, Tensor predict_bias'
 _HOW = 'int height, int width, int groups, int support_groups, int stride, float bound, float ratio, float floor'
-# TorchScript says of every bias that it may be absent.
+# TorchScript types every bias as optional.
 _lib.define(
     'predict_maps(Tensor x, Tensor reduce_weight, Tensor? reduce_bias, Tensor predict_weight, Tensor? predict_bias, '
     f'{_HOW}) -> (Tensor, Tensor)')
@@ -40,7 +40,7 @@ def compose_maps(
     """Weight logits and supports of tokens `(B, P + H * W, C)` by torch's operators.
 
     A 1x1 convolution `reduce_weight` `(h, C, 1, 1)`, exact GELU, a 3x3 convolution `predict_weight` `(K, h, 3, 3)`
-    over the grid, whose border counts as zero, and `supports_and_logits` with the further arguments `how`.
+    over the grid, whose border counts as zero, and `supports_and_logits` with the arguments `how`.
     """
     if x.stride(2) == 1:
         # Prefix tokens go through the product too: they cost less than a copy of the others.
@@ -52,7 +52,7 @@ def compose_maps(
 
 
 def may_fuse(x: Tensor, predict_weight: Tensor, *biases: Tensor | None) -> bool:
-    """Whether the predictor of the tokens `x` can be a part of an operator with a derivative of its own."""
+    """Whether the predictor of the tokens `x` can be a part of an operator with its own derivative."""
     fits = not x.is_cuda or predict_weight.shape[1] <= MOST[0] and predict_weight.shape[0] <= MOST[1]
     return type(x) is Tensor and x.stride(2) == 1 and why_not_differentiable(x) is None and fits and None not in biases
 
@@ -159,7 +159,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _lib.impl('predict_maps', _predict_maps, 'CompositeImplicitAutograd')
-# torch.func.vmap decomposes it too, into operators with rules of their own.
+# torch.func.vmap decomposes it too, into operators with their own rules.
 _lib.impl('predict_maps', _predict_maps, 'FuncTorchBatchedDecomposition')
 _lib.impl('predict_maps_fused', without_autocast(predict_with_hidden), 'CompositeExplicitAutograd')
 _lib.impl('predict_maps_fused_backward', _fused_backward, 'CompositeExplicitAutograd')

@@ -225,7 +225,7 @@ def _register_autograd(form: str, backend: str, fake: Callable[..., Any], backwa
         offset, saved = kept[:ctx.optional], kept[ctx.optional:]
         grads = list(run_backward(grad, *saved, ctx.stride, *offset))
         grads.insert(3, None)
-        # An offset that the caller left out is no input.
+        # An offset that the caller left out is not an input.
         return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
 
     def no_double_backward(ctx: Any, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The operator on tokens behind a prefix: kernels read and write the token tensors themselves."""
+"""The operator on tokens after a prefix: kernels read and write the token tensors themselves."""
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .backends import choose_backend
 
-# Backends whose kernels write behind a prefix.
+# Backends whose kernels write after a prefix.
 WRITE_TOKENS = ('triton', 'native')
 
 
@@ -38,7 +38,7 @@ def _with_prefix_of(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def on_tokens(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, the forward pass of a backend that writes to `out`, on tokens behind a prefix."""
+    """`run`, the forward pass of a backend that writes to `out`, on tokens after a prefix."""
     def forward(x: Tensor, weight_logits: Tensor, sigma: Tensor, num_prefix_tokens: int) -> Any:
         y = _with_prefix_of(x, num_prefix_tokens)
         result = run(grid_map(x, num_prefix_tokens, weight_logits), weight_logits, sigma, 1,
@@ -48,7 +48,7 @@ def on_tokens(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def backward_on_tokens(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, the backward pass of a backend that writes to `dx`, on tokens behind a prefix, whose gradient passes."""
+    """`run`, the backward pass of a backend that writes to `dx`, on tokens after a prefix, whose gradient passes."""
     def backward(grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *kept, num_prefix_tokens = args
         dx = _with_prefix_of(grad.to(x.dtype), num_prefix_tokens)

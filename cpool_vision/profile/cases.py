@@ -22,7 +22,7 @@ class Case:
     Args:
         shape: `(B, C, H, W)` of the features.
         sigma: smallest and largest support, in input pixels; supports are uniform between them.
-        groups: groups of channels, each with supports of its own.
+        groups: groups of channels, each with its own supports.
         stride: output cells are `stride` pixels apart.
         dtype: dtype of the features, a key of `DTYPES`; logits and supports are at least fp32.
         device: `cpu`, `cuda` or `cuda:N`.

@@ -47,7 +47,7 @@ def profile(
         names: implementations to measure.
         repeats: counted runs of each.
         required: those whose absence is an error.
-        memory: whether peak memory is measured, in a run of its own.
+        memory: whether peak memory is measured, in its own run.
 
     Returns:
         `case`, `floor`, `rows` (one dict per implementation that ran) and `refused` (reasons by name).

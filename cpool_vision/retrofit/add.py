@@ -121,7 +121,7 @@ def _fit(model: nn.Module, x: Tensor, finder: Finder, places: list[Place],
 
 def _choose_and_fit(model: nn.Module, x: Tensor, finder: Finder, positions: tuple | None,
                     stages: tuple | None) -> tuple[list[Place], list[bool]]:
-    """Places at the positions, as `_fit` gives them; where the default position does not work, behind the blocks."""
+    """Places at the positions, as `_fit` gives them; where the default position does not work, after the blocks."""
     size = (x.shape[-2], x.shape[-1])
     chosen = _choose(model, finder, size, positions, stages)
     try:
@@ -133,7 +133,7 @@ def _choose_and_fit(model: nn.Module, x: Tensor, finder: Finder, positions: tupl
             fitted = _fit(model, x, finder, _choose(model, finder, size, ('post_block',), stages), explicit=False)
         except NoPlaceError:
             raise error from None
-        _logger.warning("Pools stand at 'post_block', as 'pre_attn' does not work: %s.", error)
+        _logger.warning("Using position 'post_block' because 'pre_attn' does not work: %s.", error)
         return fitted
 
 
@@ -264,10 +264,10 @@ def _record_args(model: Any, args: dict[str, Any]) -> None:
 
 
 def remove_context_pool(model: Any) -> Any:
-    """Takes out, in place, what `add_context_pool` put in; a trained pool's effect is gone with it.
+    """Removes the pools that `add_context_pool` added, in place, including what they have learned.
 
     Raises:
-        ValueError: The model holds no pool of `add_context_pool`.
+        ValueError: The model has no pool from `add_context_pool`.
     """
     if not _detach_pools(model):
         raise ValueError(f'{type(model).__name__} holds no context pool that add_context_pool put in')

@@ -1,8 +1,8 @@
-"""Puts a context pool into an existing module without moving the module: its state-dict keys stay valid.
+"""Adds a context pool to an existing module without moving the module: its state-dict keys stay valid.
 
-The pool becomes the child `cpool` of the module. Where the module runs its children by itself (`nn.Sequential` and
-the like) that is all. Elsewhere the module's class becomes a subclass of its own whose `forward` calls the pool too, so
-that `isinstance`, deepcopy, pickle, `torch.compile` and `torch.export` see an ordinary module.
+The pool becomes the child `cpool` of the module. For modules that run their children in turn, like `nn.Sequential`,
+that is all. For others, the class is replaced with a subclass whose `forward` also calls the pool, so that
+`isinstance`, deepcopy, pickle, `torch.compile` and `torch.export` see an ordinary module.
 """
 from typing import Any
 

@@ -1,6 +1,6 @@
 """The architecture `contextpool_retrofit`: a base model of timm with context pools, so that timm can rebuild it.
 
-Its name is not among `*cpool*`: it is no variant of its own but needs a base.
+Its name does not match `*cpool*`, because it is not a variant: it needs a base.
 """
 import dataclasses
 import inspect
@@ -36,8 +36,8 @@ def contextpool_retrofit(
 ) -> Any:
     """A base model of timm with context pools added: `base` and the arguments of `add_context_pool` as `cpool_*`.
 
-    From a saved folder `pretrained` loads base and pools. By its plain name it loads the weights of the base, which may
-    carry a tag; the pools are fresh then.
+    For a saved folder, `pretrained` loads base and pools. For the plain name, it loads the weights of the base, whose
+    name may have a tag, and the pools are new.
 
     Raises:
         ValueError: `base` is missing or is not a model of timm.

@@ -1,4 +1,4 @@
-"""Fine-tuning of a model with context pools: parameter groups for pools and base, and a base that stays as it is."""
+"""Fine-tuning a model with context pools: parameter groups for pools and base, and freezing the base."""
 import fnmatch
 from collections.abc import Iterator
 from typing import Any
@@ -29,11 +29,11 @@ def param_groups(
         weight_decay: float = 0.0,
         pool_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: pools and base apart, each with and without weight decay.
+    """Parameter groups for an optimizer: pools and base separately, each with and without weight decay.
 
-    Vectors, biases and what the model's `no_weight_decay()` names are not decayed. Frozen parameters are left out.
-    With `lr` every group carries its own, which any scheduler scales. Without it the groups carry `lr_scale`, by which
-    timm's schedulers, and they only, multiply the learning rate. Usable as timm's `param_group_fn`::
+    Vectors, biases and the names in the model's `no_weight_decay()` are not decayed. Frozen parameters are left out.
+    With `lr`, every group has its own learning rate, which any scheduler scales. Without it, the groups have
+    `lr_scale`, which only timm's schedulers apply to the learning rate. Usable as timm's `param_group_fn`::
 
         create_optimizer_v2(model, 'adamw', lr=1e-3, param_group_fn=partial(param_groups, pool_lr_scale=10, lr=1e-3))
 
@@ -41,11 +41,11 @@ def param_groups(
         model: A model with context pools.
         pool_lr_scale: Learning rate of the pools as a multiple of the base's.
         lr: Learning rate of the base.
-        weight_decay: Of the base.
-        pool_weight_decay: Of the pools; that of the base if None.
+        weight_decay: Weight decay of the base.
+        pool_weight_decay: Weight decay of the pools; that of the base if None.
 
     Raises:
-        ValueError: `pool_lr_scale` is not positive, the model holds no context pool, or nothing is to be trained.
+        ValueError: `pool_lr_scale` is not positive, the model has no context pool, or no parameter is trainable.
     """
     if not pool_lr_scale > 0:
         raise ValueError(f'pool_lr_scale must be > 0, got {pool_lr_scale}: to leave the pools as they are, set '
@@ -78,7 +78,7 @@ def param_groups(
 
 
 class _FixedStatistics:
-    """Keeps a normalization in eval mode whatever mode the model is in."""
+    """Keeps a normalization layer in eval mode."""
 
     def train(self, mode: bool = True) -> Any:
         return super().train(False)  # type: ignore[misc]
@@ -94,21 +94,21 @@ def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def freeze_base(model: Any, train_head: bool = False) -> Any:
-    """Freezes, in place, all but the context pools; also running statistics of normalizations stay put.
+    """Freezes everything but the context pools, in place, including running statistics.
 
-    Normalizations with running statistics stay in eval mode, also after `model.train()`; class and state-dict keys
-    otherwise stay theirs. Dropout and stochastic depth follow `model.train()` as ever. Convert to synchronized batch
-    norm, which makes new modules, before freezing.
+    Normalization layers with running statistics stay in eval mode, also after `model.train()`; their state-dict keys
+    do not change. Dropout and stochastic depth follow `model.train()` as usual. Convert to synchronized batch norm,
+    which creates new modules, before you freeze.
 
     Args:
         model: A model with context pools.
-        train_head: Leave the classifier (`model.get_classifier()`) trainable, as for new classes.
+        train_head: Train the classifier (`model.get_classifier()`) too, for example for new classes.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: The model holds no context pool, or has no classifier to train.
+        ValueError: The model has no context pool, or no classifier to train.
     """
     pools = {id(parameter) for parameter in pool_parameters(model).values()}
     if not pools:
@@ -131,7 +131,7 @@ def freeze_base(model: Any, train_head: bool = False) -> Any:
 
 
 def unfreeze_base(model: Any) -> Any:
-    """Undoes `freeze_base`, in place: every parameter is trained, normalizations follow the mode of the model again."""
+    """Undoes `freeze_base`, in place: every parameter is trained, and normalization layers follow the model's mode."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for module in model.modules():

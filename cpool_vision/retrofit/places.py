@@ -158,7 +158,7 @@ class Finder:
         self.stages = self._stages(model)
 
     def features(self, name: str, side: str = 'output') -> Features | None:
-        """Features that a module returns, or reads; None where they are no map or the module runs not just once."""
+        """Features that a module returns or reads; None if they are not a map, or if it does not run exactly once."""
         record = self.records.get(name)
         if record is None or record.calls != 1:
             return None

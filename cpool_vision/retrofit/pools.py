@@ -49,7 +49,7 @@ class ChannelsLastContextPool(ContextPool2d):
 class GridContextPool(TokenContextPool):
     """`TokenContextPool` that follows the size of the images, where `follow_images` tells it.
 
-    The grid of a call is the one with as many tokens whose sides are in the proportions of the last image seen. Where
+    The grid of a call is the one with as many tokens whose sides are in the aspect ratio of the last image seen. Where
     no image was seen, and under `torch.fx`, it is `grid_size`.
 
     Raises:
@@ -65,7 +65,7 @@ class GridContextPool(TokenContextPool):
         grid = self.grid_size if size is None else solve_grid(num, *size)
         if grid is None or num != grid[0] * grid[1]:
             seen = f'the {self.grid_height} x {self.grid_width} grid' if size is None else \
-                f'a grid in the proportions of images of {size[0]} x {size[1]} pixels'
+                f'a grid with the aspect ratio of images of {size[0]} x {size[1]} pixels'
             raise ValueError(f'{num} tokens (and {self.num_prefix_tokens} prefix tokens) do not form {seen}: set '
                              'grid_size of the pool, and image_size to None, for a grid of another kind')
         return grid
@@ -88,7 +88,7 @@ def _tell_image_size(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
 
 def follow_images(reader: nn.Module, pools: list[GridContextPool]) -> None:
     """Makes `reader`, the module that reads the images, tell their size to token pools."""
-    # a tuple, which is no submodule: the pools keep their one name, and a deep copy gets its own
+    # a tuple, which is not a submodule: the pools keep their one name, and a deep copy gets its own
     reader.cpool_listeners = tuple(pools)  # type: ignore[assignment]
     reader.register_forward_pre_hook(_tell_image_size, with_kwargs=True)
 

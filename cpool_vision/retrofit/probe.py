@@ -1,4 +1,4 @@
-"""Runs of a model on one probe image, by which it is found out how a pool fits in."""
+"""Runs a model on one probe image to find out how a pool fits in."""
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ def probe_image(model: nn.Module, size: int | Sequence[int] | None, in_chans: in
         raise NoPlaceError(f'{type(model).__name__} has no parameters: pass a network')
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     in_chans = in_chans or getattr(model, 'in_chans', None) or (cfg.get('input_size') or (3,))[0]
-    # a generator of its own, so that the caller's random numbers stay what they were
+    # its own generator, so that the caller's random numbers stay what they were
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1, in_chans, *_image_size(model, size), generator=generator, device='cpu')
     return x.to(device=parameter.device, dtype=parameter.dtype)

@@ -1,4 +1,4 @@
-"""Writes a retrofitted model as a folder that `timm.create_model('local-dir:FOLDER')` reads."""
+"""Saves a retrofitted model as a folder for `timm.create_model('local-dir:FOLDER')`."""
 from typing import Any
 
 from ..hub import save_for_hub
@@ -7,22 +7,22 @@ from .add import ARCHITECTURE
 
 
 def save_model(model: Any, folder: str, force: bool = False, **kwargs: Any) -> None:
-    """Writes `config.json` and `model.safetensors` of a model with context pools, as `cpool_vision.hub.save_for_hub`.
+    """Writes `config.json` and `model.safetensors` of a retrofitted model, like `cpool_vision.hub.save_for_hub`.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` reads them after `import cpool_vision`.
 
     Args:
         model: A timm model after `add_context_pool`.
-        folder: Made if need be; other files in it stay.
-        force: Replace a model that the folder holds.
+        folder: Created if missing; other files in it are kept.
+        force: Overwrite the model in the folder.
         **kwargs: `data_config`, `model_config` of `timm.models.save_for_hf`.
 
     Raises:
-        FileExistsError: The folder holds a model, or is a file.
-        ValueError: The model was not made by timm, or holds no pools of `add_context_pool`.
+        FileExistsError: The folder already has a model, or is a file.
+        ValueError: The model was not made by timm, or has no pools from `add_context_pool`.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if cfg.get('architecture') != ARCHITECTURE or not context_pools(model):
-        raise ValueError(f'{type(model).__name__} is no model of timm with pools of add_context_pool: save its '
+        raise ValueError(f'{type(model).__name__} is not a model of timm with pools of add_context_pool: save its '
                          'state_dict, or use cpool_vision.hub.save_for_hub')
     save_for_hub(model, folder, force, **kwargs)

@@ -1,7 +1,7 @@
-"""Behavior added to one module by a subclass of its class: `isinstance`, names and state dict stay as they are.
+"""Adds behavior to one module by a subclass of its class: `isinstance`, names and state dict do not change.
 
-Such subclasses have no name that could be imported: a module is copied and pickled as its own class and the list of
-what was added to it, in order.
+Such subclasses cannot be imported by name, so a module is copied and pickled as its own class and the list of what was
+added to it, in order.
 """
 from typing import Any
 

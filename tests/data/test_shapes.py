@@ -166,8 +166,8 @@ def test_other_names_go_to_timm(tmp_path) -> None:
 
 
 @pytest.mark.parametrize('name, options, message', [
-    ('cpool/shape', {}, "unknown data set 'cpool/shape': choose one of cpool/shapes"),
-    ('cpool/', {}, 'unknown data set'),
+    ('cpool/shape', {}, "unknown dataset 'cpool/shape': choose one of cpool/shapes"),
+    ('cpool/', {}, 'unknown dataset'),
     ('cpool/shapes', {'split': 'trian'}, "unknown split 'trian'.*test.*train.*validation"),
     ('cpool/shapes', {'num_samples': 0}, 'num_samples must be >= 1, got 0'),
     ('cpool/shapes', {'image_size': 4}, 'image_size must be between 8 and 1024, got 4'),

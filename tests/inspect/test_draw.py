@@ -191,7 +191,7 @@ def test_command_draws_files_through_a_map_model(tmp_path: pathlib.Path) -> None
 @pytest.mark.parametrize('arguments, message', [
     (['resnet_micro_cpool_32', 'missing.jpg'], "image 'missing.jpg' cannot be read"),
     (['resnet_micro_cpool_32', '--num-images', '0'], '--num-images must be >= 1, got 0'),
-    (['resnet_micro_cpool_32', '--dataset', 'cpool/cats'], "unknown data set 'cpool/cats'"),
+    (['resnet_micro_cpool_32', '--dataset', 'cpool/cats'], "unknown dataset 'cpool/cats'"),
     (['resnet_micro_cpool_32', '--layers', 'nowhere'], "no context pool is named 'nowhere'"),
     (['resnet_micro_cpool_32', '--checkpoint', 'missing.pth'], "'missing.pth' does not exist"),
     (['test_resnet'], 'holds no context pool'),

@@ -66,7 +66,7 @@ def test_points_in_pixels_of_the_image() -> None:
 
 @pytest.mark.parametrize('points, message', [
     ([], r'points must hold at least one \(y, x\), got none'),
-    ([(32, 0)], r'point \(32, 0\) is no \(y, x\) inside an image of 32 x 32 pixels'),
+    ([(32, 0)], r'point \(32, 0\) is not inside an image of 32 x 32 pixels'),
     ([(1, 1), (-0.1, 0)], r'point \(-0.1, 0\)'),
     ([(float('nan'), 0)], r'point \(nan, 0\)'),
     ([(1, 2, 3)], r'point \(1, 2, 3\)'),

@@ -134,7 +134,7 @@ def test_report_of_a_run_with_its_model(run_folder: pathlib.Path, tmp_path: path
     (['resnet_micro_cpool_32', '--html', 'none/OUT.html'], "--html 'none/OUT.html' cannot be written"),
     (['resnet_micro_cpool_32', '--depth', 'OUT.png', '--dpi', '0'], '--dpi must be >= 1, got 0'),
     (['resnet_micro_cpool_32', '--footprints', 'OUT.png', '--points', '1', '2', '3'], 'pairs Y X, got 3 numbers'),
-    (['resnet_micro_cpool_32', '--footprints', 'OUT.png', '--points', '1', '32'], r'point (1.0, 32.0) is no (y, x)'),
+    (['resnet_micro_cpool_32', '--footprints', 'OUT.png', '--points', '1', '32'], '(1.0, 32.0) is not inside an image'),
     (['resnet_micro_cpool_32', '--json', 'OUT.json', '--rf-layer', 'no'], "no layer 'no': name a module"),
     (['resnet_micro_cpool_32', '--json', 'OUT.json', '--rf-probes', '0'], 'probes must be >= 1, got 0'),
     (['resnet_micro_cpool_32', '--footprints', 'OUT.png', '--layers', 'x'], "no context pool is named 'x'"),

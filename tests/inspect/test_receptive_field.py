@@ -128,7 +128,7 @@ class Flat(nn.Module):
     (box_stack(1), {'pools': False}, 'Sequential holds no context pool'),
     (box_stack(1), {'layer': '7'}, "no layer '7': name a module"),
     (box_stack(1), {'layer': 0}, 'Sequential has no forward_intermediates to take layer 0 from'),
-    (box_stack(1), {'point': (0, 8)}, r'point \(0, 8\) is no \(y, x\) inside an image of 8 x 8'),
+    (box_stack(1), {'point': (0, 8)}, r'point \(0, 8\) is not inside an image of 8 x 8'),
     (Flat(), {}, r'layer None returns \(1, 64\), no map'),
     (timm.create_model('resnet_micro_cpool_32', in_chans=1), {'layer': 99}, 'the model has no layer number 99'),
 ])

@@ -164,6 +164,6 @@ def test_scripts_run_with_the_variants_registered(tmp_path):
                       '    print(timm.is_model(beside.NAME), sys.argv[1:])\n    sys.exit(3)\n')
     done = run_module(str(script), '--flag', 'a b')
     assert done.stdout.strip() == "True ['--flag', 'a b']" and done.returncode == 3, done.stderr
-    for args, message in (['absent.py'], "error: 'absent.py' is no file: name a Python script"), ([], ''):
+    for args, message in (['absent.py'], "error: 'absent.py' is not a file: name a Python script"), ([], ''):
         done = run_module(*args)
         assert done.returncode == 2 and message in done.stderr

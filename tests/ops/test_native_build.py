@@ -183,7 +183,7 @@ def test_user_without_a_home_uses_another_backend(cache, monkeypatch):
 
 def test_command_of_a_compiler_that_is_none_is_quoted(cache, monkeypatch):
     monkeypatch.setenv('CC', '"gcc')
-    assert _reason() == 'CC="gcc is no command: No closing quotation'
+    assert _reason() == 'CC="gcc is not a command: No closing quotation'
 
 
 def test_asking_what_can_run_compiles_nothing(cache, monkeypatch):

@@ -294,7 +294,7 @@ def test_without_an_order_in_front_of_attention_blocks_are_pooled(monkeypatch, c
         add_context_pool(model, positions='pre_attn')
     add_context_pool(model)
     assert context_pools(model) and not any('attn' in name for name in context_pools(model))
-    assert "Pools stand at 'post_block', as 'pre_attn' does not work" in caplog.text
+    assert "Using position 'post_block' because 'pre_attn' does not work" in caplog.text
 
 
 def test_dead_places_are_left_out():

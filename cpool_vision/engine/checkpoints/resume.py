@@ -97,7 +97,7 @@ class Found:
     Attributes:
         path: its file, '' for a new run.
         content: its dictionary, None for a new run.
-        damaged: newer files that were passed over.
+        damaged: newer files that were skipped.
     """
 
     path: str = ''
@@ -108,7 +108,7 @@ class Found:
 def find_newest(folder: str, team: Team = Team()) -> Found:
     """The newest checkpoint of a run folder that is whole; nothing if the folder has none at all.
 
-    Damaged ones are named in the log and passed over. Every process of the team must call it.
+    Damaged ones are named in the log and skipped. Every process of the team must call it.
 
     Raises:
         CheckpointVersionError: the newest whole one is of a newer release.

@@ -34,7 +34,7 @@ class TrainState:
         loss_scaler: scaler of float16 training, inert otherwise.
         scheduler: timm scheduler, or None. Its position follows from the epoch; only `plateau` has a memory.
         args: the settings, stored as a plain dictionary.
-        extra: further entries of the checkpoint, such as the position inside an epoch.
+        extra: more entries of the checkpoint, such as the position inside an epoch.
     """
 
     task: TrainingTask

@@ -1,1 +1,1 @@
-"""From files to batches: data sets, order, randomness, loaders."""
+"""From files to batches: datasets, order, randomness, loaders."""

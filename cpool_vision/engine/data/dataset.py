@@ -1,4 +1,4 @@
-"""Opening the data set of one split."""
+"""Opening the dataset of one split."""
 import os
 import pickle
 from dataclasses import replace
@@ -26,7 +26,7 @@ def _check_name(name: str) -> None:
     prefix, slash, rest = name.partition('/')
     if name in _FOLDER_NAMES or slash and rest and prefix.lower() in _PREFIXES:
         return
-    raise DatasetError(f'unknown data set {name!r}: leave --dataset empty for a folder or tar, or use one of '
+    raise DatasetError(f'unknown dataset {name!r}: leave --dataset empty for a folder or tar, or use one of '
                        f'{", ".join(each + "/NAME" for each in _PREFIXES)}')
 
 
@@ -80,7 +80,7 @@ def build_dataset(
         num_samples: int | None,
         load_bytes: bool = False,
 ) -> Any:
-    """Data set of one split.
+    """Dataset of one split.
 
     Raises:
         DatasetError: unknown, empty, or more classes than the model has.
@@ -94,7 +94,7 @@ def build_dataset(
     if isinstance(settings.class_map, str) and settings.class_map and not os.path.isfile(settings.class_map):
         raise DatasetNotFoundError(f'--class-map {settings.class_map!r} does not exist: check the path')
     where = f'{name!r} in {root!r}' if name and root else repr(name or root)
-    what = f'data set {where}, split {split!r}'
+    what = f'dataset {where}, split {split!r}'
     try:
         dataset = _open(settings, classes, split, training, input_img_mode, num_samples, load_bytes)
     except UserError:

@@ -121,7 +121,7 @@ def check_classes(former: Mapping[str, int], dataset: Dataset[Any], settings: Da
     """Refuses a set whose classes are not those that the model was trained with.
 
     Sets that name no classes, and folders whose classes a `--class-map` numbers, are left alone. Of sets whose classes
-    have numbers of their own a difference is told in the log.
+    have their own numbers a difference is told in the log.
 
     Args:
         former: numbers of the classes by name; empty if not known.

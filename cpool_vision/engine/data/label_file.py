@@ -59,7 +59,7 @@ class LabelTable:
         images: paths of the images as written.
         labels: names or numbers of the labels of each.
         lines: where in the file each stands, from 1.
-        columns: names of the labels where each has a column of its own.
+        columns: names of the labels where each has its own column.
     """
 
     path: str

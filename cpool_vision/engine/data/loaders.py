@@ -57,7 +57,7 @@ def build_train_loader(
 
     Args:
         settings, runtime, data_config, classes: the run.
-        make_transform: makes the transform of images for an input size (channels, height, width), in place of timm's
+        make_transform: makes the transform of images for an input size (channels, height, width), instead of timm's
             or that of `--aug-config`.
             It maps a PIL image to a (channels, height, width) tensor: uint8 for the prefetcher, else normalized. If
             it has a method `set_random_seed(int)`, that is called before each image.
@@ -187,7 +187,7 @@ def build_eval_loader(
         split: its name.
         batch_size: images per batch.
         num_samples: size, for streamed sets.
-        **kwargs: further arguments of timm's `create_loader`.
+        **kwargs: more arguments of timm's `create_loader`.
 
     Raises:
         DatasetError: see `build_dataset`.
@@ -223,7 +223,7 @@ def base_dataset(loader: Loader) -> Any:
     while True:
         inner = next((getattr(dataset, name) for name in ('base_dataset', 'base', 'dataset')
                       if isinstance(getattr(dataset, name, None), torch.utils.data.Dataset)), None)
-        if inner is None or inner is dataset:  # a stream may be a loader of its own
+        if inner is None or inner is dataset:  # a stream may be its own loader
             return dataset
         dataset = inner
 

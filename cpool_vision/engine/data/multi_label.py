@@ -116,7 +116,7 @@ def open_label_file(settings: DataSettings, classes: Classes, root: str, folder:
         root: `--data-dir`.
         folder: folder of the split, or `root` again.
         split: its name.
-        **kwargs: further arguments of timm's `ImageDataset`.
+        **kwargs: more arguments of timm's `ImageDataset`.
 
     Raises:
         DatasetError: `root` is a file, or see `LabelFileReader`.

@@ -85,7 +85,7 @@ class ReplacingImages(torch.utils.data.Dataset):
                 return self.dataset[candidate]
             except UnreadableImageError as error:
                 self.found.append(Unreadable(candidate, sample_name(self.dataset, candidate), str(error)))
-        raise UnreadableImageError(f'nothing readable was found in place of {sample_name(self.dataset, index)}')
+        raise UnreadableImageError(f'no readable image was found to replace {sample_name(self.dataset, index)}')
 
     def drain(self) -> list[Unreadable]:
         """What was found since the last call."""
@@ -138,7 +138,7 @@ def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
                 f'--{name.replace("_", "-")} does not go with --naflex-loader ({reason}): drop one of them')
     if getattr(settings, 'mixup_mode', 'batch') != 'batch':
         raise ConfigError(
-            '--mixup-mode does not go with --naflex-loader, which mixes pairs of like shape: leave it out')
+            '--mixup-mode does not go with --naflex-loader, which mixes pairs of equal shape: leave it out')
     sizes, probs = settings.naflex_patch_sizes, settings.naflex_patch_size_probs
     if probs and len(probs) != len(sizes or ()):
         raise ConfigError(f'--naflex-patch-size-probs has {len(probs)} values for {len(sizes or ())} '

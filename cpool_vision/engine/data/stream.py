@@ -128,7 +128,7 @@ class TrainStream(_Stream):
         self.unreadable.add(report.unreadable)
         if failed:
             last = report.unreadable[-1]
-            raise DatasetError(f'no readable image was found in place of {last.path} ({last.reason}): fix the data '
+            raise DatasetError(f'no readable image was found to replace {last.path} ({last.reason}): fix the data '
                                'set, or lower --max-bad-samples to stop earlier')
 
 

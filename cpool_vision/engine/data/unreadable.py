@@ -150,7 +150,7 @@ class UnreadableLog:
             return
         self._listed |= indices
         text = ''.join(f'{index}\t{one_line(sample_name(self.dataset, index))}\n' for index in sorted(self._listed))
-        content = text.encode(errors='surrogateescape')  # as file names may hold bytes that are no UTF-8
+        content = text.encode(errors='surrogateescape')  # as file names may hold bytes that are not UTF-8
         write_atomic(os.path.join(self.folder, LIST_NAME), lambda file: file.write(content))
 
     def add(self, images: list[Unreadable]) -> None:

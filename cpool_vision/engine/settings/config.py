@@ -112,7 +112,7 @@ def yaml_defaults(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     """Settings of a YAML file, by the parser's destinations; dashes and aliases of flags are accepted as keys.
 
     Raises:
-        ConfigError: no such file or recipe, a file that cannot be read, a key that is no flag (close matches are
+        ConfigError: no such file or recipe, a file that cannot be read, a key that is not a flag (close matches are
             named), or a value that does not fit.
     """
     actions = _actions_by_key(parser)

@@ -117,7 +117,7 @@ def refuse_unknown(flag: str, value: str, choices: Iterable[str]) -> None:
 
 
 def check_limits(settings: object) -> None:
-    """Refuses settings outside their range, and words that are no choice; flags that `settings` lacks are passed over.
+    """Refuses settings outside their range, and words that are not a choice; flags that `settings` lacks are skipped.
 
     Raises:
         ConfigError: names flag, value and what is allowed.

@@ -91,7 +91,7 @@ def settings_text(settings: TrainSettings) -> str:
 
 
 class RunFolder:
-    """An open run folder; created if need be, and proved writable.
+    """An open run folder; created if missing, and proved writable.
 
     Args:
         path: the folder.
@@ -135,7 +135,7 @@ class RunFolder:
             os.remove(target)
 
     def add_epoch(self, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """Adds a row to summary.csv, in place of an earlier row of the same epoch.
+        """Adds a row to summary.csv, replacing an earlier row of the same epoch.
 
         Args:
             epoch: the epoch.

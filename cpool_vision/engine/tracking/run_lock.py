@@ -152,7 +152,7 @@ class RunLock:
         self._me: Owner | None = None
 
     def acquire(self, folder: str) -> None:
-        """Takes a folder, which is created if need be.
+        """Takes a folder, which is created if missing.
 
         Raises:
             OutputError: another process has it, or may have it, or it cannot be written.

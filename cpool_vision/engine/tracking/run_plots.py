@@ -51,7 +51,7 @@ def _read(path: str) -> list[dict[str, float | str]]:
     try:
         rows = read_rows(path)
         if os.path.exists(path) and is_spoilt(path, rows):
-            raise ValueError('it has lines that are no rows')
+            raise ValueError('it has lines that are not rows')
         return [{key: value if key == 'layer' else float(value) if value else float('nan')
                  for key, value in row.items()} for row in rows]
     except (OSError, ValueError, TypeError) as error:

@@ -33,7 +33,7 @@ def _lines(path: str) -> list[str]:
 def read_rows(path: str) -> list[dict[str, str]]:
     """Rows that begin with an epoch, from 0; others, such as one that a crash cut off, are left out.
 
-    Bytes that are no UTF-8 come out as replacement characters.
+    Bytes that are not UTF-8 come out as replacement characters.
 
     Raises:
         OSError: the file cannot be read.
@@ -56,7 +56,7 @@ def read_rows(path: str) -> list[dict[str, str]]:
 
 
 def is_spoilt(path: str, rows: Sequence[Any]) -> bool:
-    """Whether a table has no head, or lines that are no rows, but for a last one that a crash cut off."""
+    """Whether a table has no head, or lines that are not rows, but for a last one that a crash cut off."""
     lines, cut = _lines(path), not read_bytes(path, TABLE_BYTES).endswith(b'\n')
     return len(rows) < len(lines) - 1 - cut or bool(lines) and 'epoch' not in lines[0].split(',')
 
@@ -93,7 +93,7 @@ class EpochTable:
             _write(self.path, kept) if kept else os.remove(self.path)
 
     def add(self, epoch: int, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Adds rows of an epoch, in place of earlier ones of the same epoch, and returns them."""
+        """Adds rows of an epoch, replacing earlier ones of the same epoch, and returns them."""
         new = [{'epoch': int(epoch), **{key: to_plain(value) for key, value in row.items()}} for row in rows]
         former: list[dict[str, Any]] = [row for row in read_rows(self.path) if _epoch(row) != epoch]
         _write(self.path, [*former, *new])

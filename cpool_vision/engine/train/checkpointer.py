@@ -144,7 +144,7 @@ class Checkpointer:
             self._stop(verdict.signal, position)
 
     def _stop(self, signal: int, position: Position) -> None:
-        # without a name of its own the run would get another folder
+        # without its own name the run would get another folder
         where = 'auto' if self.run.settings.experiment or self.saver is None else list_candidates(self.saver.folder)[0]
         raise StopRequested(signal, f'stopped by a signal and saved before batch {position.batch} of epoch '
                                     f'{position.epoch}: continue with the same flags and --resume {where}')

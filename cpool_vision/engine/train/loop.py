@@ -123,7 +123,7 @@ def _leave_out(run: Run, buffers: '_Buffers') -> None:
 
 
 def _move(run: Run, batch: int, sound: bool) -> None:
-    """The run stands behind an update now, also one that was left out."""
+    """Moves the run past an update, also past a skipped one."""
     if run.settings.synchronize_step:
         _synchronize(run.runtime.device)
     run.position = replace(run.position, batch=batch, skipped=run.position.skipped + (not sound))

@@ -64,7 +64,7 @@ def class_counts(settings: LossSettings, classes: Classes) -> tuple[torch.Tensor
     else:
         what = f'--class-weights {settings.class_weights}' if settings.class_weights else \
             f'--loss-type {loss_type(settings)}'
-        raise ConfigError(f'{what}: the labels of this data set are not listed, so that they cannot be counted; give a '
+        raise ConfigError(f'{what}: the labels of this dataset are not listed, so that they cannot be counted; give a '
                           'file of weights, or choose another loss')
     if isinstance(getattr(dataset, 'target_transform', None), MultiHot):
         counts = sum((dataset.target_transform(each) >= 0.5).long() for each in labels)

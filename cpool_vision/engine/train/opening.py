@@ -66,7 +66,7 @@ def changed_settings(settings: TrainSettings, content: Mapping[str, Any]) -> dic
         content: the checkpoint's dictionary.
 
     Returns:
-        (saved, now) by the name of the setting. A setting that either side left open (None) is no change.
+        (saved, now) by the name of the setting. A setting that is None on either side is not a change.
     """
     saved, changed = settings_of(content), {}
     for name, now in settings.as_dict().items():

@@ -37,13 +37,13 @@ class Evaluation:
 
 
 class Rows:
-    """Which rows of this process's batches are images, and which they are in the data set.
+    """Which rows of this process's batches are images, and which they are in the dataset.
 
     Process r of W has the images r, r + W, ... and then padding, as timm's `OrderedDistributedSampler` gives them out.
 
     Args:
         loader: the loader.
-        distributed: whether other processes share the data set.
+        distributed: whether other processes share the dataset.
 
     Attributes:
         numbers: of the images so far.
@@ -162,7 +162,7 @@ def evaluate(
         on_batch: called with logits and targets of each batch and the numbers of its images, padding left out.
 
     Raises:
-        DatasetError: images without a label, or with one that is no class.
+        DatasetError: images without a label, or with one that is not a class.
     """
     model.eval()
     tally = tally or Tally(runtime.device)

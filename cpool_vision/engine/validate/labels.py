@@ -25,7 +25,7 @@ def read_valid_labels(path: str, num_classes: int) -> list[int]:
     """Class indices of `--valid-labels`, one a line.
 
     Raises:
-        ConfigError: missing file, a line that is no class of the model, or a class named twice.
+        ConfigError: missing file, a line that is not a class of the model, or a class named twice.
     """
     try:
         with open(path, encoding='utf-8') as file:
@@ -35,7 +35,8 @@ def read_valid_labels(path: str, num_classes: int) -> list[int]:
         raise ConfigError(f'--valid-labels {path!r} cannot be read ({reason}): check the path') from error
     bad = next((line for line in lines if not line.isdigit() or int(line) >= num_classes), None)
     if bad is not None or not lines:
-        raise ConfigError(f'--valid-labels {path!r}: {bad!r} is no class index below {num_classes}: one index per line')
+        raise ConfigError(
+            f'--valid-labels {path!r}: {bad!r} is not a class index below {num_classes}: one index per line')
     labels = [int(line) for line in lines]
     if len(set(labels)) < len(labels):
         raise ConfigError(f'--valid-labels {path!r} names a class twice: remove the repetition')
@@ -127,14 +128,14 @@ def read_real_labels(path: str, filenames: list[str], num_classes: int) -> list[
     Args:
         path: JSON: a list of lists for the ImageNet validation images by number, as of ImageNet-ReaL (Beyer et al.,
             arXiv:2006.07159), or a mapping of file names without folder to lists.
-        filenames: files of the data set.
+        filenames: files of the dataset.
         num_classes: outputs of the model.
 
     Returns:
         One list for each file; an empty one where no class is right, and the image does not count.
 
     Raises:
-        ConfigError: unreadable file, a label that is no class, or an image that it does not cover.
+        ConfigError: unreadable file, a label that is not a class, or an image that it does not cover.
     """
     try:
         with open(path, encoding='utf-8') as file:
@@ -147,8 +148,8 @@ def read_real_labels(path: str, filenames: list[str], num_classes: int) -> list[
     bad = next((label for labels in lists for label in labels
                 if type(label) is not int or not 0 <= label < num_classes), None)
     if bad is not None:
-        raise ConfigError(f'--real-labels {path!r}: {bad!r} is no class index below {num_classes}: those of ImageNet '
-                          'are for models of its 1000 classes')
+        raise ConfigError(f'--real-labels {path!r}: {bad!r} is not a class index below {num_classes}: the ImageNet '
+                          'labels are for models with its 1000 classes')
     result = []
     for name in map(os.path.basename, filenames):
         labels = content.get(name) if isinstance(content, dict) else None

@@ -275,7 +275,7 @@ class MultiLabelTally(Metric):
     An image without labels does not count; one with a logit that is not finite counts as wrong.
 
     Args:
-        labels: right classes of each image of the data set; None for one whose labels are not known.
+        labels: right classes of each image of the dataset; None for one whose labels are not known.
         device: device of the outputs.
     """
 

@@ -12,7 +12,7 @@ from .metrics import FRACTION_BITS, Tally, mean_of_parts
 
 _FRACTION = 2 ** FRACTION_BITS
 _CURVE_POINTS = 500
-_CURVED = 20  # classes up to which each has a curve of its own
+_CURVED = 20  # classes up to which each has its own curve
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 

@@ -134,7 +134,7 @@ class Predictions:
             self.parts.setdefault(name, []).append(column.cpu())
 
     def gather(self, distributed: bool) -> dict[str, np.ndarray]:
-        """All rows in the order of the data set; every process must call it.
+        """All rows in the order of the dataset; every process must call it.
 
         Returns:
             `target` (N,) int64, or of several labels (N, C) int8; `position` (N,) int64; `logits` (N, C) float32, or

@@ -74,7 +74,7 @@ def _why_not_trusted(path: Path, kind: str) -> str | None:
     if stat.S_ISLNK(facts.st_mode):
         return f'{path} is a symbolic link'
     if not (stat.S_ISDIR if kind == 'folder' else stat.S_ISREG)(facts.st_mode):
-        return f'{path} is no {kind}'
+        return f'{path} is not a {kind}'
     if facts.st_uid != os.geteuid():
         return f'{path} belongs to another user'
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -99,7 +99,7 @@ def _compiler() -> list[str]:
     try:
         named = shlex.split(os.environ.get('CC', ''))
     except ValueError as error:
-        raise BuildError(f'CC={os.environ["CC"]} is no command: {error}') from None
+        raise BuildError(f'CC={os.environ["CC"]} is not a command: {error}') from None
     for command in (named, ['cc'], ['gcc'], ['clang']):
         path = shutil.which(command[0]) if command else None
         if path:

@@ -59,7 +59,7 @@ def _shape(
 
 
 def _bands(sigma: Tensor) -> int:
-    """With fewer maps than threads, a map is cut into bands, each with sums of its own."""
+    """With fewer maps than threads, a map is cut into bands, each with its own sums."""
     maps, threads = sigma.shape[0] * sigma.shape[1], torch.get_num_threads()
     return 1 if maps >= threads else min(-(-2 * threads // maps), -(-sigma.shape[2] // 4))
 
@@ -103,7 +103,7 @@ def native_forward(
         x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int, out: Tensor | None = None) -> Tensor:
     """Pools `x`, see `context_pool2d`; returns the maps in the dtype and layout of `x`, or fills `out` of any layout.
 
-    fp32 maps whose pixels are evenly spaced, such as tokens behind a prefix, are written where they lie.
+    fp32 maps whose pixels are evenly spaced, such as tokens after a prefix, are written where they lie.
     """
     _check(x, weight_logits, sigma, stride)
     shape = (*x.shape[:2], *sigma.shape[2:])

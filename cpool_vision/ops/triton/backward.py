@@ -332,7 +332,7 @@ def grad_keys(
     m_c = m_k[:, None] & (c < CHANNELS)[None, :]
     x_at = k_row.to(INDEX) * s_xh + k_col.to(INDEX) * s_xw
     x = tl.load(p_x + x_at[:, None] + (c.to(INDEX) * s_xc)[None, :], mask=m_c, other=0.0)
-    # The flag lies behind the radii of rows of blocks.
+    # The flag lies after the radii of rows of blocks.
     if tl.load(p_scale + 3 * queries + Q_BLOCKS * q_rows) > 0:
         log_w = tl.load(p_kept + keys + k_cell, mask=m_k, other=-float('inf'))
         dx, dlogits = sums_of_keys(

@@ -27,7 +27,7 @@ SHIFT_BACKWARD = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 10}
 
 
 class Config(NamedTuple):
-    """A tile's rows and columns, rows of a chunk, channels of a block and of the rest behind it, launch options."""
+    """A tile's rows and columns, rows of a chunk, channels of a block and of the rest after it, launch options."""
     tile_h: int
     tile_w: int
     chunk: int

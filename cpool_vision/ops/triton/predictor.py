@@ -1,4 +1,4 @@
-"""The predictor behind its first product: GELU, 3x3 convolution and the maps in one kernel, and three kernels back.
+"""The predictor after its first product: GELU, 3x3 convolution and the maps in one kernel, and three kernels back.
 
 Pixels are counted through all images. Hidden maps are tokens `(B, T, HIDDEN)` in which P prefix tokens stand before the
 H W pixels of an image; they are kept before bias and activation.

@@ -97,7 +97,7 @@ def test_a_set_without_readable_images_ends_the_run(
         folder.mkdir(parents=True)
         for number in range(8):
             (folder / f'{number}.png').write_bytes(b'garbage')
-    with pytest.raises(DatasetError, match='no readable image was found in place of'):
+    with pytest.raises(DatasetError, match='no readable image was found to replace'):
         build('--data-dir', str(tmp_path), '--max-bad-samples', '1000', workers=workers).take(0)
 
 

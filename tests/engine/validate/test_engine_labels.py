@@ -90,7 +90,7 @@ def test_real_labels_go_by_number_or_by_name(tmp_path: Path) -> None:
     for wrong in (*(f'ILSVRC2012_val_{number}.JPEG' for number in ('00000004', '00000000', '0000001')), 'a.JPEG'):
         with pytest.raises(ConfigError, match=f'no labels for {wrong!r}'):
             read_real_labels(str(path), [wrong], 10)
-    with pytest.raises(ConfigError, match='4 is no class index below 4'):
+    with pytest.raises(ConfigError, match='4 is not a class index below 4'):
         read_real_labels(str(path), names, 4)
     path.write_text('{')
     with pytest.raises(ConfigError, match='cannot be read'):
