@@ -48,6 +48,7 @@ RESULTS = ROOT / 'benchmarks' / 'results' / 'kills.json'
 PAGE = ROOT / 'docs' / 'fault_tolerance.md'
 MARKER = 'kills-table'
 EARLY, STARTUP = 0.15, 1.  # share of the kills that hit within so many seconds after the launch
+LATE = 0.3  # share of the other kills that wait for a checkpoint of the launch
 GRACE = 30.  # seconds that torchrun gives the others when one process has ended
 
 COMMON = [
@@ -204,7 +205,7 @@ def run_round(whole: ForkedRun, kills: int, seed: int) -> dict[str, Any]:
     hits, failure, rng = [], '', random.Random(f'{whole.output.name} {seed}')  # noqa: S311
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            hits = run_killed(killed, kills, whole.seconds(), rng, STARTUP, EARLY)
+            hits = run_killed(killed, kills, whole.seconds(), rng, STARTUP, EARLY, LATE)
             different = compare_runs(whole.folder, killed.folder)
             different += [f'left over: {path.name}' for path in killed.folder.glob('.*')]
         except (RuntimeError, OSError):

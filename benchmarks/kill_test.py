@@ -91,6 +91,18 @@ class Run:
             time.sleep(0.002)
         return True
 
+    def _newest(self) -> int:
+        return max((path.stat().st_mtime_ns for path in self.folder.glob(f'*{EXTENSION}')), default=0)
+
+    def wait_for_checkpoint(self) -> bool:
+        """Waits until the latest launch, which trains, has written a checkpoint; False if the run ended before."""
+        former = self._newest()
+        while self._newest() <= former:
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.002)
+        return True
+
     def finish(self) -> None:
         """Runs to the end.
 
@@ -263,7 +275,7 @@ class Kill:
 
 
 def run_killed(run: Run, kills: int, seconds: float, rng: random.Random, startup: float = 0.,
-               early: float = 0.) -> list[Kill]:
+               early: float = 0., late: float = 0.) -> list[Kill]:
     """Trains with kills at random instants, then to the end.
 
     Args:
@@ -273,6 +285,7 @@ def run_killed(run: Run, kills: int, seconds: float, rng: random.Random, startup
         rng: draws the instants.
         startup: seconds after a launch, about as long as it takes to open the run folder.
         early: share of the kills that are drawn over this time.
+        late: share of the kills that wait until the launch has written a checkpoint, where it takes long to come so far.
 
     Returns:
         The kills that hit a run that was not over.
@@ -286,7 +299,7 @@ def run_killed(run: Run, kills: int, seconds: float, rng: random.Random, startup
         run.launch()
         soon = rng.random() < early
         wait = rng.uniform(0, startup) if soon else instant - done
-        if soon or run.wait_for_training():
+        if soon or run.wait_for_training() and (not late or rng.random() >= late or run.wait_for_checkpoint()):
             time.sleep(wait)
         if run.process.poll() is not None or run.complete():
             break
