@@ -285,7 +285,7 @@ def run_killed(run: Run, kills: int, seconds: float, rng: random.Random, startup
         rng: draws the instants.
         startup: seconds after a launch, about as long as it takes to open the run folder.
         early: share of the kills that are drawn over this time.
-        late: share of the kills that wait until the launch has written a checkpoint, where it takes long to come so far.
+        late: share of the kills that wait until the launch has written a checkpoint, for runs that start slowly.
 
     Returns:
         The kills that hit a run that was not over.

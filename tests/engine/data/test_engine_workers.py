@@ -130,9 +130,10 @@ def test_workers_outlive_the_signals_of_a_scheduler(
 @pytest.mark.parametrize('kind', ['INT', 'USR1', 'TERM'])
 def test_workers_as_torch_starts_them_do_not(kind: str, start: str, survives: bool) -> None:
     code = f'''
-import subprocess, time
+import signal, subprocess
 from torch.utils.data import DataLoader
 from cpool_vision.engine.data.worker import WorkerSignals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell that started the tests behind itself ignores
 iterator = iter(DataLoader(range(100), num_workers=2, worker_init_fn={start}))
 next(iterator)
 subprocess.run(['kill', '-{kind}', *[str(worker.pid) for worker in iterator._workers]], check=True)

@@ -1,7 +1,9 @@
 """What two processes must decide alike, over gloo."""
+import os
 import pathlib
 import signal
 import types
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -9,13 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_tools import in_processes
-from torch.distributed.rendezvous import rendezvous
 
 from cpool_vision.engine.checkpoints.position import Position
 from cpool_vision.engine.checkpoints.resume import Team, check_agreement
 from cpool_vision.engine.checkpoints.seal import save_sealed
 from cpool_vision.engine.device import Precision, Runtime
-from cpool_vision.engine.distributed.rendezvous import rendezvous_url
+from cpool_vision.engine.distributed.rendezvous import agree_on_attempt, rendezvous_url
 from cpool_vision.engine.distributed.vote import Verdict, Vote, agree_on_failure
 from cpool_vision.engine.settings.train import TrainSettings
 from cpool_vision.engine.tracking.meter import LossMeter
@@ -74,18 +75,47 @@ def decide(folder: str, rank: int) -> None:
         keeper.after_update(1, False, Verdict(True, True, 0))
 
 
-def test_each_attempt_of_torchrun_has_its_own_part_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_torchrun_needs_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
     assert rendezvous_url() == 'env://'
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
-    assert rendezvous_url() == 'env://'
-    for name, value in {'TORCHELASTIC_RESTART_COUNT': '2', 'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'localhost',
-                        'MASTER_PORT': '0'}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'job')
     assert rendezvous_url() == rendezvous_url() == 'attempt://'
-    store, rank, world_size = next(rendezvous(rendezvous_url()))
-    assert (rank, world_size) == (0, 1)
-    store.set('key', 'value')
-    assert store.underlying_store.get('attempt 2/key') == b'value'
+
+
+def meet_often(environment: dict[str, str], counts: list[str], rank: int) -> list[int]:
+    """Exit codes of processes that meet one after another, each 0 if it met the one of its own attempt."""
+    codes = []
+    for number, count in enumerate(counts):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(environment, TORCHELASTIC_RESTART_COUNT=count[rank])
+            dist.init_process_group('gloo', init_method=rendezvous_url(), timeout=timedelta(seconds=60))
+            sums = torch.tensor([1., number])
+            dist.all_reduce(sums)
+            os._exit(sums.tolist() != [2, 2 * number])  # without leaving the group, as when it is killed
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return codes
+
+
+def test_each_attempt_of_torchrun_meets_though_others_met_in_its_store(tmp_path: pathlib.Path) -> None:
+    """The process of one node fails, that of the other is stopped: each node counts restarts for itself."""
+    store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)  # torchrun's own
+    store.set('token 1', 'of a process that died before it was answered')
+    environment = {'TORCHELASTIC_RUN_ID': 'job', 'TORCHELASTIC_USE_AGENT_STORE': 'True', 'MASTER_ADDR': 'localhost',
+                   'MASTER_PORT': str(store.port)}
+    work = partial(meet_often, environment, ['00', '01', '11', '11'])
+    assert in_processes(2, tmp_path, work, group=False) == [[0] * 4] * 2
+
+
+def test_an_attempt_waits_for_all_processes_and_not_forever(tmp_path: pathlib.Path) -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.1))
+    assert agree_on_attempt(store, 0, 1) != agree_on_attempt(store, 0, 1)
+    store.set('token 1', 'stale')
+    with pytest.raises(TimeoutError, match=r'processes \[1\] of 2 did not come within 0:00:00.1'):
+        agree_on_attempt(store, 0, 2)
+    with pytest.raises(dist.DistStoreError, match='timeout'):
+        agree_on_attempt(store, 1, 2)
 
 
 def test_processes_decide_alike(tmp_path: pathlib.Path) -> None:

@@ -101,7 +101,8 @@ real, seen = checkpointer.Checkpointer.after_update, [0]
 def after_update(self, *args):
     real(self, *args)
     seen[0] += 1
-    if seen[0] == 4 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    if seen[0] == 4 and os.environ['RANK'] == '1' and not os.path.exists(sys.argv[0] + '.done'):
+        open(sys.argv[0] + '.done', 'w').close()  # the count of restarts is each node's own
         os.kill(os.getpid(), signal.SIGKILL)
 
 checkpointer.Checkpointer.after_update = after_update
