@@ -13,7 +13,7 @@ from benchmarks.study.spec import Arm, read_study
 from benchmarks.study.stacked import __main__ as command
 from benchmarks.study.stacked.nets import build_net, run_stack
 from benchmarks.study.stacked.probes import EXCHANGES, exchange_maps, format_probes, pools_of, radius_correlations
-from benchmarks.study.stacked.runs import recipe_of
+from benchmarks.study.stacked.runs import load_net, recipe_of
 from benchmarks.study.stacked.score import score_stack
 from benchmarks.study.stacked.tasks import Recipe, Split, augment, load_split, normalize
 from benchmarks.study.stacked.train import Stack, epoch_order, learning_rate, stack_loss, train
@@ -303,6 +303,24 @@ def test_a_failing_arm_leaves_the_others_and_their_figures(tmp_path, monkeypatch
                          '--test']) == 1
     kept = json.loads((tmp_path / 'r.json').read_text())
     assert [row['arm'] for row in kept['runs']] == ['pool', 'pool'] and kept['final'] == {}
+
+
+def test_weights_of_a_run_give_its_scores_again(tmp_path):
+    file, cache = tmp_path / 'tiny.yaml', tmp_path / 'out'
+    file.write_text(TEXT.replace('pool: {}', 'pool: {}, selective: {model_kwargs: {cpool_mixer: selective}}'))
+    assert command.main([str(file), '-o', str(cache)]) == 0
+    study = read_study(file)
+    for name in ('pool', 'selective'):
+        arm = study.arms[name]
+        recipe = recipe_of(study, arm)
+        net = load_net(study, cache, arm, 1, CPU)
+        split = load_split(recipe, 'selection', cache / 'data')
+        row, = score_stack(lambda x, net=net: net(normalise(x))[None], 1, recipe, split)
+        kept = json.loads((cache / 'results' / f'{name}-s1.json').read_text())
+        assert row['foreground_iou'] == kept['foreground_iou']
+    assert pools_of(load_net(study, cache, study.arms['pool'], 0, CPU))[0].bound == 8
+    with pytest.raises(ValueError, match='train one at a time'):
+        Stack(study.arms['selective'], recipe, [0, 1], CPU)
 
 
 def test_arms_of_unequal_size_are_refused(tmp_path):

@@ -88,19 +88,21 @@ def stack_parameters(nets: Sequence[nn.Module], device: torch.device) -> dict[st
     """Parameters of like nets by name, `(S, ...)` leaves that require gradients.
 
     Raises:
-        ValueError: the nets have running statistics, which stacks do not keep.
+        ValueError: several nets have running statistics, which stacks do not keep apart.
     """
     for name, buffer in nets[0].named_buffers():
-        if 'running' in name:
-            raise ValueError(f'nets with running statistics do not stack, got {name!r} of shape {tuple(buffer.shape)}')
+        if 'running' in name and len(nets) > 1:
+            raise ValueError(f'nets with running statistics train one at a time (--stack 1), got {name!r} of shape '
+                             f'{tuple(buffer.shape)} in {len(nets)} nets')
     return {
         name: torch.stack([dict(net.named_parameters())[name].detach() for net in nets]).to(device).requires_grad_()
         for name, _ in nets[0].named_parameters()}
 
 
-def unstack(parameters: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    """State of net `i` of a stack, as parameters by name."""
-    return {name: value[i].detach().cpu().clone() for name, value in parameters.items()}
+def unstack(net: nn.Module, parameters: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    """State dict of net `i` of a stack: its parameters, and the buffers of `net`, which all share."""
+    own = {name: value[i] for name, value in parameters.items()}
+    return {name: own.get(name, value).detach().cpu().clone() for name, value in net.state_dict().items()}
 
 
 def run_stack(net: nn.Module, parameters: dict[str, Tensor], images: Tensor) -> Tensor:

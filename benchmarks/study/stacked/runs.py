@@ -113,7 +113,7 @@ def run_stack_of(
     (output / 'weights').mkdir(parents=True, exist_ok=True)
     for i, seed in enumerate(seeds):
         name = run_name(arm.name, seed)
-        save_file(unstack(stack.parameters, i), weights_file(output, name))
+        save_file(unstack(stack.net, stack.parameters, i), weights_file(output, name))
         row = {
             'arm': arm.name, 'seed': seed, **scores[i], **costs, 'stack': len(seeds), 'device': str(device),
             'cpu_seconds': round(seconds / len(seeds), 1), 'seconds': round(elapsed, 1), 'graphed': stack.graphed,

@@ -155,12 +155,14 @@ class Stack:
     def state(self) -> dict[str, Any]:
         return {
             'epoch': self.epoch, 'parameters': {k: v.detach() for k, v in self.parameters.items()},
-            'optimizer': self.optimizer.state_dict()}
+            'buffers': dict(self.net.named_buffers()), 'optimizer': self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, value in state['parameters'].items():
                 self.parameters[name].copy_(value)
+            for name, value in self.net.named_buffers():
+                value.copy_(state['buffers'][name])
         self.optimizer.load_state_dict(state['optimizer'])
         self.epoch = state['epoch']
 
