@@ -38,7 +38,7 @@ seeds: [0, 1]
 arms:
   plain: {model_kwargs: {cpool_positions: []}}
   pool: {flags: {lr: 0.02}}
-  once: {seeds: [1], model_kwargs: {depth: 3}}
+  once: {seeds: [1], label: three layers, model_kwargs: {depth: 3}}
 '''
 
 
@@ -95,7 +95,8 @@ def test_differences_are_paired_by_seed(study, tmp_path):
     assert rows['once']['difference'] == -1 and rows['once']['interval'] is None
     table = format_table(list(rows.values()))
     assert '| pool | 2 | 56.05 ± 7.14 | +1.05 ± 0.64 | 0.001 | 0.0 | 1.25 |' in table
-    assert '| once | 1 | 59.00 | -1.00 (one seed) |' in table and '| plain | 2 | 55.00 ± 7.07 | base |' in table
+    assert '| three layers (`once`) | 1 | 59.00 | -1.00 (one seed) |' in table
+    assert '| plain | 2 | 55.00 ± 7.07 | base |' in table
 
 
 def test_an_interval_around_zero_is_no_effect(study, tmp_path):
@@ -172,9 +173,9 @@ def test_supports_of_the_last_epoch_are_read_and_drawn(study, tmp_path):
         'epoch,layer,mean,q05,q50,q95\n0,a,1,1,1,1\n1,a,2,1,2,3\n1,b,4,3,4,6\n')
     rows = read_results(study, tmp_path)
     assert [row['supports'] for row in rows] == [{}, {'a': [2, 1, 2, 3], 'b': [4, 3, 4, 6]}]
-    assert draw_supports('Tiny', rows, tmp_path / 'supports.png')
+    assert draw_supports(study, rows, tmp_path / 'supports.png')
     assert (tmp_path / 'supports.png').read_bytes()[:4] == b'\x89PNG'
-    assert not draw_supports('Tiny', rows[:1], tmp_path / 'none.png') and not (tmp_path / 'none.png').exists()
+    assert not draw_supports(study, rows[:1], tmp_path / 'none.png') and not (tmp_path / 'none.png').exists()
 
 
 def test_sizes_are_compared_with_the_base_at_the_same_size(study):

@@ -385,6 +385,8 @@ def test_correlation_with_the_radius(cache, monkeypatch):
         assert radius_correlations(net, split) == [pytest.approx(1, abs=1e-3)]
     assert abs(radius_correlations(net, split)[0]) < 0.9
     assert radius_correlations(build_net(make_arm('constant'), DENSE, 0).eval(), split) == [None]
-    row = dict(arm='a', none=50., correlations=[None, 0.5], **{k: 40. for k in EXCHANGES if k != 'none'})
-    text = format_probes([dict(row, seed=0), {**row, 'seed': 1, 'mean supports': 49.}])
-    assert '| a | 2 | 50.00 | -10.00 ± 0.00 | -5.50 ± 57.18, no effect | -10.00 ± 0.00 | -, +0.50 |' in text
+    row = dict(arm='predicted16', none=50., correlations=[None, 0.5], **{k: 40. for k in EXCHANGES if k != 'none'})
+    rows = [dict(row, seed=0), {**row, 'seed': 1, 'mean supports': 49.}]
+    text = format_probes(read_study(STUDIES / 'mixer.yaml'), rows)
+    assert '| 16 groups, predicted supports | 2 | 50.00 | -10.00 ± 0.00 | -5.50 ± 57.18, no effect |' in text
+    assert text.endswith('| -10.00 ± 0.00 | -, +0.50 |')

@@ -103,7 +103,7 @@ def main() -> int:
             {'timing': timed, 'runs': results, 'sizes': sizes, 'final': final}, indent=1) + '\n')
     plot = args.plot or args.output / 'study.png'
     draw(study.title, rows, plot)
-    draw_supports(study.title, results, plot.with_name(f'{plot.stem}_supports.png'))
+    draw_supports(study, results, plot.with_name(f'{plot.stem}_supports.png'))
     if args.write:
         for name, text in tables.items():
             write_between(args.write, f'<!-- study {name} -->', f'<!-- /study {name} -->', text)

@@ -12,12 +12,12 @@ from cpool_vision.inspect.canvas import new_figure, save_figure
 from cpool_vision.profile.measure import machine
 
 from ..release import load_run
-from .report import paired_interval
+from .report import arm_cell, paired_interval
 from .runner import run_name
 from .spec import Study
 
 
-def draw_supports(title: str, results: Sequence[dict[str, Any]], path: Path) -> bool:
+def draw_supports(study: Study, results: Sequence[dict[str, Any]], path: Path) -> bool:
     """Mean support of every pool by depth, one line per arm, seeds averaged, with its 5 to 95 % quantiles.
 
     Returns:
@@ -42,15 +42,15 @@ def draw_supports(title: str, results: Sequence[dict[str, Any]], path: Path) -> 
         spread = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
         axes.errorbar(
             places, mean, yerr=[[max(v, 0.) for v in side] for side in spread], fmt='-' + 'osD^vP*X'[i % 8],
-            color=f'C{i % 10}', markersize=5, capsize=2, linewidth=1, elinewidth=.8, label=arm)
-    axes.set_xlabel('pool, from the input on')
-    axes.set_ylabel('support (image pixels)')
+            color=f'C{i % 10}', markersize=5, capsize=2, linewidth=1, elinewidth=.8, label=study.arms[arm].title)
+    axes.set_xlabel('pool, counted from the input on')
+    axes.set_ylabel('support size (pixels of the image)')
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=.3)
     axes.spines[['top', 'right']].set_visible(False)
     figure.legend(loc='outside right upper', frameon=False, fontsize='small')
-    figure.suptitle(title)
+    figure.suptitle(study.title)
     save_figure(figure, str(path), dpi=130)
     return True
 
@@ -94,5 +94,5 @@ def format_sizes(study: Study, rows: Sequence[dict[str, Any]]) -> str:
             brackets = '' if interval is None else f' ({interval[0]:+.2f} ± {interval[1]:.2f})'
             cells.append(f'{statistics.mean(values):.2f}{brackets}')
         if cells:
-            lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+            lines.append(f'| {arm_cell(name, arm.title)} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)

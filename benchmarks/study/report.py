@@ -9,8 +9,10 @@ from cpool_vision.inspect.canvas import new_figure, save_figure
 from .spec import Study
 
 CONFIDENCE = 0.95
-# Names of the scores in percent, as tables and plots show them.
+# Names of the scores in percent, as tables show them, and as plots do.
 SCORES = {'top1': 'top-1 (%)', 'miou': 'mIoU (%)', 'foreground_iou': 'IoU of objects (%)'}
+AXES = {'top1': 'top-1 accuracy (%)', 'miou': 'mean intersection over union (%)',
+        'foreground_iou': 'intersection over union of objects (%)'}
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -40,6 +42,7 @@ def summarize(
         shared = [seed for seed in scores[name] if seed in base]
         rows.append({
             'arm': name,
+            'label': arm.title,
             'base': arm.base,
             'seeds': len(values),
             'score': statistics.mean(values),
@@ -70,6 +73,11 @@ def format_interval(mean: float, half: float) -> str:
     return f'{mean:+.2f} ± {half:.2f}{verdict}'
 
 
+def arm_cell(name: str, label: str) -> str:
+    """An arm in words, and its name in the study where that is another."""
+    return label if label == name else f'{label} (`{name}`)'
+
+
 def format_table(rows: Sequence[dict[str, Any]], metric: str = 'top1') -> str:
     """Markdown; an interval that holds zero is called no effect."""
     lines = [
@@ -81,9 +89,15 @@ def format_table(rows: Sequence[dict[str, Any]], metric: str = 'top1') -> str:
         deviation = '' if r['deviation'] is None else f' ± {r["deviation"]:.2f}'
         ratio = '-' if r['step_ratio'] is None else f'{r["step_ratio"]:.2f}'
         lines.append(
-            f'| {r["arm"]} | {r["seeds"]} | {r["score"]:.2f}{deviation} | {_difference(r)} | {r["params"] / 1e6:.3f} '
+            f'| {arm_cell(r["arm"], r["label"])} | {r["seeds"]} '
+            f'| {r["score"]:.2f}{deviation} | {_difference(r)} | {r["params"] / 1e6:.3f} '
             f'| {r["macs"] / 1e6:.1f} | {ratio} |')
     return '\n'.join(lines)
+
+
+def difference_of(study: Study, arm: str, other: str) -> str:
+    """The difference of two arms in words."""
+    return f'{study.arms[arm].title} - {study.arms[other].title}'
 
 
 def contrast(
@@ -99,7 +113,9 @@ def format_contrasts(study: Study, results: Sequence[dict[str, Any]], metric: st
     lines = [f'| difference in {SCORES[metric]} | seeds | mean (95 %) |', '|---|---:|---|']
     for arm, other in study.contrasts:
         pairs, interval = contrast(results, arm, other, metric)
-        lines.append(f'| {arm} - {other} | {pairs} | {"-" if interval is None else format_interval(*interval)} |')
+        lines.append(
+            f'| {difference_of(study, arm, other)} | {pairs} '
+            f'| {"-" if interval is None else format_interval(*interval)} |')
     return '\n'.join(lines)
 
 
@@ -119,13 +135,14 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path, metric: str = '
                 continue
             axes.errorbar(
                 r[key] * scale, r['score'], yerr=r['deviation'] or 0, fmt='osD^vP*X'[i % 8], color=f'C{i % 10}',
-                capsize=3, markersize=6, label=r['arm'])
+                capsize=3, markersize=6, label=r['label'])
         axes.set_xlabel(label)
-        axes.set_ylabel(SCORES[metric])
+        axes.set_ylabel(AXES[metric])
         axes.grid(alpha=.3)
         axes.spines[['top', 'right']].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=5, frameon=False, fontsize='small')
+    columns = max(1, int(70 * len(axes_of) / (6 + max(map(len, labels)))))
+    figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False, fontsize='small')
     figure.suptitle(title)
     save_figure(figure, str(path), dpi=130)
 
@@ -136,16 +153,16 @@ def draw_contrasts(study: Study, results: Sequence[dict[str, Any]], path: Path, 
     Raises:
         PlotDependencyError: matplotlib is not installed.
     """
-    found = [(f'{a} - {b}', contrast(results, a, b, metric)[1]) for a, b in study.contrasts]
+    found = [(difference_of(study, a, b), contrast(results, a, b, metric)[1]) for a, b in study.contrasts]
     rows = [(name, interval) for name, interval in found if interval is not None]
-    figure = new_figure(6.5, 1.2 + .35 * len(rows), layout='constrained')
+    figure = new_figure(7.5, 1.5 + .35 * len(rows), layout='constrained')
     axes = figure.subplots()
     for i, (_, (mean, half)) in enumerate(rows):
         axes.errorbar(mean, i, xerr=half, fmt='o', color='C0' if abs(mean) > half else '0.5', capsize=3)
-    axes.set_yticks(range(len(rows)), [name.replace('_', ' ') for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.axvline(0, color='0.3', linewidth=.8)
-    axes.set_xlabel(f'difference in {SCORES[metric]}, 95 % interval; grey holds zero')
+    axes.set_xlabel(f'difference in {AXES[metric]}\nwith its 95 % interval; grey: no effect')
     axes.spines[['top', 'right']].set_visible(False)
     figure.suptitle(study.title)
     save_figure(figure, str(path), dpi=130)

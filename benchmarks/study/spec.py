@@ -9,7 +9,7 @@ import yaml
 from cpool_vision.engine.settings.recipes import recipe_path
 
 _KEYS = {'title', 'base', 'config', 'flags', 'model', 'model_kwargs', 'seeds', 'arms', 'contrasts', 'equal_parameters'}
-_ARM_KEYS = {'model', 'model_kwargs', 'flags', 'seeds', 'base'}
+_ARM_KEYS = {'label', 'model', 'model_kwargs', 'flags', 'seeds', 'base'}
 # Settings that the runner chooses for every run.
 _OWN_FLAGS = {'config', 'model', 'model_kwargs', 'seed', 'output', 'experiment', 'resume', 'data_dir'}
 
@@ -25,6 +25,7 @@ class Arm:
         flags: Settings of train.py by flag name, over those of the study's config.
         seeds: One run each.
         base: Arm that this one is compared with, None for a base.
+        label: The arm in words, for tables and plots.
     """
     name: str
     model: str
@@ -32,6 +33,11 @@ class Arm:
     flags: dict[str, Any]
     seeds: tuple[int, ...]
     base: str | None
+    label: str = ''
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +105,8 @@ def read_study(path: Path) -> Study:
 
     Keys of the file: `title`; `base`, the arm that the others are compared with; `config`, a recipe of the package
     by name or a YAML file of train.py's settings, and `flags` over it; `model`, `model_kwargs` and `seeds` of every
-    arm; `contrasts`, pairs of arms to be compared; `equal_parameters`, arms of one size; `arms`, by name, each with
-    `model`, `model_kwargs` (merged over the study's), `flags`, `seeds` or `base` of its own.
+    arm; `contrasts`, pairs of arms to be compared; `equal_parameters`, arms of one size; `arms`, by name, each with a
+    `label` in words, and `model`, `model_kwargs` (merged over the study's), `flags`, `seeds` or `base` of its own.
 
     Raises:
         FileNotFoundError: `path` does not exist.
@@ -134,7 +140,7 @@ def read_study(path: Path) -> Study:
              **_mapping(arm.get('model_kwargs'), f'model_kwargs of {where}')},
             _flags(arm.get('flags'), f'flags of {where}'),
             _seeds(arm.get('seeds', raw.get('seeds')), f'seeds of {where}'),
-            None if base == name else base)
+            None if base == name else base, str(arm.get('label', '')))
     contrasts = tuple(tuple(pair) for pair in raw.get('contrasts') or ())
     for pair in contrasts:
         if len(pair) != 2 or not set(pair) <= set(made):

@@ -23,7 +23,7 @@ from cpool_vision.profile.measure import machine
 from ...markers import write_between
 from ..report import format_interval, paired_interval
 from ..runner import result_file, run_name, write_text
-from ..spec import read_study
+from ..spec import Study, read_study
 from .runs import Data, batch_of, load_net, recipe_of
 from .score import score_stack
 from .tasks import Recipe, Split, normalise
@@ -114,7 +114,7 @@ def probe(net: nn.Module, recipe: Recipe, split: Split) -> dict[str, Any]:
     return row
 
 
-def format_probes(rows: Sequence[dict[str, Any]]) -> str:
+def format_probes(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: differences to the net as it is, paired by seed, and the correlations' mean over seeds by pool."""
     names = [name for name in EXCHANGES if name != 'none']
     lines = ['| arm | seeds | as trained (%) | ' + ' | '.join(names) + ' | correlation with radius, by pool |',
@@ -128,7 +128,8 @@ def format_probes(rows: Sequence[dict[str, Any]]) -> str:
         layers = zip(*(row.get('correlations', []) for row in own), strict=True)
         correlations = ', '.join('-' if None in layer else f'{statistics.mean(layer):+.2f}' for layer in layers) or '-'
         score = statistics.mean(row['none'] for row in own)
-        lines.append(f'| {arm} | {len(own)} | {score:.2f} | ' + ' | '.join(cells) + f' | {correlations} |')
+        row = [study.arms[arm].title, str(len(own)), f'{score:.2f}', *cells, correlations]
+        lines.append(f'| {" | ".join(row)} |')
     return '\n'.join(lines)
 
 
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         print('no finished run has a context pool')
         return 1
-    table = format_probes(rows)
+    table = format_probes(study, rows)
     print(table)
     if args.results:
         kept = json.loads(args.results.read_text(encoding='utf-8')) if args.results.exists() else {}
