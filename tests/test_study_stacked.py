@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks.study.report import contrast, format_contrasts
 from benchmarks.study.spec import Arm, read_study
 from benchmarks.study.stacked import __main__ as command
+from benchmarks.study.stacked import shifts
 from benchmarks.study.stacked.nets import build_net, run_stack
 from benchmarks.study.stacked.probes import EXCHANGES, exchange_maps, format_probes, pools_of, radius_correlations
 from benchmarks.study.stacked.runs import load_net, recipe_of
@@ -321,6 +323,31 @@ def test_weights_of_a_run_give_its_scores_again(tmp_path):
     assert pools_of(load_net(study, cache, study.arms['pool'], 0, CPU))[0].bound == 8
     with pytest.raises(ValueError, match='train one at a time'):
         Stack(study.arms['selective'], recipe, [0, 1], CPU)
+
+
+def test_shifts_of_finished_runs(tmp_path, capsys):
+    file, out, results = tmp_path / 'tiny.yaml', tmp_path / 'out', tmp_path / 'results.json'
+    file.write_text(TEXT.replace('epochs: 2', 'epochs: 1'))
+    assert shifts.main([str(file), '-o', str(out)]) == 1
+    assert command.main([str(file), '-o', str(out), '--results', str(results)]) == 0
+    assert shifts.main([str(file), '-o', str(out), '--results', str(results)]) == 0
+    kept = json.loads(results.read_text())
+    scores = {(row['arm'], row['seed'], row['shift']): row['foreground_iou'] for row in kept['shifts']}
+    for row in kept['runs']:
+        assert scores[row['arm'], row['seed'], 'as trained'] == row['foreground_iou']
+    sizes = {name: load_split(shift.of(DENSE), 'selection', out / 'data') for name, shift in shifts.SHIFTS.items()}
+    cover = {name: float((split.targets > 0).float().mean()) for name, split in sizes.items()}
+    assert cover['objects half as large'] < cover['as trained'] / 2 < 2 * cover['as trained'] < cover[
+        'objects twice as large']
+    assert sizes['images at twice the size'].images.shape[-1] == 64
+    assert cover['images at twice the size'] == pytest.approx(cover['as trained'], rel=.1)
+    assert not any(arm == 'plain' and 'kept' in shift for arm, _, shift in scores)
+    study = read_study(file)
+    state = load_file(out / 'weights' / 'pool-s0.safetensors')
+    for shift, ratio in ((shifts.Shift(image=2.), 0.25), (shifts.Shift(image=2., keep_supports=True), 0.125)):
+        net = shifts.shifted_net(study.arms['pool'], DENSE, shift, state)
+        pool, = pools_of(net)
+        assert pool.ratio == ratio
 
 
 def test_arms_of_unequal_size_are_refused(tmp_path):

@@ -22,7 +22,7 @@ from torch import nn
 from cpool_vision.profile.measure import machine
 
 from ...markers import write_between
-from ..report import arm_cell, format_interval, paired_interval
+from ..report import SCORES, contrast, difference_of, format_interval
 from ..runner import run_name, write_text
 from ..spec import Arm, Study, read_study
 from .nets import build_net
@@ -42,8 +42,7 @@ class Shift:
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe whose scenes are shifted."""
         return dataclasses.replace(
-            recipe, image_size=round(self.image * recipe.image_size),
-            mean_radius=self.objects * self.image * recipe.mean_radius)
+            recipe, image_size=round(self.image * recipe.image_size), mean_radius=self.objects * recipe.mean_radius)
 
 
 SHIFTS = {
@@ -69,21 +68,21 @@ def shifted_net(arm: Arm, recipe: Recipe, shift: Shift, state: dict[str, Any]) -
     return net.eval()
 
 
-def format_shifts(study: Study, rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: scores by arm and shift, in brackets the paired difference to the study's base of the arm."""
-    scores = {(row['arm'], row['seed'], row['shift']): row['score'] for row in rows}
+def format_shifts(study: Study, rows: Sequence[dict[str, Any]], metric: str) -> str:
+    """Markdown: the scores of every arm by shift, and the differences that the study names, paired by seed."""
     arms = list(dict.fromkeys(row['arm'] for row in rows))
-    lines = ['| scored on | ' + ' | '.join(arm_cell(a, study.arms[a].title) for a in arms) + ' |',
-             '|---|' + '---|' * len(arms)]
+    pairs = [pair for pair in study.contrasts if set(pair) <= set(arms)]
+    heads = [study.arms[a].title for a in arms] + [difference_of(study, *pair) for pair in pairs]
+    lines = [f'| {SCORES[metric]} | ' + ' | '.join(heads) + ' |', '|---|' + '---:|' * len(arms) + '---|' * len(pairs)]
     for shift in dict.fromkeys(row['shift'] for row in rows):
+        here = [row for row in rows if row['shift'] == shift]
         cells = []
         for arm in arms:
-            own = {seed: score for (a, seed, s), score in scores.items() if (a, s) == (arm, shift)}
-            base = study.arms[arm].base
-            interval = paired_interval(
-                [v - scores[base, k, shift] for k, v in own.items() if base and (base, k, shift) in scores])
-            brackets = f' ({format_interval(*interval)})' if interval else ''
-            cells.append(f'{statistics.mean(own.values()):.1f}{brackets}' if own else '-')
+            own = [row[metric] for row in here if row['arm'] == arm]
+            cells.append(f'{statistics.mean(own):.1f}' if own else '-')
+        for pair in pairs:
+            interval = contrast(here, *pair, metric)[1]
+            cells.append(format_interval(*interval) if interval else '-')
         lines.append(f'| {shift} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -115,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             score, = score_stack(
                 lambda x, net=net: net(normalise(x))[None], 1, shift.of(recipe),  # type: ignore[misc]
                 data.split(shift.of(recipe), 'selection'), batch_of(device))
-            rows.append({'arm': arm.name, 'seed': seed, 'shift': name, 'score': score[recipe.metric],
+            rows.append({'arm': arm.name, 'seed': seed, 'shift': name, recipe.metric: score[recipe.metric],
                          'machine': machine()})
     if not rows:
         print('no finished run has weights here')
         return 1
-    table = format_shifts(study, rows)
+    table = format_shifts(study, rows, recipe.metric)
     print(table)
     if args.results:
         kept = json.loads(args.results.read_text(encoding='utf-8')) if args.results.exists() else {}
