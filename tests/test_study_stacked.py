@@ -317,7 +317,7 @@ def test_weights_of_a_run_give_its_scores_again(tmp_path):
         recipe = recipe_of(study, arm)
         net = load_net(study, cache, arm, 1, CPU)
         split = load_split(recipe, 'selection', cache / 'data')
-        row, = score_stack(lambda x, net=net: net(normalise(x))[None], 1, recipe, split)
+        row, = score_stack(lambda x, net=net: net(normalize(x))[None], 1, recipe, split)
         kept = json.loads((cache / 'results' / f'{name}-s1.json').read_text())
         assert row['foreground_iou'] == kept['foreground_iou']
     assert pools_of(load_net(study, cache, study.arms['pool'], 0, CPU))[0].bound == 8

@@ -26,7 +26,7 @@ from ..runner import result_file, run_name, write_text
 from ..spec import Study, read_study
 from .runs import Data, batch_of, load_net, recipe_of
 from .score import score_stack
-from .tasks import Recipe, Split, normalise
+from .tasks import Recipe, Split, normalize
 
 Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 EXCHANGES: dict[str, Exchange] = {
@@ -87,7 +87,7 @@ def radius_correlations(net: nn.Module, split: Split) -> list[float | None]:
         pass_maps_through(pool, note)
     with torch.no_grad():
         for images in split.images.split(100):
-            net(normalise(images))
+            net(normalize(images))
     found: list[float | None] = []
     for pool, maps in zip(pools_of(net), seen, strict=True):
         undo_pass(pool)
@@ -106,7 +106,7 @@ def probe(net: nn.Module, recipe: Recipe, split: Split) -> dict[str, Any]:
     for name, exchange in EXCHANGES.items():
         undo = exchange_maps(net, exchange)
         score, = score_stack(
-            lambda x: net(normalise(x))[None], 1, recipe, split, batch_of(split.images.device))
+            lambda x: net(normalize(x))[None], 1, recipe, split, batch_of(split.images.device))
         undo()
         row[name] = score[recipe.metric]
     if recipe.dense:

@@ -17,7 +17,7 @@ from ..runner import fingerprint, result_file, run_name, write_text
 from ..spec import Arm, Study
 from .nets import build_net, unstack
 from .score import score_stack
-from .tasks import Recipe, Split, load_split, normalise
+from .tasks import Recipe, Split, load_split, normalize
 from .train import Stack, epoch_order, train
 
 
@@ -141,7 +141,7 @@ def score_test(study: Study, output: Path, data: Data, device: torch.device) -> 
         recipe = recipe_of(study, arm)
         net = load_net(study, output, arm, seed, device)
         score, = score_stack(
-            lambda x, net=net: net(normalise(x))[None], 1, recipe, data.split(recipe, 'test'),  # type: ignore[misc]
+            lambda x, net=net: net(normalize(x))[None], 1, recipe, data.split(recipe, 'test'),  # type: ignore[misc]
             batch=batch_of(device))
         rows.append({**json.loads(file.read_text(encoding='utf-8')), **score, 'machine': machine()})
     write_text(kept, json.dumps(rows, indent=1) + '\n')

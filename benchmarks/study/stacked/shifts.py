@@ -29,7 +29,7 @@ from .nets import build_net
 from .probes import pools_of
 from .runs import Data, batch_of, recipe_of, weights_file
 from .score import score_stack
-from .tasks import Recipe, normalise
+from .tasks import Recipe, normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if shift.keep_supports and not pools_of(net):
                 continue
             score, = score_stack(
-                lambda x, net=net: net(normalise(x))[None], 1, shift.of(recipe),  # type: ignore[misc]
+                lambda x, net=net: net(normalize(x))[None], 1, shift.of(recipe),  # type: ignore[misc]
                 data.split(shift.of(recipe), 'selection'), batch_of(device))
             rows.append({'arm': arm.name, 'seed': seed, 'shift': name, recipe.metric: score[recipe.metric],
                          'machine': machine()})

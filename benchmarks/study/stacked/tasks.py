@@ -165,7 +165,7 @@ def load_split(recipe: Recipe, split: str, cache: Path, data_dir: Path | None = 
     return made
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """uint8 levels as floats of about unit variance."""
     return (images.float() - 120) / 60
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..spec import Arm
 from .nets import build_net, run_stack, stack_parameters
-from .tasks import Recipe, Split, augment, normalise
+from .tasks import Recipe, Split, augment, normalize
 
 
 def _generator(seed: int, epoch: int, what: str) -> torch.Generator:
@@ -89,7 +89,7 @@ class Stack:
     def outputs(self, images: Tensor) -> Tensor:
         """For uint8 images `(S, B, 3, H, W)`, or `(B, 3, H, W)` shown to all."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
-            return run_stack(self.net, self.parameters, normalise(images))
+            return run_stack(self.net, self.parameters, normalize(images))
 
     def step(self, split: Split, index: Tensor, draws: Tensor, rate: float | Tensor) -> Tensor:
         """One step on the batches `index` `(S, B)`; returns the losses `(S,)`."""
