@@ -27,6 +27,22 @@ def as_fractions(support_init: float | Sequence[float], groups: int) -> tuple[fl
     return tuple(low * (high / low) ** (i / max(1, groups - 1)) for i in range(groups))
 
 
+@torch.jit.unused
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what `kind` does: it is no subclass (as parametrized modules are) nor wrapper, and
+    has neither hooks nor a `forward` of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks) and 'forward' not in module.__dict__
+
+
+@torch.jit.unused
+def is_plain_convolution(module: nn.Module, side: int) -> bool:
+    """Whether `module` is a plain `nn.Conv2d` of stride 1 with kernels of so many pixels a side."""
+    return is_plain(module, nn.Conv2d) and (
+        module.kernel_size, module.padding, module.stride, module.dilation, module.groups, module.padding_mode,
+    ) == ((side, side), (side // 2, side // 2), (1, 1), (1, 1), 1, 'zeros')
+
+
 class ContextPool2d(Mixer2d):
     """Replaces each pixel by a weighted mean of its neighborhood, with predicted weights and a predicted size.
 
@@ -148,7 +164,7 @@ class ContextPool2d(Mixer2d):
             raise TypeError(f'act_layer must make a module, such as nn.GELU, got {act_layer!r}')
         outputs = groups + support_groups + (2 * groups if offset == 'cell' else 0)
         self.predict = nn.Conv2d(hidden_dim, outputs, 3, padding=1, **dd)
-        self.fused = self.may_fuse()
+        self.fused = self.scripts_fused = True
         self.offset = nn.Parameter(torch.empty(groups, 2, **dd)) if offset == 'group' else None
         self.register_buffer('logit_bound', torch.tensor(self.bound, device=device))
         self.depthwise = nn.Conv2d(
@@ -156,10 +172,18 @@ class ContextPool2d(Mixer2d):
         self.reset_parameters()
 
     def may_fuse(self) -> bool:
-        """Whether one operator can do all the predictor's work, `self.fused`: as it does unless that is unset."""
-        rows = self.groups + self.support_groups
-        exact = type(self.act) is nn.GELU and self.act.approximate == 'none'
-        return exact and self.predict.out_channels == rows and self.mixer == 'context'
+        """Whether one operator can do all the predictor's work: none of its modules does more than its weights say."""
+        if torch.jit.is_scripting():
+            return self.scripts_fused
+        rows, act = self.groups + self.support_groups, self.act
+        return (self.fused and self.mixer == 'context' and is_plain(act, nn.GELU) and act.approximate == 'none'
+                and is_plain_convolution(self.reduce, 1) and is_plain_convolution(self.predict, 3)
+                and self.predict.out_channels == rows)
+
+    def __prepare_scriptable__(self) -> 'ContextPool2d':
+        # Called by torch.jit.script, in whose language the modules could not be looked at.
+        self.scripts_fused = self.may_fuse()
+        return self
 
     def reset_parameters(self) -> None:
         """Sets small predictor weights (std .02), zero biases but for the supports', and the gate."""
@@ -192,7 +216,7 @@ class ContextPool2d(Mixer2d):
 
         Pixels where the boolean `(B, 1, H, W)` `present` is false count as outside the map.
         """
-        if self.fused and present is None:
+        if present is None and self.may_fuse():
             return self.predict_token_maps(x.flatten(2).transpose(1, 2), x.shape[2], x.shape[3])
         return self.read_maps(self.raw_maps(x, present))
 
@@ -201,6 +225,15 @@ class ContextPool2d(Mixer2d):
         return torch.ops.cpool_vision.predict_maps(
             x, self.reduce.weight, self.reduce.bias, self.predict.weight, self.predict.bias, height, width,
             self.groups, self.support_groups, self.stride, self.bound, self.ratio, self.floor)
+
+    def pool_as_one(
+            self, x: Tensor, gamma: Tensor | None, base: Tensor | None, num_prefix_tokens: int, height: int,
+            width: int) -> Tensor:
+        """The pool of a map or of tokens by one operator, with the gate where given."""
+        return torch.ops.cpool_vision.context_pool_layer(
+            x, self.reduce.weight, self.reduce.bias, self.predict.weight, self.predict.bias, gamma, base,
+            num_prefix_tokens, height, width, self.groups, self.support_groups, self.stride, self.bound, self.ratio,
+            self.floor, self.backend)
 
     def raw_maps(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """The predictor's output `(B, K, H, W)`: rows of the weight logits, of the supports, of offsets per cell."""
@@ -214,12 +247,12 @@ class ContextPool2d(Mixer2d):
         return torch.ops.cpool_vision.supports_and_logits(
             raw, self.groups, self.support_groups, self.stride, self.bound, self.ratio, self.floor)
 
-    def read_offset(self, raw: Tensor | None, height: int, width: int) -> Tensor | None:
+    def read_offset(self, raw: Tensor, height: int, width: int) -> Tensor | None:
         """Offsets in pixels of the map, rows before columns: `(B or 1, G, 2, Ho or 1, Wo or 1)`, or None."""
         reach = self.ratio * (height * width) ** .5
         if self.offset is not None:
             return reach * self.offset.tanh().view(1, -1, 2, 1, 1)
-        if raw is None or self.predict.out_channels == self.groups + self.support_groups:
+        if self.predict.out_channels == self.groups + self.support_groups:
             return None
         cells = raw[:, self.groups + self.support_groups:, ::self.stride, ::self.stride]
         return reach * cells.type_as(self.predict.weight).tanh().unflatten(1, (self.groups, 2))
@@ -230,19 +263,26 @@ class ContextPool2d(Mixer2d):
         Pixels where the boolean `(B, 1, H, W)` `present` is false weigh nothing; they must be zero in `x`.
         """
         x = torch.ops.cpool_vision.to_autocast(x)
-        raw: Tensor | None = None
-        if self.fused and present is None:
-            weight_logits, sigma = self.predict_maps(x)
+        if present is None and self.offset is None and self.may_fuse():
+            y = self.pool_as_one(x, None, None, 0, x.shape[2], x.shape[3])
         else:
             raw = self.raw_maps(x, present)
             weight_logits, sigma = self.read_maps(raw)
-        if present is not None:
-            weight_logits = weight_logits.masked_fill(~present, -float('inf'))
-        y = torch.ops.cpool_vision.context_pool2d(
-            x, weight_logits, sigma, self.stride, self.backend, self.read_offset(raw, x.shape[2], x.shape[3]))
+            if present is not None:
+                weight_logits = weight_logits.masked_fill(~present, -float('inf'))
+            y = torch.ops.cpool_vision.context_pool2d(
+                x, weight_logits, sigma, self.stride, self.backend, self.read_offset(raw, x.shape[2], x.shape[3]))
         if self.depthwise is not None:
             y = y + self.depthwise(x).type_as(y)
         return y
+
+    def mix_and_blend(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """As in `Mixer2d`; the gate is a part of the one operator where that can be."""
+        if present is None and self.gamma is not None and self.offset is None and self.depthwise is None:
+            if self.may_fuse():
+                features = torch.ops.cpool_vision.to_autocast(x)
+                return self.pool_as_one(features, self.gamma, self.base(x), 0, x.shape[2], x.shape[3])
+        return self.blend(x, self.mix(x, present))
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight logits `(B, G, H, W)` and supports `(B, G, Ho, Wo)` in input pixels for `x`. Stores nothing."""

@@ -33,7 +33,6 @@ class AblatedPool2d(ContextPool2d):
             raise ValueError(f'mixer of an ablated pool must be one of {ABLATIONS}, got {mixer!r}')
         super().__init__(dim, **kwargs)
         self.mixer = mixer
-        self.fused = self.may_fuse()
         support = self.predict.weight.new_empty(1, self.support_groups, 1, 1)
         if mixer == 'layer':
             self.support = nn.Parameter(support)

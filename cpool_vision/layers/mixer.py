@@ -111,7 +111,14 @@ class Mixer2d(nn.Module):
         if not torch.jit.is_scripting():
             if not isinstance(x, fx.Proxy):
                 check_map(x, self.dim)
-        y = self.mix(x, present)
+        return self.mix_and_blend(x, present)
+
+    def mix_and_blend(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """`mix_gated` of a map that was checked."""
+        return self.blend(x, self.mix(x, present))
+
+    def blend(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mixed map `y` of `x` behind the gate."""
         if self.gamma is not None:
             base = self.base(x)
             y = torch.lerp(base, y.type_as(base), self.gamma.view(-1, 1, 1).type_as(base))

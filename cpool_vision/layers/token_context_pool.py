@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .context_pool import ContextPool2d
+from .context_pool import ContextPool2d, is_plain_convolution
 from .mixer import Mixer2d
 
 
@@ -123,26 +123,18 @@ class TokenContextPool(TokenMixer, ContextPool2d):
     def maps(self, x: Tensor, height: int | None = None, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Weight logits and supports (in tokens), both `(B, G, H, W)`, for tokens `x`. Stores nothing."""
         height, width = self.call_grid(x, height, width)
-        if self.fused:
+        if self.may_fuse():
             return self.predict_token_maps(x, height, width)
         return self.read_maps(self.raw_token_maps(x, height, width))
 
     def raw_token_maps(self, x: Tensor, height: int, width: int) -> Tensor:
-        """`raw_maps` of the grid tokens of `x`. Prefix tokens go through the first product too: they cost less than a
-        copy of the others."""
-        hidden = self.act(F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias))
-        return self.predict(self.grid_map(hidden, height, width))
-
-    def pool_predicted(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The pool of the tokens `x` by an operator for the maps, or several, and one for the pool."""
-        raw: Tensor | None = None
-        if self.fused:
-            weight_logits, sigma = self.predict_token_maps(x, height, width)
-        else:
-            raw = self.raw_token_maps(x, height, width)
-            weight_logits, sigma = self.read_maps(raw)
-        return torch.ops.cpool_vision.context_pool_tokens(
-            x, weight_logits, sigma, self.num_prefix_tokens, self.backend, self.read_offset(raw, height, width))
+        """`raw_maps` of the grid tokens of `x`."""
+        if not torch.jit.is_scripting():
+            if is_plain_convolution(self.reduce, 1):
+                # Prefix tokens go through the first product too: they cost less than a copy of the others.
+                hidden = self.act(F.linear(x, self.reduce.weight.flatten(1), self.reduce.bias))
+                return self.predict(self.grid_map(hidden, height, width))
+        return self.raw_maps(self.grid_map(x, height, width))
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         if not self.on_tokens:
@@ -152,13 +144,14 @@ class TokenContextPool(TokenMixer, ContextPool2d):
             if not isinstance(x, fx.Proxy):
                 check_tokens(x, self.dim, self.num_prefix_tokens, height, width)
         features = torch.ops.cpool_vision.to_autocast(x)
-        if self.fused and self.offset is None:
-            y = torch.ops.cpool_vision.pool_tokens(
-                features, self.reduce.weight, self.reduce.bias, self.predict.weight, self.predict.bias,
-                self.num_prefix_tokens, height, width, self.groups, self.support_groups, self.bound, self.ratio,
-                self.floor, self.backend)
-        else:
-            y = self.pool_predicted(features, height, width)
+        if self.offset is None and self.may_fuse():
+            base = x if self.gamma is not None else None
+            return self.pool_as_one(features, self.gamma, base, self.num_prefix_tokens, height, width)
+        raw = self.raw_token_maps(features, height, width)
+        weight_logits, sigma = self.read_maps(raw)
+        y = torch.ops.cpool_vision.context_pool_tokens(
+            features, weight_logits, sigma, self.num_prefix_tokens, self.backend,
+            self.read_offset(raw, height, width))
         if self.gamma is not None:
             y = torch.lerp(x, y.type_as(x), self.gamma.type_as(x))
         return y

@@ -18,5 +18,5 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 def refuse_torchscript_export() -> None:
     """Makes that exporter name the remedy, instead of an unknown operator."""
-    for name in ('context_pool2d', 'supports_and_logits', 'predict_maps', 'pool_tokens', 'to_autocast'):
+    for name in ('context_pool2d', 'supports_and_logits', 'predict_maps', 'context_pool_layer', 'to_autocast'):
         register_custom_op_symbolic(f'cpool_vision::{name}', _refuse, _OLDEST_OPSET)

@@ -54,7 +54,7 @@ def compose_maps(
 def may_fuse(x: Tensor, predict_weight: Tensor, *biases: Tensor | None) -> bool:
     """Whether the predictor of the tokens `x` can be a part of an operator with its own derivative."""
     fits = not x.is_cuda or predict_weight.shape[1] <= MOST[0] and predict_weight.shape[0] <= MOST[1]
-    return type(x) is Tensor and x.stride(2) == 1 and why_not_differentiable(x) is None and fits and None not in biases
+    return type(x) is Tensor and why_not_differentiable(x) is None and fits and None not in biases
 
 
 def _predict_maps(
@@ -62,7 +62,7 @@ def _predict_maps(
         predict_bias: Tensor | None, *how: Any) -> tuple[Tensor, Tensor]:
     """What is traced, transformed or of another kind is left to torch's own operators, which compilers fuse."""
     run: Callable[..., tuple[Tensor, ...]] = compose_maps
-    if runs_triton(x) and may_fuse(x, predict_weight, reduce_bias, predict_bias):
+    if runs_triton(x) and x.stride(2) == 1 and may_fuse(x, predict_weight, reduce_bias, predict_bias):
         run = torch.ops.cpool_vision.predict_maps_fused.default
     weight_logits, sigma, *_ = run(x, reduce_weight, reduce_bias, predict_weight, predict_bias, *how)
     return weight_logits, sigma
@@ -73,14 +73,17 @@ def predict_with_hidden(
         height: int, width: int, groups: int, support_groups: int, stride: int, bound: float, ratio: float,
         floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Weight logits and supports as `compose_maps`, and the hidden map before bias and activation, contiguous."""
-    hidden = F.linear(x, reduce_weight.flatten(1).to(x.dtype))
+    weight = reduce_weight.flatten(1).to(x.dtype)
+    # Of a map in NCHW the other product is made by image, without a copy.
+    hidden = F.linear(x, weight) if x.stride(2) == 1 else x.bmm(weight.t().expand(len(x), -1, -1))
     if runs_triton(x):
         from .triton.predictor import fill_predicted
         weight_logits, sigma = empty_pair(x, x.shape[0], height, width, groups, support_groups, stride)
         fill_predicted(hidden, reduce_bias, predict_weight, predict_bias, weight_logits, sigma, stride, bound,
                        largest_support(weight_logits, ratio), floor)
         return weight_logits, sigma, hidden
-    act = _grid(F.gelu(hidden + reduce_bias.to(x.dtype)), height, width)
+    # The sum is rounded after the activation only, as in Triton's kernel.
+    act = _grid(F.gelu(hidden + reduce_bias).to(x.dtype), height, width)
     raw = F.conv2d(act, predict_weight.to(x.dtype), predict_bias.to(x.dtype), padding=1)
     return *make_fused_maps(raw, groups, support_groups, stride, bound, ratio, floor), hidden
 
@@ -107,20 +110,33 @@ def hidden_gradients(
     grad = make_fused_maps_backward(
         grad_logits, grad_sigma, weight_logits, sigma, predict_weight.shape[0], True, dtype, stride, bound, ratio,
         floor)
-    before = hidden + reduce_bias.to(dtype)
+    before = hidden + reduce_bias
     dact, dpredict, dbias2 = torch.ops.aten.convolution_backward(
-        grad, _grid(F.gelu(before), height, width), predict_weight.to(dtype), [predict_weight.shape[0]],
+        grad, _grid(F.gelu(before).to(dtype), height, width), predict_weight.to(dtype), [predict_weight.shape[0]],
         [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True] * 3)
     dhidden = torch.zeros_like(hidden)
-    _grid(dhidden, height, width).copy_(torch.ops.aten.gelu_backward(dact, _grid(before, height, width)))
+    _grid(dhidden, height, width).copy_(torch.ops.aten.gelu_backward(
+        dact.to(before.dtype), _grid(before, height, width)))
     return dhidden, *(g.to(t.dtype) for g, t in (
         (dhidden.sum((0, 1)), reduce_bias), (dpredict, predict_weight), (dbias2, predict_bias)))
 
 
 def reduce_gradient(dhidden: Tensor, x: Tensor, reduce_weight: Tensor) -> Tensor:
     """Gradient of the first weight."""
-    product = dhidden.flatten(0, 1).t() @ x.flatten(0, 1)
+    if x.stride(2) == 1:
+        product = dhidden.flatten(0, 1).t() @ x.flatten(0, 1)
+    else:
+        product = dhidden.transpose(1, 2).bmm(x).sum(0)
     return product.to(reduce_weight.dtype).view(reduce_weight.shape)
+
+
+def add_product(dx: Tensor, dhidden: Tensor, reduce_weight: Tensor) -> None:
+    """Adds the hidden map's share to the gradient of the features `dx`, where it lies, in the product."""
+    weight = reduce_weight.flatten(1).to(dx.dtype)
+    if dx.is_contiguous():
+        dx.flatten(0, 1).addmm_(dhidden.flatten(0, 1), weight)
+    else:
+        dx.transpose(1, 2).baddbmm_(weight.t().expand(len(dx), -1, -1), dhidden.transpose(1, 2))
 
 
 @without_autocast

@@ -25,6 +25,11 @@ def context_pool_tokens(
     return torch.cat([x[:, :num_prefix_tokens], y], dim=1) if num_prefix_tokens > 0 else y
 
 
+def as_tokens(x: Tensor) -> Tensor:
+    """A map `(B, C, H, W)` as tokens `(B, H * W, C)`, a view where memory allows it; tokens as they are."""
+    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+
+
 def grid_map(x: Tensor, num_prefix_tokens: int, like: Tensor) -> Tensor:
     """The grid tokens of `x` `(B, P + H * W, C)` as a map `(B, C, H, W)` of the size of `like`, a view."""
     return x[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, like.shape[2:])

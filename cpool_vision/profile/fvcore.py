@@ -6,14 +6,9 @@ from typing import Any
 
 
 def _count_pool(inputs: list[Any], outputs: list[Any]) -> Counter:
-    x, sigma = inputs[0].type().sizes(), inputs[2].type().sizes()
-    return Counter({'context_pool2d': prod(x) * prod(sigma[2:])})
-
-
-def _count_predictor(inputs: list[Any], outputs: list[Any]) -> Counter:
-    x, reduce, predict = (inputs[i].type().sizes() for i in (0, 1, 3))
-    batch, _, height, width = outputs[0].type().sizes()
-    return Counter({'conv': reduce[0] * batch * (x[1] * reduce[1] + height * width * prod(predict[::2]) * predict[3])})
+    x, logits, sigma = (value.type().sizes() for value in inputs[:3])
+    channels = x[1] if len(x) == 4 else x[2]
+    return Counter({'context_pool2d': x[0] * channels * prod(logits[2:]) * prod(sigma[2:])})
 
 
 def _count_nothing(inputs: list[Any], outputs: list[Any]) -> Counter:
@@ -26,5 +21,6 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], Counter]]:
     Every output cell counts as if it read the whole map, as for `torch.utils.flop_counter`: the upper bound. fvcore
     calls a multiply-add one operation.
     """
-    return {'cpool_vision::context_pool2d': _count_pool, 'cpool_vision::supports_and_logits': _count_nothing,
-            'cpool_vision::predict_maps': _count_predictor, 'cpool_vision::to_autocast': _count_nothing}
+    # It hooks every module: the layer then leaves its predictor to torch's convolutions, which fvcore knows.
+    return {'cpool_vision::context_pool2d': _count_pool, 'cpool_vision::context_pool_tokens': _count_pool,
+            'cpool_vision::supports_and_logits': _count_nothing, 'cpool_vision::to_autocast': _count_nothing}

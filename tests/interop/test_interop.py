@@ -44,8 +44,7 @@ def test_export_with_any_batch(name, images):
     # one node per pool: the backend is chosen where the program runs
     targets = [str(node.target) for node in program.graph.nodes]
     pools = sum(isinstance(m, ContextPool2d) for m in model.modules())
-    form = 'pool_tokens' if name == VIT else 'context_pool2d'
-    assert targets.count(f'cpool_vision.{form}.default') == pools > 0
+    assert targets.count('cpool_vision.context_pool_layer.default') == pools > 0
 
 
 @pytest.mark.parametrize('name', [CNN, VIT, NAFLEX])
@@ -79,11 +78,17 @@ def test_fvcore_counts_pools():
     pooled = analysis.by_operator()['context_pool2d']
     predictors = sum(pixels * (pool.reduce.weight.numel() + pool.predict.weight.numel())
                      for pixels, pool in zip((8 * 8, 4 * 4), context_pools(model).values(), strict=True))
-    assert pooled == 96 * (8 * 8) ** 2 + 128 * (4 * 4) ** 2 and analysis.total() == blind + pooled + predictors
+    assert pooled == 96 * (8 * 8) ** 2 + 128 * (4 * 4) ** 2 and analysis.total() == blind + pooled
     with FlopCounterMode(display=False) as counter:
         model(image)
         plain_counter = counter.get_flop_counts()['Global']
-    assert plain_counter[torch.ops.cpool_vision.context_pool2d_native] == 2 * pooled
+    assert plain_counter[torch.ops.cpool_vision.context_pool_layer_fused] == 2 * (pooled + predictors)
+    assert blind == nn_count.FlopCountAnalysis(plain, image).unsupported_ops_warnings(False).total() + predictors
+    vit = make(VIT).eval()
+    tokens = nn_count.FlopCountAnalysis(vit, image).unsupported_ops_warnings(False)
+    pools = sum(isinstance(module, ContextPool2d) for module in vit.modules())
+    of_tokens = tokens.set_op_handle(**fvcore_handles()).by_operator()['context_pool2d']
+    assert of_tokens == pools * vit.embed_dim * (8 * 8) ** 2 > 0
     assert 'context_pool2d' not in nn_count.FlopCountAnalysis(plain, image).by_operator()
 
 

@@ -21,7 +21,7 @@ class KernelDtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.name() == 'cpool_vision::pool_tokens_fused':  # which makes the maps itself
+        if func.name() == 'cpool_vision::context_pool_layer_fused':  # which makes the maps itself
             self.seen.add(tuple(t.dtype for t in (args[0], *out[1:3])))
         elif 'cpool_vision::context_pool' in func.name() and 'backward' not in func.name():
             self.seen.add(tuple(arg.dtype for arg in args if isinstance(arg, torch.Tensor)))

@@ -2,10 +2,8 @@
 import pytest
 import torch
 from ops_testing import NO_COMPILER
-from torch.utils.flop_counter import FlopCounterMode
 
 from cpool_vision.ops import available_backends
-from cpool_vision.ops.layer import compose_layer
 
 TOKENS = torch.ops.cpool_vision.context_pool_tokens
 NATIVE = torch.ops.cpool_vision.context_pool_tokens_native.default
@@ -58,30 +56,3 @@ def test_the_input_is_left_as_it_is_and_autocast_applies():
     assert y.dtype == torch.bfloat16 and torch.equal(x, before)
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32 and torch.equal(x.grad[:, :1], torch.ones(2, 1, 8))
-
-
-@pytest.mark.parametrize('prefix', [0, 2])
-@pytest.mark.parametrize('groups,supports', [(1, 1), (4, 2)])
-def test_the_whole_layer_as_one_operator_is_its_parts(prefix, groups, supports):
-    if NO_COMPILER:
-        pytest.skip('no C compiler')
-    torch.manual_seed(0)
-    inputs = [torch.randn(shape).requires_grad_() for shape in (
-        (2, prefix + 35, 8), (3, 8, 1, 1), (3,), (groups + supports, 3, 3, 3), (groups + supports,))]
-    how = (prefix, 5, 7, groups, supports, 8., .3, .1)
-    grad = torch.randn(2, prefix + 35, 8)
-    fused = torch.ops.cpool_vision.pool_tokens_fused.default
-    with FlopCounterMode(display=False) as counted:
-        made = [fused(*inputs, *how, 'native')[0]]
-        made += torch.autograd.grad(made[0], inputs, grad)
-    with FlopCounterMode(display=False) as counted_parts:
-        expected = [compose_layer(*inputs, *how, 'native')]
-        expected += torch.autograd.grad(expected[0], inputs, grad)
-    for got, want in zip(made, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert torch.equal(torch.ops.cpool_vision.pool_tokens(*inputs, *how), made[0])
-    assert counted.get_total_flops() == counted_parts.get_total_flops()
-    torch.library.opcheck(fused, (*inputs, *how, 'native'), test_utils=('test_schema', 'test_autograd_registration'))
-    y = fused(*inputs, *how, 'native')[0]
-    with pytest.raises(NotImplementedError, match="second derivative; use backend='reference'"):
-        torch.autograd.grad(torch.autograd.grad(y.sum(), inputs[0], create_graph=True)[0].sum(), inputs[0])

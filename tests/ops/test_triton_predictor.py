@@ -72,12 +72,18 @@ def test_weights_of_any_strides():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize('form', ['tokens', 'nchw', 'nhwc'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_the_whole_layer_is_its_parts(dtype):
-    inputs, (height, width, groups, supports, _, *how) = make_inputs(CASES[0], dtype, weight_dtype=torch.float32)
-    inputs = [t.to(DEVICE).requires_grad_() for t in inputs]
-    args = (CASES[0][0][0], height, width, groups, supports, *how, 'triton')
-    y = torch.ops.cpool_vision.pool_tokens_fused(*inputs, *args)[0]
+def test_the_whole_layer_is_its_parts(dtype, form):
+    inputs, (height, width, *how) = make_inputs(CASES[0], dtype, weight_dtype=torch.float32)
+    prefix = CASES[0][0][0]
+    if form != 'tokens':
+        inputs = [inputs[0][:, prefix:].transpose(1, 2).unflatten(2, (height, width)), *inputs[1:]]
+        layout = torch.channels_last if form == 'nhwc' else torch.contiguous_format
+        inputs[0], prefix = inputs[0].contiguous(memory_format=layout), 0
+    inputs = [t.to(DEVICE).requires_grad_() for t in (*inputs, torch.linspace(-1, 2, inputs[1].shape[1]))]
+    args = (None, prefix, height, width, *how, 'triton')
+    y = torch.ops.cpool_vision.context_pool_layer_fused(*inputs, *args)[0]
     grad = torch.randn_like(y)
     made = y, *torch.autograd.grad(y, inputs, grad)
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -95,5 +101,5 @@ def test_needs_cuda_and_is_what_a_layer_takes():
     pool = TokenContextPool(32, 1, grid_size=(4, 4)).cuda()
     with profile() as seen, torch.autocast('cuda', torch.bfloat16):
         pool(torch.randn(2, 17, 32, device='cuda')).float().sum().backward()
-    assert {'cpool_vision::pool_tokens_fused', 'cpool_vision::pool_tokens_fused_backward'} <= {
+    assert {'cpool_vision::context_pool_layer_fused', 'cpool_vision::context_pool_layer_fused_backward'} <= {
         e.name for e in seen.events()}
