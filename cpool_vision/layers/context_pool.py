@@ -38,7 +38,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 @torch.jit.unused
 def is_plain_convolution(module: nn.Module, side: int) -> bool:
     """Whether `module` is a plain `nn.Conv2d` of stride 1 with kernels of so many pixels a side."""
-    return is_plain(module, nn.Conv2d) and (
+    return isinstance(module, nn.Conv2d) and is_plain(module, nn.Conv2d) and (
         module.kernel_size, module.padding, module.stride, module.dilation, module.groups, module.padding_mode,
     ) == ((side, side), (side // 2, side // 2), (1, 1), (1, 1), 1, 'zeros')
 
@@ -60,6 +60,11 @@ class ContextPool2d(Mixer2d):
     with a gate, `(k * k + 1) * dim` more with `depthwise=k`; with `support_groups=S` the factor `2 * G` becomes
     `G + S`); its predictor costs `H * W * (dim * h + 18 * h * G)`
     multiply-adds, the pool itself at most `dim * (H * W) * (Ho * Wo)`, and fewer if supports are small.
+
+    The layer runs as one operator, predictor, pool and gate together, without calling `reduce`, `act` and `predict`. It
+    calls them where this makes a difference: where one of them has hooks or a parametrization, or was replaced, for
+    instance by a wrapper with low-rank adapters. Hooks for all modules of a process do not count. Setting `fused` to
+    False has them called always.
 
     Weight logits and supports are handed to the operator in fp32, or fp64 where the parameters have it; the output has
     the dtype of the input. Under autocast the features are pooled in the autocast dtype, with

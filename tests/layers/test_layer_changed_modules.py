@@ -53,7 +53,8 @@ def test_an_adapter_is_applied_and_trained(form, name):
 def test_peft_is_applied_and_trained(form):
     peft = pytest.importorskip('peft')
     pool, x = make(form)
-    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=['predict'], init_lora_weights=False), pool)
+    config = peft.LoraConfig(r=2, target_modules=['predict'], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(config, pool)
     plain, _ = make(form)
     y = model(x)
     y.square().sum().backward()

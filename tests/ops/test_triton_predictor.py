@@ -84,13 +84,20 @@ def test_the_whole_layer_is_its_parts(dtype, form):
     inputs = [t.to(DEVICE).requires_grad_() for t in (*inputs, torch.linspace(-1, 2, inputs[1].shape[1]))]
     args = (None, prefix, height, width, *how, 'triton')
     y = torch.ops.cpool_vision.context_pool_layer_fused(*inputs, *args)[0]
-    grad = torch.randn_like(y)
-    made = y, *torch.autograd.grad(y, inputs, grad)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    made = torch.autograd.grad(y, inputs, grad)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    y = compose_layer(*exact, *args[:-1], 'reference')
-    for got, want, like in zip(made, (y, *torch.autograd.grad(y, exact, grad.double())), (y, *inputs), strict=True):
-        assert got.dtype == like.dtype or got is made[0]
-        assert (got.double() - want).abs().max() <= (1e-4 if dtype == torch.float32 else .1) * want.abs().max()
+    expected = compose_layer(*exact, *args[:-1], 'reference')
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    assert y.dtype == dtype and [t.dtype for t in made] == [t.dtype for t in inputs]
+
+    def error(found, wants):
+        return (sum((got.double() - want).square().sum() for got, want in zip(found, wants, strict=True)).sqrt()
+                / sum(want.square().sum() for want in wants).sqrt())
+    if dtype == torch.float32:
+        assert all(error([got], [want]) <= 1e-5 for got, want in zip((y, *made), (expected, *wanted), strict=True))
+    else:  # by the whole gradient: the interpreter truncates bf16, which sums over a map feel most
+        assert error([y], [expected]) <= .05 and error(made, wanted) <= .1
 
 
 @pytest.mark.skipif(DEVICE == 'cpu', reason='needs CUDA')
