@@ -11,7 +11,8 @@ def _shared_case(b, c, h, w, groups, shared, stride=1, sigma=(0.3, 2.0), **kwarg
     return x, logits, supports[:, :shared].clone(), grad
 
 
-@pytest.mark.parametrize('shape', [(2, 24, 9, 11, 6, 2, 1), (1, 12, 30, 23, 6, 3, 2), (2, 32, 14, 14, 4, 1, 1)],
+@pytest.mark.parametrize('shape', [(2, 24, 9, 11, 6, 2, 1), (1, 12, 30, 23, 6, 3, 2), (2, 32, 14, 14, 4, 1, 1),
+                                   (1, 48, 21, 17, 16, 1, 1)],
                          ids=lambda s: '-'.join(map(str, s)))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize('backend', HOST_BACKENDS)

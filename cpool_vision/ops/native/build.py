@@ -211,7 +211,7 @@ def load() -> ctypes.CDLL | BuildError:
         return error
     except OSError as error:
         return BuildError(f'the library does not load: {error}')
-    for name, tensors in (('cpool_forward', 5), ('cpool_backward', 8)):
+    for name, tensors in (('cpool_forward', 6), ('cpool_backward', 10)):
         function = getattr(library, name)
         function.argtypes = [ctypes.POINTER(Shape), *[ctypes.c_void_p] * tensors]
         function.restype = ctypes.c_int

@@ -4,8 +4,8 @@
  * unnormalized until the end of a tile. Their products with the features take one of two forms: dense.h where the
  * queries of a tile read much the same keys, quads.h where they do not.
  */
-#include "dense.h"
-#include "quads.h"
+#include "products.h"
+#include "shared.h"
 
 #define MAX_SPREAD 60.0f /* of the logits in a map: beyond, products of factors leave the range of fp32 */
 #define TALL 24.0f       /* beyond, weights are normalized before they meet features of any size */
@@ -38,16 +38,25 @@ static Facts read_logits(const float *l, int64_t n, float *pixel) {
     return facts;
 }
 
-/* What every thread does first: memory for its tile, and a share of the maps' logits. Returns 0 without memory. */
-static int begin(Tile *t, const Shape *p, int backward, const float *logits, float *pixel, Facts *facts, int *failed) {
-    const int64_t n = p->height * p->width;
-    const int ok = open_tile(t, p, backward);
+/* What every thread does first: memory for its tile, a share of the maps' logits, and of the maps to fold. Returns 0
+ * without memory. */
+static int begin(Tile *t, const Shape *p, int backward, const float *x, const float *logits, float *pixel, float *folded,
+                 Facts *facts, int *failed) {
+    const int64_t n = p->height * p->width, shares = p->maps / p->shared;
+    const Shape q = folded_shape(p);
+    const int ok = open_tile(t, p->shared > 1 ? &q : p, backward);
     if (!ok) {
 #pragma omp atomic write
         *failed = 1;
     }
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < p->maps; ++m) facts[m] = read_logits(logits + m * n, n, pixel + m * n);
+    if (p->shared == 1) return ok;
+#pragma omp for schedule(static)
+    for (int64_t share = 0; share < shares; ++share)
+        if (can_fold(p, facts + share * p->shared))
+            fold(p, pixel + share * p->shared * n, x + first_channel(p, share, p->x_image, 1),
+                 folded + share * n * q.channels, folded + shares * n * q.channels + share * n);
     return ok;
 }
 
@@ -72,21 +81,11 @@ static void pool_tile(Tile *t, const Shape *p, const Facts *facts, int64_t m, co
     vf total;
     const int narrow = weigh(t, p, facts, m, logits, pixel, &total);
     vf inverse = 1.0f / total;
-    memset(narrow ? (vf *)t->rows : t->columns, 0, c * sizeof(vf));
     if (facts[m].tall) {
         for (int k = 0; k < t->key_count; ++k) t->weights[k] *= inverse;
         inverse = splat(1);
     }
-    for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
-        int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
-        if (narrow) {
-            list_keys(t, p, i, end, k);
-            pool_lists(t, p, in, p->x_pixel);
-        } else {
-            pool_all(t, p, in, p->x_pixel, i, end, k);
-        }
-        i = end;
-    }
+    sum_features(t, p, in, narrow);
     if (narrow)
         for (int q = 0; q < LANES; ++q)
             for (int64_t k = 0; k < c; ++k) t->rows[q * c + k] *= inverse[q];
@@ -108,18 +107,7 @@ static vf differentiate_tile(Tile *t, const Shape *p, const Facts *facts, int64_
         t->weights[k] *= inverse;
         t->dots[k] = splat(0);
     }
-    for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
-        int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
-        if (narrow) {
-            list_keys(t, p, i, end, k);
-            dot_lists(t, p, in, p->x_pixel);
-            spread_lists(t, p, din, p->dx_pixel, i, end, k);
-        } else {
-            dot_all(t, p, in, p->x_pixel, i, end, k);
-            spread_all(t, p, din, p->dx_pixel, i, end, k);
-        }
-        i = end;
-    }
+    spread_gradients(t, p, in, din, narrow);
     vf mean = splat(0), dscale = splat(0);
     for (int k = 0; k < t->key_count; ++k) mean += t->weights[k] * t->dots[k];
     for (int i = 0, k = 0; i < t->segment_count; ++i) {
@@ -141,9 +129,11 @@ static vf differentiate_tile(Tile *t, const Shape *p, const Facts *facts, int64_
     return dscale;
 }
 
-int cpool_forward(const Shape *p, const float *x, const float *logits, const float *sigma, float *pixel, float *y) {
+int cpool_forward(const Shape *p, const float *x, const float *logits, const float *sigma, float *pixel,
+                  float *folded, float *y) {
     const int64_t n = p->height * p->width, no = p->out_height * p->out_width, c = p->channels;
-    const int64_t shares = p->maps / p->shared;
+    const int64_t shares = p->maps / p->shared, width = folded_width(p);
+    const float *common = folded + shares * n * width;
     const int rows = (int)((p->out_height + TILE_H - 1) / TILE_H), cols = (int)((p->out_width + TILE_W - 1) / TILE_W);
     Facts *facts = malloc(sizeof(Facts) * p->maps);
     int failed = !facts;
@@ -152,12 +142,17 @@ int cpool_forward(const Shape *p, const float *x, const float *logits, const flo
     {
         FLUSH_SUBNORMALS;
         Tile tile, *t = &tile;
-        const int ok = begin(t, p, 0, logits, pixel, facts, &failed);
+        const int ok = begin(t, p, 0, x, logits, pixel, folded, facts, &failed);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t job = 0; job < shares * rows; ++job) {
             const int64_t share = job / rows, first = share * p->shared;
             for (int tx = 0; ok && tx < cols; ++tx) {
                 make_tile(t, p, (int)(job % rows), tx, sigma + share * no, logits + first * n, facts + first);
+                if (can_fold(p, facts + first)) {
+                    pool_share(t, p, pixel + first * n, common + share * n, folded + share * n * width,
+                               y + first_channel(p, share, p->y_image, p->y_channel));
+                    continue;
+                }
                 for (int64_t m = first; m < first + p->shared; ++m) {
                     const int64_t b = m / p->groups, g = m % p->groups;
                     pool_tile(t, p, facts, m, logits, pixel, x + b * p->x_image + g * c,
@@ -172,12 +167,14 @@ int cpool_forward(const Shape *p, const float *x, const float *logits, const flo
     return failed;
 }
 
-/* dx (bands, images, pixels, groups * channels) and dlogits (bands, maps, pixels) are sums of each band, zero at first.
- * dsigma lacks its factor sigma^-3. */
+/* dx (bands, images, pixels, groups * channels) and dlogits (bands, maps, pixels) are sums of each band, zero at first,
+ * as is dfolded. dsigma lacks its factor sigma^-3. */
 int cpool_backward(const Shape *p, const float *grad, const float *x, const float *logits, const float *sigma,
-                   float *pixel, float *dx, float *dlogits, float *dsigma) {
+                   float *pixel, float *folded, float *dfolded, float *dx, float *dlogits, float *dsigma) {
     const int64_t n = p->height * p->width, no = p->out_height * p->out_width, c = p->channels;
     const int64_t images = p->maps / p->groups, shares = p->maps / p->shared;
+    const int64_t width = folded_width(p), band_size = shares * n * width;
+    const float *common = folded + shares * n * width;
     const int rows = (int)((p->out_height + TILE_H - 1) / TILE_H), cols = (int)((p->out_width + TILE_W - 1) / TILE_W);
     Facts *facts = malloc(sizeof(Facts) * p->maps);
     int failed = !facts;
@@ -186,15 +183,20 @@ int cpool_backward(const Shape *p, const float *grad, const float *x, const floa
     {
         FLUSH_SUBNORMALS;
         Tile tile, *t = &tile;
-        const int ok = begin(t, p, 1, logits, pixel, facts, &failed);
-#pragma omp for schedule(dynamic) nowait
+        const int ok = begin(t, p, 1, x, logits, pixel, folded, facts, &failed);
+#pragma omp for schedule(dynamic)
         for (int64_t job = 0; job < shares * p->bands; ++job) {
             const int64_t share = job / p->bands, band = job % p->bands, first = share * p->shared;
             const int from = (int)(rows * band / p->bands), to = (int)(rows * (band + 1) / p->bands);
             for (int at = from * cols; ok && at < to * cols; ++at) {
                 make_tile(t, p, at / cols, at % cols, sigma + share * no, logits + first * n, facts + first);
                 vf dscale = splat(0);
-                for (int64_t m = first; m < first + p->shared; ++m) {
+                if (can_fold(p, facts + first))
+                    dscale = differentiate_share(
+                        t, p, pixel + first * n, common + share * n, folded + share * n * width,
+                        grad + first_channel(p, share, p->y_image, p->y_channel),
+                        dfolded + band * band_size + share * n * width);
+                else for (int64_t m = first; m < first + p->shared; ++m) {
                     const int64_t b = m / p->groups, g = m % p->groups;
                     dscale += differentiate_tile(
                         t, p, facts, m, logits, pixel, x + b * p->x_image + g * c,
@@ -205,6 +207,12 @@ int cpool_backward(const Shape *p, const float *grad, const float *x, const floa
                     if (t->index[q] >= 0) dsigma[share * no + t->index[q]] = dscale[q];
             }
         }
+#pragma omp for schedule(static)
+        for (int64_t share = 0; share < shares; ++share)
+            if (can_fold(p, facts + share * p->shared))
+                unfold(p, folded + share * n * width, dfolded + share * n * width, band_size,
+                       x + first_channel(p, share, p->x_image, 1), dx + first_channel(p, share, p->dx_image, 1),
+                       dlogits + share * p->shared * n);
         if (ok) free(t->memory);
         RESTORE_SUBNORMALS;
     }

@@ -10,6 +10,8 @@ from ..layout import empty_maps, is_channels_last
 from ..plan import TOLERANCE
 from .build import BuildError, Shape, load
 
+# As in shared.h.
+RATIOS = 16
 # Of a temporary in another layout than the caller's: held in the cache, and not as large as the batch.
 CHUNK_ELEMENTS = 1 << 21
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,6 +66,19 @@ def _bands(sigma: Tensor) -> int:
     return 1 if maps >= threads else min(-(-2 * threads // maps), -(-sigma.shape[2] // 4))
 
 
+def _take_folded(x: Tensor, groups: int, sigma: Tensor, like: Tensor) -> tuple[Tensor, int]:
+    """Memory for what shared.h makes of features, and how many floats of it have a gradient; none without sharing."""
+    b, c, h, w = x.shape
+    support_groups = sigma.shape[1]
+    shared = groups // support_groups
+    if shared == 1:
+        return like.new_empty(0), 0
+    pixels = b * support_groups * h * w
+    size = pixels * (c // support_groups + -(-shared // RATIOS) * RATIOS)
+    # One more for every pixel: the largest weight of its groups.
+    return workspace.take('folded', like, size + pixels), size
+
+
 def _with_pixels_first(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """`x` with its channels side by side, and the strides of images and pixels."""
     if _has_adjacent_channels(x):
@@ -92,10 +107,10 @@ def _check(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> None
             f'pass backend=None to use another')
 
 
-def _chunks(x: Tensor) -> list[slice]:
+def _chunks(x: Tensor, shared: bool) -> list[slice]:
     """Ranges of images that go through the kernels at once."""
     b = x.shape[0]
-    size = b if _has_adjacent_channels(x) else max(1, CHUNK_ELEMENTS // max(1, x[0].numel()))
+    size = b if _has_adjacent_channels(x) and not shared else max(1, CHUNK_ELEMENTS // max(1, x[0].numel()))
     return [slice(i, i + size) for i in range(0, b, size)]
 
 
@@ -115,10 +130,11 @@ def native_forward(
         groups = weight_logits.shape[1]
         logits, supports = weight_logits.float().contiguous(), sigma.float().contiguous()
         scratch = torch.empty_like(logits)
-        for part in _chunks(x):
+        for part in _chunks(x, groups > sigma.shape[1]):
             pixels, strides = _with_pixels_first(x[part])
+            folded, _ = _take_folded(x[part], groups, sigma, logits)
             _call('cpool_forward', _shape(x[part], y, groups, sigma[part], stride, strides),
-                  pixels, logits[part], supports[part], scratch[part], y[part])
+                  pixels, logits[part], supports[part], scratch[part], folded, y[part])
     if out is not None:
         return out if direct else out.copy_(y)
     return y.to(x.dtype)
@@ -143,17 +159,20 @@ def native_backward(
     logits, supports = weight_logits.float().contiguous(), sigma.float().contiguous()
     dlogits, dsigma = torch.zeros_like(logits), torch.zeros_like(supports)
     scratch = torch.empty_like(logits)
-    for part in _chunks(x) if x.numel() else ():
+    for part in _chunks(x, groups > sigma.shape[1]) if x.numel() else ():
         dy = _even(grad[part])
         pixels, strides = _with_pixels_first(x[part])
         b, c, h, w = x[part].shape
+        folded, size = _take_folded(x[part], groups, sigma, logits)
+        dfolded = workspace.take('folded gradients', logits, bands * size).zero_()
         if whole:
             sums, dx_strides = given[part], (given.stride(0), _pixel_stride(given))
         else:
             sums, dx_strides = workspace.take('gradients', logits, bands, b, h * w, c), (h * w * c, c)
         dweights = torch.zeros(bands, *logits[part].shape)
         _call('cpool_backward', _shape(x[part], dy, groups, sigma[part], stride, strides, dx_strides, bands),
-              dy, pixels, logits[part], supports[part], scratch[part], sums.zero_(), dweights, dsigma[part])
+              dy, pixels, logits[part], supports[part], scratch[part], folded, dfolded, sums.zero_(), dweights,
+              dsigma[part])
         dlogits[part] = dweights.sum(0)
         if not whole:
             total = sums[0] if bands == 1 else sums.sum(0)

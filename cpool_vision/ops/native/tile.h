@@ -44,6 +44,7 @@ typedef struct {
     int entry_count[QUADS];
     float *rows;         /* (LANES, channels): output or its gradient */
     vf *columns;         /* (channels, LANES): the same, queries in lanes */
+    vf *spare;           /* of the same size, where groups share supports */
     vf scale, center_y, center_x, near_y, near_x;
     vf tolerance;        /* share of a query's weight that reach2 and trim may each leave out */
     int64_t index[LANES]; /* of the query, -1 for lanes without one */
@@ -331,7 +332,7 @@ static int open_tile(Tile *t, const Shape *p, int backward) {
     size_t keys = (size_t)(p->height * p->width), line = (size_t)(p->height + p->width);
     const size_t segments = p->height * (sizeof(Segment) * 2 + sizeof(Span[QUADS]));
     const size_t list = (size_t)(NARROW_CHUNK + p->width + LANES), lists = QUADS * list;
-    size_t vectors = keys * (backward ? 2 : 1) + line + 2 * p->channels;
+    size_t vectors = keys * (backward ? 2 : 1) + line + (p->shared > 1 ? 3 : 2) * p->channels;
     size_t bytes = vectors * sizeof(vf) + lists * sizeof(Entry) + segments + 128;
     t->memory = malloc(bytes);
     if (!t->memory) return 0;
@@ -342,6 +343,7 @@ static int open_tile(Tile *t, const Shape *p, int backward) {
     t->dots = at; at += backward ? keys : 0;
     t->columns = at; at += p->channels;
     t->rows = (float *)at; at += p->channels;
+    t->spare = at; at += p->shared > 1 ? p->channels : 0;
     t->list_size = (int64_t)list;
     t->entries = (Entry *)at;
     t->spans = (Span(*)[QUADS])(t->entries + lists);
