@@ -12,7 +12,7 @@ from typing import Any
 import timm
 
 import cpool_vision  # noqa: F401  registers the variants
-from cpool_vision.engine.checkpoints.checkpoint import load_weights, read_weights
+from cpool_vision.engine.model import load_model_weights
 from cpool_vision.engine.settings import train
 from cpool_vision.hub import save_for_hub
 
@@ -34,8 +34,7 @@ def load_run(run: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Model of a run with the weights of its last checkpoint, the run's settings, and what its input was."""
     settings = read_settings(run)
     model: Any = timm.create_model(settings['model'], num_classes=settings['num_classes'], **settings['model_kwargs'])
-    checkpoint = str(run / 'last.pth.tar')
-    load_weights(model, read_weights(checkpoint, 'run', use_ema=False), checkpoint, 'run', settings['model'])
+    load_model_weights(model, str(run / 'last.pth.tar'), 'run', settings['model'], use_ema=False)
     return model, settings, {key: settings[key] for key in INPUT_KEYS if settings[key]}
 
 

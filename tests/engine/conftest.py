@@ -93,17 +93,3 @@ def process_group(tmp_path: Any) -> Iterator[None]:
 def load() -> Callable[..., dict[str, Any]]:
     """Loads a checkpoint as the strictest reader would: tensors and plain values only."""
     return lambda *parts: torch.load(os.path.join(*parts), map_location='cpu', weights_only=True)
-
-
-@pytest.fixture
-def evil_checkpoint(tmp_path: Any) -> tuple[str, str]:
-    """Path of a checkpoint that creates a file when it is unpickled carelessly, and the path of that file."""
-    flag = str(tmp_path / 'executed')
-
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (flag,)
-
-    path = str(tmp_path / 'evil.pth.tar')
-    torch.save({'epoch': 0, 'state_dict': {'weight': torch.ones(1)}, 'payload': Evil()}, path)
-    return path, flag

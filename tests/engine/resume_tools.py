@@ -1,9 +1,7 @@
 """Runs that break off, and the comparison of what they leave."""
 import csv
 import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,53 +33,6 @@ def break_off(run: Callable[[], Any], update: int) -> None:
         crash_at(patch, update)
         with pytest.raises(Crash):
             run()
-
-
-def watch_calls(patch: pytest.MonkeyPatch, act: Callable[[str], None], *calls: tuple[Any, str]) -> None:
-    """Lets `act` happen before each call of functions, given as (module, name), with the name."""
-    def wrap(place: Any, name: str) -> None:
-        real = getattr(place, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            act(name)
-            return real(*args, **kwargs)
-
-        patch.setattr(place, name, call)
-
-    for place, name in calls:
-        wrap(place, name)
-
-
-def copies_at_every_call(
-        folder: Path, start: str, watch: Callable[[pytest.MonkeyPatch, Callable[[str], None]], None],
-        save: Callable[[str], None]) -> list[str]:
-    """What a process killed before each call of a save would leave: copies of the folder it saves to.
-
-    Args:
-        folder: where the copies go.
-        start: folder before the save, which is left as it is.
-        watch: lets a function happen before each call of the operating system that changes a file.
-        save: the save.
-
-    Returns:
-        The copies in the order of the calls; the last one is from after the save.
-    """
-    work, copies, copying = str(folder / 'work'), [], []
-
-    def copy(_: str = '') -> None:
-        if copying:  # a call of the copy itself
-            return
-        copying.append(True)
-        copies.append(str(folder / f'{len(copies)}'))
-        shutil.copytree(work, copies[-1], symlinks=True)
-        copying.clear()
-
-    shutil.copytree(start, work, symlinks=True)
-    with pytest.MonkeyPatch.context() as patch:
-        watch(patch, copy)
-        save(work)
-    copy()
-    return copies
 
 
 def flatten(value: Any, name: str = '') -> dict[str, Any]:

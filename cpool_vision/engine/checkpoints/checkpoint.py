@@ -86,15 +86,6 @@ def weights_of(content: Mapping[str, Any], path: str, flag: str, use_ema: bool) 
     return weights
 
 
-def read_weights(path: str, flag: str, use_ema: bool) -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint; the averaged ones if asked for and present.
-
-    Raises:
-        CheckpointNotFoundError, CheckpointError: see `read_checkpoint`; also if the file holds no tensors.
-    """
-    return weights_of(read_checkpoint(path, flag), path, flag, use_ema)
-
-
 def describe_misfit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> str:
     """What keeps `given` weights from loading into a model with `expected` ones; '' if they fit."""
     parts = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from loop_tools import make_batches, make_run
-from port_tools import free_port
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.kill_test import compare_runs
 from cpool_vision.engine.train.loop import train_one_epoch
@@ -54,7 +54,7 @@ def test_the_count_sees_needless_exchanges(process_group: None) -> None:
 
 def start_nodes(nodes: int, output: pathlib.Path, flags: list[str], *options: str) -> list[subprocess.Popen[str]]:
     """One torchrun per node, which meet on this machine, with one process each."""
-    place = f'127.0.0.1:{free_port()}'
+    place = f'127.0.0.1:{get_free_port()}'
     return [subprocess.Popen(  # noqa: S603
         [sys.executable, '-m', 'torch.distributed.run', '--nnodes', str(nodes), '--nproc-per-node', '1',
          '--rdzv-backend', 'c10d', '--rdzv-endpoint', place, '--rdzv-id', 'job', '--local-addr', '127.0.0.1', *options,

@@ -19,8 +19,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from port_tools import free_port
 from process_tools import in_processes
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.nn.functional import cross_entropy
 
 from cpool_vision.cli.validate import main
@@ -223,7 +223,7 @@ def test_two_processes_give_the_results_of_one(run: Callable[..., Any], base: li
     command = [*base, *flags, '--predictions', str(tmp_path / 'two.npz'), '--results-file', str(tmp_path / 'two.json'),
                '--measure-cost']
 
-    done = in_processes(2, tmp_path, partial(validate, command, free_port()), group=False)
+    done = in_processes(2, tmp_path, partial(validate, command, get_free_port()), group=False)
     assert [status for status, *_ in done] == [0, 0], done
     assert ''.join(out for _, out, _ in done).count('--result') == 1
     assert '1 of 7 images cannot be read: dog/1.png' in ''.join(err for *_, err in done)
