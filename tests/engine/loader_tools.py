@@ -32,6 +32,10 @@ CASES = {
     'progressive': ['--train-img-sizes', '16', '24', '--train-size-schedule', 'progressive', '--epochs', '3', '--mixup',
                     '0.2', '--train-batches-per-epoch', '9'],
     'bfloat16': ['--model-dtype', 'bfloat16', '--reprob', '0.7'],
+    'albumentations': ['--aug-config', 'strong', '--mixup', '0.4', '--cutmix', '1', '--reprob', '0.5'],
+    'albumentations_unfetched': ['--aug-config', 'strong', '--no-prefetcher', '--mixup', '0.4'],
+    'albumentations_sizes': ['--aug-config', 'strong', '--train-img-sizes', '24', '16', '--train-batch-sizes', '4',
+                             '6'],
 }
 
 
@@ -56,11 +60,11 @@ class Prepared:
 
 def builder(image_root: str, train_args: Callable[..., Any]) -> Build:
     """Function that builds the loader of flags for a process of so many."""
-    def make(*flags: str, rank: int = 0, world_size: int = 1, workers: int = 0, transform: Any = None) -> Prepared:
+    def make(*flags: str, rank: int = 0, world_size: int = 1, workers: int = 0) -> Prepared:
         args = train_args('--data-dir', image_root, '--num-classes', '3', '-b', '4', '-j', str(workers), *flags)
         dtype = torch.bfloat16 if args.model_dtype else None
         runtime = Runtime(CPU, Precision(dtype, None, 'cpu'), rank, world_size)
-        loader, mixup_fn = data.build_train_loader(args, runtime, INPUT, Classes(3), transform)
+        loader, mixup_fn = data.build_train_loader(args, runtime, INPUT, Classes(3))
         return Prepared(loader, mixup_fn)
     return make
 
@@ -111,33 +115,3 @@ class Shards:
         pixels = rng.integers(0, 256, (24, 20, 20, 3), np.uint8)
         for index in order[worker.id::worker.num_workers] if worker else order:
             yield Image.fromarray(pixels[index]), index % 3
-
-
-class Seeded:
-    """A transform with a generator of its own, in the manner of albumentations."""
-
-    def __init__(self, size: tuple[int, int, int]) -> None:
-        self.size = size
-        self.generator = random.Random(0)  # noqa: S311
-
-    def set_random_seed(self, seed: int) -> None:
-        self.generator.seed(seed)
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return torch.full(self.size, self.generator.randrange(256), dtype=torch.uint8)
-
-
-class Unseeded(Seeded):
-    """The same, but nothing tells that it must be seeded."""
-
-    set_random_seed: Any = property()
-
-
-class Inside:
-    """A composition that holds one."""
-
-    def __init__(self, size: tuple[int, int, int], part: type[Seeded] = Seeded) -> None:
-        self.transforms = [part(size)]
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return self.transforms[0](image)

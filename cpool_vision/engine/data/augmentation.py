@@ -1,17 +1,17 @@
 """`--aug-config`: albumentations in the training loader, and the same pipeline in a resumed run."""
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from cpool_vision.data.augment import Augmentation, AugmentationError, Pipeline
+from cpool_vision.data.augment import AugmentationError, Pipeline
 from cpool_vision.errors import ConfigError
 
 from ..settings.shared import settings_of
 from ..settings.train import AugmentSettings, LoaderSettings
-from .keyed import KeyedDataset, kept_generators
+from .keyed import DrawnSeeds, KeyedDataset, kept_generators
 from .sampling import BatchKey
 
 _logger = logging.getLogger(__name__)
@@ -64,21 +64,30 @@ def describe_pipeline(settings: LoaderSettings) -> dict[str, Any] | None:
     return pipeline.record
 
 
-def transform_maker(settings: LoaderSettings, data_config: Mapping[str, Any], pipeline: Pipeline,
-                    ) -> Callable[[tuple[int, int, int]], Augmentation]:
-    """Function that makes the transform for an input size (channels, height, width).
+def use_pipeline(settings: LoaderSettings, data_config: Mapping[str, Any], pipeline: Pipeline, dataset: Any) -> None:
+    """Puts a pipeline in the place of timm's transforms, one for each input size.
 
     It gives uint8 for timm's prefetcher, or normalizes where there is none; on images it raises `ConfigError`.
+
+    Args:
+        settings, data_config: the run.
+        pipeline: what `open_pipeline` gave.
+        dataset: the set that a loader of timm reads, or a `KeyedDataset` of it.
+
+    Raises:
+        ConfigError: the pipeline cannot be built for an input size.
     """
     normalization = (data_config['mean'], data_config['std']) if settings.no_prefetcher else None
-
-    def make(size: tuple[int, int, int]) -> Augmentation:
-        try:
-            return pipeline.build(size, normalization, ConfigError)
-        except AugmentationError as error:
-            raise ConfigError(f'--aug-config: {error}') from error
-
-    return make
+    channels, height, width = data_config['input_size']
+    sizes = [(side, side) for side in settings.train_img_sizes or ()] or [(height, width)]
+    try:
+        transforms = [pipeline.build((channels, *size), normalization, ConfigError) for size in sizes]
+    except AugmentationError as error:
+        raise ConfigError(f'--aug-config: {error}') from error
+    if isinstance(dataset, KeyedDataset):
+        dataset.set_transforms(transforms)
+    else:
+        dataset.transform = DrawnSeeds(transforms[0])
 
 
 def try_pipeline(settings: LoaderSettings, dataset: Dataset[Any]) -> None:

@@ -1,6 +1,6 @@
 """Randomness of samples and batches, keyed by what they are instead of by what was drawn before."""
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch.utils.data
 from timm.data import FastCollateMixup, Mixup
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 
+from cpool_vision.data.augment import Augmentation
 from cpool_vision.data.counter import CounterDraws
 
 from .sampling import ERASING, MIXING, REPLACEMENT, SAMPLE, BatchKey, keyed_seeds
@@ -72,49 +73,24 @@ class KeyedSamples:
     report: Report
 
 
-def _transforms(dataset: Any, choice: int | None) -> Iterator[Any]:
-    """Every transform that a sample goes through."""
-    waiting = [getattr(dataset, name, None) for name in ('dataset', 'transform', 'augmentation', 'normalize')]
-    sized = getattr(dataset, 'transforms', None)  # a tuple in timm's ScheduledTransformDataset
-    if isinstance(sized, (list, tuple)):
-        waiting.append(sized[choice] if choice is not None else list(sized))
-    for part in waiting:
-        if isinstance(part, torch.utils.data.Dataset):
-            yield from _transforms(part, choice)
-        elif part is not None:
-            yield from _flatten(part)
-
-
-def _flatten(transform: Any) -> Iterator[Any]:
-    if isinstance(transform, (list, tuple)):
-        for part in transform:
-            yield from _flatten(part)
-        return
-    yield transform
-    if not hasattr(transform, 'set_random_seed'):  # one that has it seeds its own parts
-        yield from _flatten(getattr(transform, 'transforms', None) or ())
-
-
 class DrawnSeeds:
-    """A transform whose parts with a method `set_random_seed` get a number drawn from `random` before each image.
+    """A pipeline that is seeded by a number drawn from `random` before each image.
 
     For streamed sets, whose workers seed `random` but cannot know which image comes.
     """
 
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-        self.seeded = [part for part in _flatten(transform) if hasattr(part, 'set_random_seed')]
+    def __init__(self, pipeline: Augmentation) -> None:
+        self.pipeline = pipeline
 
-    def __call__(self, image: Any) -> Any:
-        for part in self.seeded:
-            part.set_random_seed(random.getrandbits(32))
-        return self.transform(image)
+    def __call__(self, image: Any) -> torch.Tensor:
+        self.pipeline.set_random_seed(random.getrandbits(32))
+        return self.pipeline(image)
 
 
 class KeyedDataset(torch.utils.data.Dataset):
     """Makes each sample of a map-style set from generators seeded by (seed, epoch, image, copy).
 
-    A transform with a method `set_random_seed(int)` is seeded by it as well. An unreadable image is replaced by one
+    A pipeline of `--aug-config` is seeded in the same way. An unreadable image is replaced by one
     that a draw keyed in the same way picks, and reported with the batch.
 
     Args:
@@ -130,25 +106,13 @@ class KeyedDataset(torch.utils.data.Dataset):
             base = base.dataset
         self.base = base
         self._errors = UnreadableImageError if isinstance(base, StrictImageDataset) else DECODE_ERRORS
-        self._seeded: dict[int | None, list[Any]] = {}
 
-    @property
-    def transform(self) -> Any:
-        """Transform of the images."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-        self._seeded.clear()
-
-    def set_transforms(self, transforms: list[Any]) -> None:
+    def set_transforms(self, transforms: Sequence[Any]) -> None:
         """Sets the transform of the images, or one for each image size of a `ScheduledTransformDataset`."""
         if isinstance(self.dataset, ScheduledTransformDataset):
             self.dataset.transforms = tuple(transforms)
-            self._seeded.clear()
         else:
-            self.transform, = transforms
+            self.dataset.transform, = transforms
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -158,12 +122,10 @@ class KeyedDataset(torch.utils.data.Dataset):
         return self.base.filename(index, basename, absolute)
 
     def _make(self, index: int, seed: int, choice: int | None) -> Any:
-        if choice not in self._seeded:
-            self._seeded[choice] = [part for part in _transforms(self.dataset, choice)
-                                    if hasattr(part, 'set_random_seed')]
         seed_generators(seed)
-        for part in self._seeded[choice]:
-            part.set_random_seed(seed & 0xFFFFFFFF)
+        transform = getattr(self.dataset, 'transform', None) if choice is None else self.dataset.transforms[choice]
+        if isinstance(transform, Augmentation):  # which draws from a stream of its own
+            transform.set_random_seed(seed & 0xFFFFFFFF)
         return self.dataset[index if choice is None else (index, choice)]
 
     def __getitems__(self, key: BatchKey) -> KeyedSamples:

@@ -1,5 +1,4 @@
 """Loaders of training and validation."""
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from cpool_vision.errors import ConfigError, DatasetError
 from ..device import Runtime
 from ..settings.shared import DataSettings
 from ..settings.train import LoaderSettings, LossSettings
-from .augmentation import open_pipeline, transform_maker, try_pipeline
+from .augmentation import open_pipeline, try_pipeline, use_pipeline
 from .dataset import build_dataset
-from .keyed import DrawnSeeds, KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
+from .keyed import KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
 from .loader_flags import augmentation, check_train_flags, image_mode, mixing, size_schedule
 from .multi_label import Classes
 from .posterize import allow_zero_bits
@@ -42,13 +41,8 @@ def _common(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any
     )
 
 
-def build_train_loader(
-        settings: LossSettings,
-        runtime: Runtime,
-        data_config: dict[str, Any],
-        classes: Classes,
-        make_transform: Callable[[tuple[int, int, int]], Any] | None = None,
-) -> tuple[Loader, Mixup | None]:
+def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
+                       ) -> tuple[Loader, Mixup | None]:
     """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
 
     Its batches are a function of (seed, epoch, rank, position): iteration begins at the position that `set_position`
@@ -57,19 +51,13 @@ def build_train_loader(
 
     Args:
         settings, runtime, data_config, classes: the run.
-        make_transform: makes the transform of images for an input size (channels, height, width), instead of timm's
-            or that of `--aug-config`.
-            It maps a PIL image to a (channels, height, width) tensor: uint8 for the prefetcher, else normalized. If
-            it has a method `set_random_seed(int)`, that is called before each image.
 
     Raises:
         DatasetError: see `build_dataset`; also a split smaller than one batch.
         ConfigError: flags that exclude each other.
     """
     check_train_flags(settings, runtime.distributed)
-    pipeline = open_pipeline(settings) if make_transform is None else None
-    if pipeline is not None:
-        make_transform = transform_maker(settings, data_config, pipeline)
+    pipeline = open_pipeline(settings)
     allow_zero_bits()
     dataset = build_dataset(
         settings, classes, settings.train_split, True, image_mode(settings, data_config), settings.train_num_samples)
@@ -86,9 +74,8 @@ def build_train_loader(
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f'the training loader cannot be built ({error}): check the loader and augmentation flags') \
             from error
-    if make_transform is not None:
-        _replace_transforms(settings, stream.dataset, data_config['input_size'], make_transform)
     if pipeline is not None:
+        use_pipeline(settings, data_config, pipeline, stream.dataset)
         try_pipeline(settings, stream.dataset)
     if not isinstance(built, PrefetchLoader):
         mixup_fn = KeyedMixup(stream, settings.seed, runtime.rank, settings.mixup_off_epoch, **mix) if mix else None
@@ -136,21 +123,6 @@ def _order_of(dataset: Any, settings: LoaderSettings, runtime: Runtime) -> Epoch
         raise DatasetError(f'the training split has {len(order)} images per process, fewer than one batch of '
                            f'{smallest}: lower --batch-size')
     return order
-
-
-def _replace_transforms(settings: LoaderSettings, dataset: Any, input_size: tuple[int, int, int],
-                        make_transform: Callable[[tuple[int, int, int]], Any]) -> None:
-    if settings.aug_splits:
-        raise ConfigError('--aug-splits goes with the transforms of timm only: leave it out')
-    if settings.no_prefetcher and settings.reprob and not settings.no_aug:
-        raise ConfigError('without the prefetcher, --reprob is part of the transforms of timm: drop --no-prefetcher or '
-                          '--reprob')
-    if not isinstance(dataset, KeyedDataset):
-        dataset.transform = DrawnSeeds(make_transform(input_size))
-        return
-    sides = settings.train_img_sizes
-    dataset.set_transforms([make_transform((input_size[0], side, side)) for side in sides] if sides
-                           else [make_transform(input_size)])
 
 
 def _keyed_stream(settings: LoaderSettings, rank: int, inner: torch.utils.data.DataLoader, keys: BatchKeys,

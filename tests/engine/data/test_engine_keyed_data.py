@@ -1,5 +1,4 @@
 """Training batches: the same bits for any number of workers and from any position, whatever was drawn before."""
-import contextlib
 import itertools
 import random
 from collections.abc import Callable
@@ -8,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loader_tools import CASES, Build, Inside, Seeded, Unseeded, builder, check_workers_and_positions, same, states
+from loader_tools import CASES, Build, builder, check_workers_and_positions, same, states
 from timm.data import FastCollateMixup
 from timm.data.random_erasing import RandomErasing
 
+from cpool_vision.data.augment import Augmentation
 from cpool_vision.engine.data import keyed
 from cpool_vision.engine.data import loaders as data
 from cpool_vision.errors import ConfigError
@@ -36,13 +36,14 @@ def test_batches_with_other_numbers_of_workers(build: Build, name: str, workers:
 
 
 @pytest.mark.parametrize('name, broken', [
-    ('plain', 'samples'), ('augmix', 'samples'), ('unfetched_splits', 'samples'), ('sizes', 'samples'),
-    ('mixed', 'mixing'), ('unfetched', 'mixing'), ('progressive', 'mixing'), ('randaugment', 'erasing')])
+    ('plain', 'samples'), ('unfetched', 'mixing'), ('randaugment', 'erasing'), ('albumentations', 'pipeline')])
 def test_the_comparison_sees_what_is_not_keyed(
         build: Build, name: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken == 'samples':  # drawn from the generators of whichever process makes the sample
         monkeypatch.setattr(keyed.KeyedDataset, '_make', lambda self, index, seed, choice: self.dataset[
             index if choice is None else (index, choice)])
+    elif broken == 'pipeline':
+        monkeypatch.setattr(Augmentation, 'set_random_seed', lambda self, seed: None)
     else:  # drawn from what the last batch left behind
         stream = {'mixing': keyed.MIXING, 'erasing': keyed.ERASING}[broken]
         real, drawn = keyed.keyed_seeds, random.Random(0)  # noqa: S311
@@ -50,15 +51,6 @@ def test_the_comparison_sees_what_is_not_keyed(
             drawn.getrandbits(63)] if kind == stream else real(kind, *keys))
     with pytest.raises(AssertionError):
         check_workers_and_positions(build, CASES[name], 2)
-
-
-def test_the_comparison_sees_a_lost_position(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = build().take(1)
-    real = data.set_position
-    monkeypatch.setattr(data, 'set_position', lambda loader, epoch, batch: real(loader, epoch))
-    assert not same(build().take(1, 2), whole[2:])
-    monkeypatch.setattr(data, 'set_position', lambda loader, epoch, batch: real(loader, 0, batch))
-    assert not same(build().take(1, 2), whole[2:])
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -113,40 +105,6 @@ def test_draws_of_a_batch_depend_on_seed_process_epoch_and_batch(draw: Callable[
     assert len(set(drawn)) == len(keys)
     random.seed(9)
     assert [draw(*key) for key in keys] == drawn
-
-
-class Accelerator:
-    """A device module with one generator."""
-
-    def __init__(self, with_index: bool) -> None:
-        self.state, self.seeded = torch.tensor([7]), []
-        self.places = 1 if with_index else 0
-        if with_index:
-            self.device = contextlib.nullcontext
-
-    def get_rng_state(self, *device: torch.device) -> torch.Tensor:
-        assert len(device) == self.places
-        return self.state.clone()
-
-    def set_rng_state(self, state: torch.Tensor, *device: torch.device) -> None:
-        assert len(device) == self.places
-        self.state = state
-
-    def manual_seed(self, seed: int) -> None:
-        self.seeded.append(seed)
-        self.state = torch.tensor([seed])
-
-
-@pytest.mark.parametrize('kind', ['cuda', 'mps'])
-def test_the_generator_of_a_device_is_seeded_and_given_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Accelerator(with_index=kind == 'cuda')
-    monkeypatch.setattr(torch, 'get_device_module', lambda device: module)
-    drawn = []
-    for batch in (0, 1, 0):
-        keyed.KeyedErasing(lambda images: drawn.append(int(module.state)), Place(0, batch), 5, 0, torch.device(kind))(
-            torch.zeros(1))
-        assert int(module.state) == 7
-    assert drawn == module.seeded and drawn[0] == drawn[2] != drawn[1]
 
 
 @pytest.mark.cuda
@@ -209,30 +167,6 @@ def test_mixing_ends_at_its_epoch(build: Build) -> None:
             assert any(target.max(1).values.min() < 1 for _, target in prepared.take(0))
 
 
-@pytest.mark.parametrize('transform', [Seeded, Inside])
-@pytest.mark.parametrize('name', ['plain', 'sizes', 'unfetched_plain'])
-def test_transforms_with_their_own_generator_are_seeded(build: Build, name: str, transform: Any) -> None:
-    flags = {'plain': ['--reprob', '0.5'], 'unfetched_plain': ['--no-prefetcher'],
-             'sizes': ['--train-img-sizes', '24', '16']}[name]
-    whole = build(*flags, transform=transform).take(1)
-    assert len({float(row[0, 0, 0]) for batch, _ in whole for row in batch}) > 12
-    assert {batch.shape[-1] for batch, _ in whole} == ({16, 24} if name == 'sizes' else {24})
-    check_workers_and_positions(lambda *flags, **kw: build(*flags, **kw, transform=transform), flags, 2)
-
-
-@pytest.mark.parametrize('transform', [Unseeded, lambda size: Inside(size, Unseeded)])
-def test_the_comparison_sees_a_transform_that_is_not_seeded(build: Build, transform: Any) -> None:
-    with pytest.raises(AssertionError):
-        check_workers_and_positions(lambda *flags, **kw: build(*flags, **kw, transform=transform), [], 2)
-
-
-def test_a_transform_can_be_set_later(build: Build) -> None:
-    prepared = build()
-    prepared.take(1)
-    prepared.loader.dataset.transform = Seeded((3, 24, 24))
-    assert same(prepared.take(1), build(transform=Seeded).take(1))
-
-
 @pytest.mark.parametrize('flags, words', [
     (['--mixup', '0.2', '-b', '5'], r'must be even, got \[5\]'),
     (['--cutmix', '1', '--train-img-sizes', '16', '24', '--train-batch-sizes', '4', '3'], 'must be even'),
@@ -243,10 +177,3 @@ def test_a_transform_can_be_set_later(build: Build) -> None:
 def test_flags_that_do_not_fit(build: Build, flags: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build(*flags)
-
-
-@pytest.mark.parametrize('flags, words', [(['--aug-splits', '2', '--aa', 'rand-m5'], '--aug-splits goes with'),
-                                          (['--no-prefetcher', '--reprob', '0.1'], 'drop --no-prefetcher')])
-def test_flags_that_do_not_fit_a_transform_of_the_caller(build: Build, flags: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        build(*flags, transform=Seeded)

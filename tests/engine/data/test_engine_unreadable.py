@@ -106,7 +106,7 @@ def test_faults_of_a_transform_are_not_taken_for_unreadable_images(build: Build)
         raise OSError('of the transform')
 
     prepared = build()
-    prepared.loader.dataset.transform = transform
+    prepared.loader.dataset.set_transforms([transform])
     with pytest.raises(OSError, match='of the transform'):
         prepared.take(0)
 

@@ -33,6 +33,7 @@ CASES = {
     'naflex': ['-b', '4', '--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=16', 'depth=1',
                'num_heads=2', 'patch_size=8', '--naflex-loader', '--naflex-train-seq-lens', '4', '9',
                '--naflex-max-seq-len', '16', '--reprob', '0.5'],
+    'albumentations': ['-b', '4', '-j', '1', '--aug-config', 'strong', '--mixup', '0.2', '--reprob', '0.3'],
     'unvalidated': ['-b', '4', '--val-interval', '2', '--nonfinite', 'skip', '--opt', 'sgd'],
 }
 
