@@ -1,6 +1,19 @@
 """What holds for every test."""
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test waits for the hub of weights
 if 'PYTEST_XDIST_WORKER' in os.environ:  # before anything imports NumPy or PyTorch; subprocesses inherit it
     os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+
+@pytest.fixture(autouse=True)
+def formats_of_pillow() -> Iterator[None]:
+    """Some sets limit the image formats of the process; the next test knows all again."""
+    from PIL import Image
+    Image.init()
+    former = list(Image.ID)
+    yield
+    Image.ID[:] = former

@@ -76,7 +76,7 @@ FAULTS = {
         '_batch_scale(run, len(target))', ACCUMULATION),
     'clipping is left out': Fault(
         'engine/train/loop.py', 'if settings.clip_grad is not None:', 'if False:',
-        ACCUMULATION + '::test_clipping_bounds_the_update'),
+        ENGINE + 'train/test_engine_run_flags.py::test_how_gradients_are_clipped'),
     'random numbers go on from the last batch': Fault(
         'engine/train/loop.py', 'seed_everything(settings.seed, runtime.rank, epoch, step + 1)', 'pass',
         RESUME + '::test_a_run_that_breaks_off_inside_an_epoch_ends_as_the_uninterrupted_one[plain-1-stops0]'),

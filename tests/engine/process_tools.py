@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOAD = ['torch', 'torch.distributed', 'timm', 'timm.task', 'pytest', 'cpool_vision', 'cpool_vision.cli.train']
+# what the children would import otherwise, each of them for seconds
+PRELOAD = ['pytest', 'cpool_vision', 'cpool_vision.cli.train', 'cpool_vision.engine.train.fit',
+           'cpool_vision.engine.validate.bulk', 'torch.distributed.fsdp']
 
 
 def clean_context() -> Any:

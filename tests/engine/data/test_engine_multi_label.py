@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from timm.loss import (
     ZlprLoss,
 )
 
-from benchmarks.kill_test import Run, compare_runs, run_killed
 from cpool_vision.engine.data import dataset
 from cpool_vision.engine.data.label_file import LabelFileReader, read_label_file
 from cpool_vision.engine.data.multi_label import Classes, MultiHot
@@ -421,20 +419,6 @@ def test_a_run_that_breaks_off_ends_as_the_uninterrupted_one(run: Callable[..., 
     assert rows(whole['folder']) == rows(again['folder'])
     other = run(*flags[:-4], '--experiment', 'other', '--seed', '1')
     assert unequal(load(whole['folder'], 'last.pth.tar'), load(other['folder'], 'last.pth.tar')) != []
-
-
-@pytest.mark.slow
-def test_two_processes_killed_at_random_instants(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                 ) -> None:
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    place = flags.index('--output')
-    flags = [*flags[:place], *flags[place + 2:], '-b', '4', '--epochs', '6', '--mixup', '0.2', '--class-weights',
-             'neg_pos', '--recovery-interval', '1']
-    whole = Run(tmp_path, 'whole', flags, 2)
-    whole.finish()
-    killed = Run(tmp_path, 'killed', flags, 2)
-    assert len(run_killed(killed, 2, whole.seconds(), random.Random(4))) == 2  # noqa: S311
-    assert compare_runs(whole.folder, killed.folder) == []
 
 
 def test_unreadable_images_are_counted(run: Callable[..., Any], label_root: str, tmp_path: Path,

@@ -15,6 +15,7 @@ from divided_tools import prepare
 from loop_tools import make_batches
 from process_tools import in_processes
 from resume_tools import unequal
+from torch.distributed.tensor.debug import CommDebugMode
 
 from benchmarks.kill_test import Run, compare_runs, run_killed
 from cpool_vision.engine.checkpoints.saver import TrainState
@@ -89,12 +90,15 @@ def test_a_checkpoint_goes_on_with_and_without(process_group: None, tmp_path: pa
 ENTRIES = ('optimizer', 'state_dict', 'state_dict_ema')
 
 
-def save(path: pathlib.Path, rank: int) -> None:
+def save(path: pathlib.Path, rank: int) -> int:
+    """Exchanges of gradients in an epoch."""
     run, state = prepare(True, world_size=2, rank=rank)
-    train_one_epoch(run, 0)
+    with CommDebugMode() as exchanged:
+        train_one_epoch(run, 0)
     state.gather(keep=rank == 0)
     if rank == 0:
         torch.save(state.to_checkpoint(0), path)
+    return sum(count for name, count in exchanged.get_comm_counts().items() if 'reduce_scatter' in str(name))
 
 
 def load(path: pathlib.Path, rank: int) -> list[str]:
@@ -112,28 +116,10 @@ def load(path: pathlib.Path, rank: int) -> list[str]:
 
 def test_any_number_of_processes_loads_what_two_wrote(tmp_path: pathlib.Path) -> None:
     path = tmp_path / 'a.pth.tar'
-    in_processes(2, tmp_path, partial(save, path))
+    # of two blocks and the rest, for each of three updates of seven batches
+    assert in_processes(2, tmp_path, partial(save, path)) == [3 * 3] * 2
     for count in (1, 3):
         assert in_processes(count, tmp_path, partial(load, path)) == [[]] * count
-
-
-def test_gradients_are_exchanged_once_per_update(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
-
-    calls = [0]
-    real = _fsdp_param_group.foreach_reduce
-
-    def count(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(_fsdp_param_group, 'foreach_reduce', count)
-    groups = 3  # two blocks and the rest
-    train_one_epoch(prepare(True)[0], 0)
-    assert calls[0] == 3 * groups
-    monkeypatch.setattr(sharding.FSDPModule, 'set_requires_gradient_sync', lambda *_, **__: None)
-    train_one_epoch(prepare(True)[0], 0)
-    assert calls[0] == 3 * groups + 7 * groups  # control
 
 
 def test_the_blocks_of_models_are_found() -> None:

@@ -27,7 +27,9 @@ BAD = {
     '--workers -1': '--workers must be >= 0', '--epochs 0': '--epochs must be >= 1', '--img-size 0': '>= 1',
     '--input-size 3 -1 224': '>= 1, got -1', '--std 0 1 1': '--std must be > 0', '--mean inf 0 0': 'finite, got inf',
     '--train-batch-sizes 0': '>= 1', '--threshold 1': '> 0 and < 1', '--worker-seeding some': 'all, part',
-    '--kd-loss-type other': 'choose kl',
+    '--kd-loss-type other': 'choose kl', '--amp-dtype float8': 'choose float32', '--clip-mode max': 'norm, value, agc',
+    '--lr-base-scale cubic': 'linear, sqrt', '--grad-accum-steps 0': '>= 1', '--seed -1': '>= 0',
+    '--max-skipped -1': '--max-skipped must be >= 0, got -1', '--max-bad-samples -1': '>= 0',
 }
 
 

@@ -1,6 +1,7 @@
 """Failures around a run that end in one line: dead workers, a full disk, a dead torchrun, spoilt tables."""
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -18,7 +19,9 @@ from cpool_vision.cli import inspect as inspect_command
 from cpool_vision.cli import plot as plot_command
 from cpool_vision.engine.data.worker import explained_deaths
 from cpool_vision.engine.distributed.agent import AgentWatch
+from cpool_vision.engine.settings.config import read_train
 from cpool_vision.engine.tracking.track_services import TensorBoardTracker
+from cpool_vision.engine.train.fit import train
 from cpool_vision.errors import DatasetError, OutputError
 
 
@@ -98,39 +101,23 @@ def test_tensorboard_on_a_full_disk_prints_no_traceback(tmp_path: pathlib.Path, 
     assert heard == [ZeroDivisionError]
 
 
-def test_a_run_stops_when_torchrun_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
-    received: list[int] = []
-    former = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        with AgentWatch(period=0.02, patience=60):
-            monkeypatch.setattr(os, 'getppid', lambda: 1)
-            for _ in range(3000):
-                if received:
-                    break
-                time.sleep(0.02)
-    finally:
-        signal.signal(signal.SIGTERM, former)
-    assert received == [signal.SIGTERM]
-
-
 def _watched(under_torchrun: bool, seconds: float) -> None:
     if under_torchrun:
         os.environ['TORCHELASTIC_RUN_ID'] = 'x'
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: os.write(1, b'asked to stop'))
     with AgentWatch(0.02, 0.1):
         os.getppid = lambda: 1
-        for _ in range(2):  # the signal ends the first
-            time.sleep(seconds)
+        time.sleep(seconds)
 
 
-def test_a_run_that_cannot_stop_is_ended(tmp_path: pathlib.Path) -> None:
-    done = start_apart(_watched, True, 30, output=tmp_path / 'said')
+def test_a_run_without_torchrun_is_asked_to_stop_and_ended(tmp_path: pathlib.Path) -> None:
+    done = start_apart(_watched, True, 60, output=tmp_path / 'said')
     alone = start_apart(_watched, False, 0.2, output=tmp_path / 'nothing')
     for process in (done, alone):
         process.join(60)
     assert (done.exitcode, alone.exitcode) == (143, 0)
-    assert 'torchrun is gone' in (tmp_path / 'said').read_text() and not (tmp_path / 'nothing').read_text()
+    said = (tmp_path / 'said').read_text()
+    assert 'torchrun is gone' in said and 'asked to stop' in said and not (tmp_path / 'nothing').read_text()
 
 
 SPOILT = {
@@ -145,17 +132,27 @@ SPOILT = {
 }
 
 
+@pytest.fixture(scope='module')
+def broken_off(flags_into: Callable[[Any], list[str]], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of runs, with one that broke off in its second epoch."""
+    output = tmp_path_factory.mktemp('runs')
+    break_off(lambda: train(read_train([*flags_into(output), *CONTINUED])), 5)
+    return output
+
+
+CONTINUED = ['--recovery-interval', '1', '--log-interval', '1', '--experiment', 'x', '--resume', 'auto']
+
+
 @pytest.mark.parametrize('name', SPOILT)
 def test_a_spoilt_table_keeps_no_run_from_being_resumed(
-        name: str, run_train: Callable[..., Any], load: Callable[..., Any], tmp_path: pathlib.Path) -> None:
-    flags = ['--recovery-interval', '1', '--log-interval', '1', '--experiment', 'x', '--resume', 'auto']
-    break_off(lambda: run_train(*flags), 5)
+        name: str, broken_off: pathlib.Path, run_train: Callable[..., Any], load: Callable[..., Any],
+        tmp_path: pathlib.Path) -> None:
+    shutil.copytree(broken_off, tmp_path / 'runs')
     folder = tmp_path / 'runs' / 'x'
     file, spoil = SPOILT[name]
-    former = (folder / file).read_bytes()
-    spoilt = spoil(former)
+    spoilt = spoil((folder / file).read_bytes())
     (folder / file).write_bytes(spoilt)
-    assert len(run_train(*flags)['epochs']) == 1
+    assert len(run_train(*CONTINUED)['epochs']) == 1
     stem, ending = os.path.splitext(file)
     assert spoilt in [path.read_bytes() for path in folder.glob(f'{stem}.*{ending}')]
     assert load(folder, 'last.pth.tar')['epoch'] == 1

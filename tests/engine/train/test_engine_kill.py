@@ -62,32 +62,8 @@ def test_three_kills_at_random_instants_change_nothing(undisturbed: Callable[[in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(4))
-def test_twenty_kills_at_random_instants_change_nothing(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path,
-                                                        seed: int) -> None:
-    check_kills(undisturbed(1), tmp_path, 5, seed=10 + seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('seed', range(2))
-def test_two_processes_killed_at_random_instants(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path, seed: int,
-                                                 ) -> None:
-    check_kills(undisturbed(2), tmp_path, 4, seed=20 + seed)
-
-
-@pytest.mark.slow
 def test_three_processes_killed_at_random_instants(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path) -> None:
     check_kills(undisturbed(3), tmp_path, 3, seed=30)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('nproc', [1, 2])
-def test_albumentations_under_kills(tmp_path: pathlib.Path, nproc: int) -> None:
-    place = KINDS[nproc].index('--aa')
-    flags = [*KINDS[nproc][:place], '--aug-config', 'strong', *KINDS[nproc][place + 2:]]
-    whole = Run(tmp_path, 'whole', flags, nproc)
-    whole.finish()
-    check_kills(whole, tmp_path, 2, seed=3)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

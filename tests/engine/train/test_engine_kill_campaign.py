@@ -61,6 +61,7 @@ def test_the_table_has_every_configuration(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_round_kills_a_forked_run(tmp_path: pathlib.Path) -> None:
-    row = kill_campaign.run_round(kill_campaign.prepare(tmp_path, 'NaFlex'), 3, seed=0)
+@pytest.mark.parametrize('name', CONFIGURATIONS)
+def test_a_round_of_kills_changes_nothing(tmp_path: pathlib.Path, name: str) -> None:
+    row = kill_campaign.run_round(kill_campaign.prepare(tmp_path, name), 3, seed=0)
     assert (row['kills'], row['failure'], row['different']) == (3, '', [])

@@ -14,7 +14,7 @@ from cpool_vision.engine.distributed.vote import Vote
 from cpool_vision.engine.train import loop as train_loop
 from cpool_vision.engine.train.loop import train_one_epoch
 from cpool_vision.engine.train.run import Run
-from cpool_vision.errors import ConfigError, NonFiniteLossError
+from cpool_vision.errors import NonFiniteLossError
 
 CPU = torch.device('cpu')
 NAN, INF = float('nan'), float('inf')
@@ -97,16 +97,6 @@ def test_a_skipped_update_leaves_no_trace(kind: str, caplog: pytest.LogCaptureFi
     assert metrics['loss'] == expected['loss'] == expected['loss']
     for mine, theirs in zip(state_of(run), state_of(reference), strict=True):
         assert torch.equal(mine, theirs) and torch.isfinite(mine).all()
-
-
-def test_statistics_would_keep_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control of the test above."""
-    monkeypatch.setattr(train_loop._Buffers, 'restore', lambda self: None)
-    batches = make_batches(4)
-    batches[1][0][0] = NAN
-    run = make_run(batches, 1, model=net(), nonfinite='skip')
-    train_one_epoch(run, 0)
-    assert any(not torch.isfinite(value).all() for value in state_of(run))
 
 
 def test_too_many_skipped_updates_end_the_run() -> None:
@@ -216,8 +206,3 @@ def test_without_the_policy_the_run_ends_and_its_checkpoints_stay(
         run_train('-b', '4', '--experiment', 'x')
     content = load(tmp_path, 'runs', 'x', 'last.pth.tar')
     assert content['epoch'] == 0 and 'skipped_updates' not in rows(os.path.join(tmp_path, 'runs', 'x'))[0]
-
-
-def test_max_skipped_must_not_be_negative(run_train: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match='--max-skipped must be >= 0, got -1'):
-        run_train('--max-skipped', '-1')

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.loss import AsymmetricLossSingleLabel, BinaryCrossEntropy, JsdCrossEntropy, PolyCrossEntropy
-from timm.scheduler import MultiStepLRScheduler
 from timm.scheduler.wsd_lr import WSDLRScheduler
 
 from cpool_vision.engine.data.multi_label import Classes
@@ -87,30 +86,18 @@ def test_rates_follow_the_formula(train_args: Args, name: str, updates: int) -> 
         assert rate == pytest.approx(expected, rel=1e-6, abs=1e-12), (name, step)
 
 
-def test_default_steps_are_90_epochs_apart(train_args: Args) -> None:
-    rates, _ = curve(train_args('--sched', 'step', '--epochs', '100', '--warmup-epochs', '0'))
-    assert [step for step in range(1, 100) if rates[step] != rates[step - 1]] == [90]
-
-
-@pytest.mark.parametrize('flags, make', [
-    (['--sched', 'multistep', '--decay-milestones', '3', '6', '--decay-rate', '0.2'],
-     lambda optimizer: MultiStepLRScheduler(optimizer, [3, 6], 0.2, warmup_t=2, warmup_lr_init=1e-5,
-                                            warmup_prefix=False)),
-    (['--sched', 'wsd', '--decay-epochs', '4', '--min-lr', '0.01', '--lr-decay-fn', 'exp'],
-     lambda optimizer: WSDLRScheduler(optimizer, 10, 4, lr_min=0.01, decay_fn='exp', warmup_t=2, warmup_lr_init=1e-5)),
-    (['--sched', 'rsqrt', '--decay-epochs', '4', '--lr-noise', '0.2', '0.9', '--lr-noise-pct', '0.5',
-      '--lr-noise-std', '0.7', '--seed', '5'],
-     lambda optimizer: WSDLRScheduler(optimizer, 10, 4, stable_fn='rsqrt', decay_fn='linear', warmup_t=2,
-                                      warmup_lr_init=1e-5, noise_range_t=NOISE, noise_pct=0.5, noise_std=0.7,
-                                      noise_seed=5)),
-])
-def test_rates_equal_those_of_timm(train_args: Args, flags: list[str], make: Callable[..., Any]) -> None:
+def test_noise_is_that_of_timm(train_args: Args) -> None:
     optimizer = sgd()
-    scheduler, expected = make(optimizer), []
+    scheduler = WSDLRScheduler(
+        optimizer, 10, 4, stable_fn='rsqrt', decay_fn='linear', warmup_t=2, warmup_lr_init=1e-5,
+        noise_range_t=NOISE, noise_pct=0.5, noise_std=0.7, noise_seed=5)
+    expected = []
     for epoch in range(12):
         expected.append(optimizer.param_groups[0]['lr'])
         scheduler.step(epoch + 1)
-    rates, _ = curve(train_args('--epochs', '12', '--warmup-epochs', '2', *flags))
+    rates, _ = curve(train_args(
+        '--epochs', '12', '--warmup-epochs', '2', '--sched', 'rsqrt', '--decay-epochs', '4', '--lr-noise', '0.2', '0.9',
+        '--lr-noise-pct', '0.5', '--lr-noise-std', '0.7', '--seed', '5'))
     assert rates == expected and len(set(rates)) > 3
 
 
@@ -158,22 +145,6 @@ def built(train_args: Args, *flags: str) -> torch.nn.Module:
 ])
 def test_loss_type(train_args: Args, flags: list[str], kind: type) -> None:
     assert type(built(train_args, *flags)) is kind
-
-
-def test_values_of_binary_cross_entropy(train_args: Args) -> None:
-    hot = F.one_hot(TARGET, 3).float()
-    smooth = hot * 0.9 + 0.1 / 3
-
-    def by_hand(target: torch.Tensor, positive: float = 1.) -> torch.Tensor:
-        return -(positive * target * F.logsigmoid(LOGITS) + (1 - target) * F.logsigmoid(-LOGITS))
-
-    for flags, expected in (
-            ([], by_hand(smooth).mean()),
-            (['--smoothing', '0'], by_hand(hot).mean()),
-            (['--bce-sum'], by_hand(smooth).sum(-1).mean()),
-            (['--bce-target-thresh', '0.2'], by_hand(hot).mean()),
-            (['--bce-pos-weight', '3'], by_hand(smooth, 3.).mean())):
-        torch.testing.assert_close(built(train_args, '--bce-loss', *flags)(LOGITS, TARGET), expected)
 
 
 @pytest.fixture
@@ -236,11 +207,3 @@ def test_unusable_losses_are_errors(train_args: Args, image_root: str, weight_fi
     places = {'FILE': weight_file, 'WORDS': str(tmp_path / 'words.txt')}
     with pytest.raises(ConfigError, match=words):
         built(train_args, '--data-dir', image_root, *(places.get(flag, flag) for flag in flags))
-
-
-def test_a_run_uses_the_weights(run_train: Callable[..., Any], tmp_path: Path) -> None:
-    zero = tmp_path / 'zero.txt'
-    zero.write_text('0 0 1')
-    flags = ['--epochs', '1', '--smoothing', '0']
-    weighted = run_train(*flags, '--class-weights', str(zero), '--experiment', 'weighted')['epochs'][0]
-    assert weighted['train_loss'] != run_train(*flags, '--experiment', 'plain')['epochs'][0]['train_loss']

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from resume_tools import flatten, rows, unequal
+from resume_tools import rows
 from timm.models import create_model
 from timm.models import load_checkpoint as timm_load_checkpoint
 
 from cpool_vision.engine.tracking import run_folder
 from cpool_vision.engine.train import fit, objective
-from cpool_vision.engine.train import loop as train_loop
 from cpool_vision.errors import CheckpointError, ConfigError, DatasetError, OutputError, UnknownModelError
 
 Train = Callable[..., dict[str, Any]]
@@ -47,53 +46,11 @@ def test_a_run_leaves_settings_summary_and_checkpoints(run_train: Train, load: L
     assert torch.equal(model.fc.weight, last['state_dict']['fc.weight'])
 
 
-def test_resumed_run_equals_the_uninterrupted_one(run_train: Train, load: Load) -> None:
-    whole = run_train('--epochs', '3', '--experiment', 'whole', '--checkpoint-hist', '3')
-    again = run_train('--epochs', '3', '--experiment', 'rest', '--resume',
-                      os.path.join(whole['folder'], 'checkpoint-0.pth.tar'))
-    assert [row['epoch'] for row in again['epochs']] == [1, 2]
-    one, two = load(whole['folder'], 'last.pth.tar'), load(again['folder'], 'last.pth.tar')
-    assert len(flatten(one['optimizer'])) > 10
-    assert unequal(one, two) == []
-    assert rows(whole['folder'])[1:] == rows(again['folder'])
-
-
-@pytest.mark.parametrize('broken', ['optimizer', 'seed', 'epoch'])
-def test_the_comparison_of_resumed_runs_sees_what_is_lost(
-        run_train: Train, load: Load, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run_train('--experiment', 'whole')
-    path = os.path.join(whole['folder'], 'checkpoint-0.pth.tar')
-    flags = ['--experiment', 'rest', '--resume', path]
-    if broken == 'optimizer':
-        flags.append('--no-resume-opt')
-    elif broken == 'seed':
-        flags += ['--seed', '43']
-    else:
-        seed = train_loop.seed_everything
-        monkeypatch.setattr(train_loop, 'seed_everything', lambda *keys: seed(*keys[:2], *(k + 1 for k in keys[2:])))
-    again = run_train(*flags)
-    wrong = unequal(load(whole['folder'], 'last.pth.tar'), load(again['folder'], 'last.pth.tar'))
-    assert any(name.startswith('.state_dict') for name in wrong)
-
-
-def test_epochs_are_shuffled_differently(run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    orders: list[list[int]] = []
-    real = fit.train_one_epoch
-
-    def spy(run: Any, epoch: int) -> Any:
-        state = torch.get_rng_state()
-        orders.append(list(run.loader.sampler))
-        torch.set_rng_state(state)
-        return real(run, epoch)
-
-    monkeypatch.setattr(fit, 'train_one_epoch', spy)
-    run_train('--experiment', 'a')
-    run_train('--experiment', 'b')
-    run_train('--experiment', 'c', '--seed', '7')
-    assert sorted(orders[0]) == list(range(24))
-    assert orders[0] != orders[1]
-    assert orders[:2] == orders[2:4]
-    assert orders[0] != orders[4]
+def test_the_weights_alone_are_resumed_on_request(run_train: Train, load: Load) -> None:
+    path = os.path.join(run_train('--experiment', 'whole')['folder'], 'checkpoint-0.pth.tar')
+    folder = run_train('--experiment', 'rest', '--resume', path, '--no-resume-opt')['folder']
+    steps = [each['step'].item() for each in load(folder, 'last.pth.tar')['optimizer']['state'].values()]
+    assert set(steps) == {3}  # of AdamW, those of the second epoch
 
 
 def test_runs_without_a_name_share_no_folder(run_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,15 +160,8 @@ def test_learning_rate_follows_the_batch(train_args: Any, flags: list[str], expe
 @pytest.mark.parametrize('flags, error, words', [
     (['--jsd-loss'], ConfigError, '--aug-splits'),
     (['--bce-sum'], ConfigError, '--bce-loss'),
-    (['--opt', 'adamx'], ConfigError, 'adamx'),
-    (['--sched', 'cosin'], ConfigError, 'cosin'),
-    (['--amp', '--amp-dtype', 'float8'], ConfigError, 'float8'),
     (['--amp', '--model-dtype', 'bfloat16'], ConfigError, '--amp needs float32'),
-    (['--lr-base-scale', 'cubic', '--lr', '0'], ConfigError, 'cubic'),
-    (['--grad-accum-steps', '0'], ConfigError, '--grad-accum-steps'),
     (['--eval-metric', 'f1'], ConfigError, 'f1'),
-    (['--clip-mode', 'max'], ConfigError, 'max'),
-    (['--seed', '-1'], ConfigError, '--seed'),
     (['--split-bn'], ConfigError, '--aug-splits'),
     (['--aug-repeats', '3'], ConfigError, 'torchrun'),
     (['--aug-splits', '1'], ConfigError, '--aug-splits'),

@@ -361,14 +361,6 @@ def test_mirror_images_in_training_and_validation(
         run_train('--tta', '3')
 
 
-def test_the_checkpoint_is_read_once(validate: Validate, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    loads = []
-    real = torch.load
-    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: loads.append(args[0]) or real(*args, **kwargs))
-    validate('--use-ema')
-    assert loads == [weights]
-
-
 def test_grey_images_for_one_channel(validate_args: Callable[..., Any], image_root: str, tmp_path: Path) -> None:
     path = str(tmp_path / 'gray.pth')
     torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=1).state_dict(), path)
