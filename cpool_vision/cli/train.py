@@ -41,9 +41,12 @@ def _train(argv: Sequence[str] | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains a model; see `--help`. Returns the exit code."""
     code = common.run(_train, argv)
-    # a DDP model outlives its frames in cycles and keeps the threads of its process group, which abort the process if
-    # they still need the interpreter when that ends
-    gc.collect()
+    from timm.utils.distributed import is_distributed_env
+
+    if is_distributed_env():
+        # a DDP model outlives its frames in cycles and keeps the threads of its process group, which abort the process
+        # if they still need the interpreter when that ends
+        gc.collect()
     return code
 
 
