@@ -27,6 +27,7 @@ _PLACES = 8
 # A texture's period in radii of its object: an object seen from nearer by is the same picture, magnified.
 _PERIOD = (0.55, 0.8)
 _LEAST_PERIOD = 1.25
+_HALF = np.float32(0.5)
 
 
 class Crowd(NamedTuple):
@@ -63,6 +64,54 @@ def _places(draws: CounterDraws, radii: F32) -> F32:
     return at
 
 
+def _period(draws: CounterDraws, radius: F32) -> F32:
+    """Periods of textures on objects of these radii."""
+    return np.maximum(radius * draws.uniform(1, *_PERIOD)[:, 0], np.float32(_LEAST_PERIOD))
+
+
+def _paint_clutter(draws: CounterDraws, image: F32, x: F32, y: F32, radius_of: F32, textures: int, scale: float,
+                   ) -> None:
+    """Paints what carries no class: a texture without an outline, strokes, and an outline without texture."""
+    mean, difference = pair_of_colors(draws)
+    at, reach = draws.uniform(2, 2, 30), radius_of[draws.integers(1, 256)[:, 0]]
+    px, py = x - column(at[:, 0]), y - column(at[:, 1])
+    fade = np.clip(1 - (px * px + py * py) / column(reach * reach), 0, 1)
+    px, py = turn(px, py, draws.integers(1, 256)[:, 0])
+    pattern = paint_texture(px, py, draws.integers(1, textures)[:, 0], _period(draws, reach), draws.uniform(2))
+    paint(image, fade * fade * np.float32(0.7), mean, pattern, difference)
+
+    for _ in range(2):
+        blend(image, stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
+
+    at, radius = draws.uniform(2, 0, 32), column(radius_of[draws.integers(1, 256)[:, 0]])
+    px, py = turn(x - column(at[:, 0]), y - column(at[:, 1]), draws.integers(1, 256)[:, 0])
+    flat = outline_distance(px / radius, py / radius, draws.integers(1, len(OUTLINES))[:, 0])
+    blend(image, np.clip(_HALF - flat * radius * np.float32(scale), 0, 1), draws.uniform(3, 50, 205))
+
+
+def _paint_objects(draws: CounterDraws, image: F32, x: F32, y: F32, radii: F32, textures: int, scale: float,
+                   ) -> tuple[NDArray[np.uint8], F32]:
+    """Paints objects of radii `(N, K)`, the largest first; gives masks and radii as in `Crowd`."""
+    objects = radii.shape[1]
+    kinds = draws.integers(objects, len(OUTLINES) * textures)
+    places = _places(draws, radii)
+    masks, sizes = np.zeros(x.shape, np.uint8), np.zeros(x.shape, np.float32)
+    for k in range(objects):
+        radius = radii[:, k]
+        px, py = turn(x - column(places[:, k, 0]), y - column(places[:, k, 1]), draws.integers(1, 256)[:, 0])
+        aspect = draws.uniform(1, 0.85, 1.0)[:, 0]
+        outline, texture = kinds[:, k] // textures, kinds[:, k] % textures
+        cover = outline_distance(px / column(radius), py / column(radius * aspect), outline)
+        cover = np.clip(_HALF - cover * column(radius) * np.float32(scale), 0, 1)
+        tx, ty = turn(px, py, draws.integers(1, 256)[:, 0])
+        mean, difference = pair_of_colors(draws)
+        paint(image, cover, mean, paint_texture(tx, ty, texture, _period(draws, radius), draws.uniform(2)), difference)
+        inside = cover > _HALF
+        masks = np.where(inside, column(kinds[:, k] + 1).astype(np.uint8), masks)
+        sizes = np.where(inside, column(radius) * np.float32(scale), sizes)
+    return masks, sizes
+
+
 def render_crowds(
         seed: int,
         stream: int,
@@ -91,50 +140,12 @@ def render_crowds(
     """
     n = len(indices)
     draws = CounterDraws(seed, stream, indices)
-    scale, half = size / 32, np.float32(0.5)
+    scale = size / 32
     x, y = canvas(n, size)
     image = paint_ground(draws, n, size)
     radius_of = _radius_table(mean_radius / 2, size_range)
-    smallest = np.float32(_LEAST_PERIOD)
-
-    def period_of(radius: F32) -> F32:
-        return np.maximum(radius * draws.uniform(1, *_PERIOD)[:, 0], smallest)
-
-    # a patch of texture that fades out: texture without an outline
-    mean, difference = pair_of_colors(draws)
-    at, reach = draws.uniform(2, 2, 30), radius_of[draws.integers(1, 256)[:, 0]]
-    px, py = x - column(at[:, 0]), y - column(at[:, 1])
-    fade = np.clip(1 - (px * px + py * py) / column(reach * reach), 0, 1)
-    px, py = turn(px, py, draws.integers(1, 256)[:, 0])
-    pattern = paint_texture(px, py, draws.integers(1, textures)[:, 0], period_of(reach), draws.uniform(2))
-    paint(image, fade * fade * np.float32(0.7), mean, pattern, difference)
-
-    for _ in range(2):
-        blend(image, stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
-
-    # an outline without texture
-    at, radius = draws.uniform(2, 0, 32), column(radius_of[draws.integers(1, 256)[:, 0]])
-    px, py = turn(x - column(at[:, 0]), y - column(at[:, 1]), draws.integers(1, 256)[:, 0])
-    flat = outline_distance(px / radius, py / radius, draws.integers(1, len(OUTLINES))[:, 0])
-    blend(image, np.clip(half - flat * radius * np.float32(scale), 0, 1), draws.uniform(3, 50, 205))
-
+    _paint_clutter(draws, image, x, y, radius_of, textures, scale)
     radii = -np.sort(-radius_of[draws.integers(objects, 256)], axis=1)
-    kinds = draws.integers(objects, len(OUTLINES) * textures)
-    places = _places(draws, radii)
-    masks, sizes = np.zeros((n, size, size), np.uint8), np.zeros((n, size, size), np.float32)
-    for k in range(objects):
-        radius = radii[:, k]
-        px, py = turn(x - column(places[:, k, 0]), y - column(places[:, k, 1]), draws.integers(1, 256)[:, 0])
-        aspect = draws.uniform(1, 0.85, 1.0)[:, 0]
-        outline, texture = kinds[:, k] // textures, kinds[:, k] % textures
-        cover = outline_distance(px / column(radius), py / column(radius * aspect), outline)
-        cover = np.clip(half - cover * column(radius) * np.float32(scale), 0, 1)
-        tx, ty = turn(px, py, draws.integers(1, 256)[:, 0])
-        mean, difference = pair_of_colors(draws)
-        paint(image, cover, mean, paint_texture(tx, ty, texture, period_of(radius), draws.uniform(2)), difference)
-        inside = cover > half
-        masks = np.where(inside, column(kinds[:, k] + 1).astype(np.uint8), masks)
-        sizes = np.where(inside, column(radius) * np.float32(scale), sizes)
-
+    masks, sizes = _paint_objects(draws, image, x, y, radii, textures, scale)
     blend(image, stroke_cover(draws, x, y, scale), draws.uniform(3, 30, 225))
     return Crowd(shine(draws, image, x, y), masks, sizes)

@@ -213,25 +213,31 @@ def add_context_pool(
     del finder
     options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'support_init': support_init,
                'hidden_dim': hidden_dim, 'backend': backend}
-    try:
-        for place, alone in zip(chosen, run_alone, strict=True):
-            _attach_pool(model, place, alone, options)
-        followers = [pool for pool in context_pools(model).values() if isinstance(pool, GridContextPool)]
-        if followers and image_reader is not None:
-            follow_images(model.get_submodule(image_reader), followers)
-        result = run(model, x)
-        if init == 'identity' and finite(expected) and not equal(expected, result):
-            raise NoPlaceError(
-                f'{type(model).__name__} does not give the same output with untrained pools at '
-                f"{', '.join(place.name for place in chosen)}: choose other positions or stages")
-    except BaseException:
-        _detach_pools(model)
-        raise
+    _attach_pools(model, x, expected, chosen, run_alone, image_reader, options)
     args = {f'cpool_{key}': value for key, value in options.items() if value is not None}
     # the places themselves are kept: a saved model stays rebuildable whatever the choice of places depends on
     args['cpool_places'] = [place.name if place.side == 'output' else f'{place.name}:input' for place in chosen]
     _record_args(model, args)
     return model
+
+
+def _attach_pools(model: nn.Module, x: Tensor, expected: Any, places: list[Place], run_alone: list[bool],
+                  image_reader: str | None, options: dict[str, Any]) -> None:
+    """Puts a pool at each place and checks the output on the probe image; a failure leaves the model as it was."""
+    try:
+        for place, alone in zip(places, run_alone, strict=True):
+            _attach_pool(model, place, alone, options)
+        followers = [pool for pool in context_pools(model).values() if isinstance(pool, GridContextPool)]
+        if followers and image_reader is not None:
+            follow_images(model.get_submodule(image_reader), followers)
+        result = run(model, x)
+        if options['init'] == 'identity' and finite(expected) and not equal(expected, result):
+            raise NoPlaceError(
+                f'{type(model).__name__} does not give the same output with untrained pools at '
+                f"{', '.join(place.name for place in places)}: choose other positions or stages")
+    except BaseException:
+        _detach_pools(model)
+        raise
 
 
 def _attach_pool(model: nn.Module, place: Place, runs_alone: bool, options: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks import power_loss
-from benchmarks.power_loss import Disk, Event, Recording, replay
+from benchmarks.power_loss import Disk, replay
+from benchmarks.recording import Event, Recording
 from cpool_vision.engine.checkpoints.seal import save_sealed
 
 
