@@ -231,7 +231,7 @@ def place_model(
         model = convert_splitbn_model(model, max(settings.aug_splits, 2))
     model = model.to(device=runtime.device, dtype=runtime.precision.model_dtype)
     if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     if runtime.distributed and settings.sync_bn:
         if settings.torchscript:
             raise ConfigError('--sync-bn does not work with --torchscript: drop one of them')

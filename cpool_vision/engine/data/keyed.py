@@ -87,7 +87,7 @@ class DrawnSeeds:
         return self.pipeline(image)
 
 
-class KeyedDataset(torch.utils.data.Dataset):
+class KeyedDataset(torch.utils.data.Dataset[KeyedSamples]):
     """Makes each sample of a map-style set from generators seeded by (seed, epoch, image, copy).
 
     A pipeline of `--aug-config` is seeded in the same way. An unreadable image is replaced by one

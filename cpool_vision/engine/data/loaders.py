@@ -125,7 +125,7 @@ def _order_of(dataset: Any, settings: LoaderSettings, runtime: Runtime) -> Epoch
     return order
 
 
-def _keyed_stream(settings: LoaderSettings, rank: int, inner: torch.utils.data.DataLoader, keys: BatchKeys,
+def _keyed_stream(settings: LoaderSettings, rank: int, inner: torch.utils.data.DataLoader[Any], keys: BatchKeys,
                   ) -> TrainStream:
     dataset = KeyedDataset(inner.dataset, settings.seed)
     make_loader: Any = torch.utils.data.DataLoader  # typed for lists of indices, for which the keys stand

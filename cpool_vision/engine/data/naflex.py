@@ -42,7 +42,8 @@ class NaflexStream(StreamedTrainStream):
         unreadable: where to note images that were replaced.
     """
 
-    def __init__(self, loader: torch.utils.data.DataLoader, seed: int, rank: int, unreadable: UnreadableLog) -> None:
+    def __init__(self, loader: torch.utils.data.DataLoader[Any], seed: int, rank: int, unreadable: UnreadableLog,
+                 ) -> None:
         super().__init__(loader, seed, rank)
         self.unreadable: UnreadableLog = unreadable
 
@@ -61,7 +62,7 @@ class NaflexStream(StreamedTrainStream):
         self.epoch, self.batch = epoch, batch
 
 
-class ReplacingImages(torch.utils.data.Dataset):
+class ReplacingImages(torch.utils.data.Dataset[Any]):
     """Lets another image, which follows from the seed, take the place of one that cannot be read.
 
     Args:

@@ -63,7 +63,7 @@ class TrainStream(_Stream):
         current: (epoch, batch) of the batch that was yielded last.
     """
 
-    def __init__(self, loader: torch.utils.data.DataLoader, unreadable: UnreadableLog, read_ahead: bool = False,
+    def __init__(self, loader: torch.utils.data.DataLoader[Any], unreadable: UnreadableLog, read_ahead: bool = False,
                  ) -> None:
         self.loader = loader
         self.unreadable = unreadable
@@ -147,7 +147,7 @@ class StreamedTrainStream(_Stream):
         current: (epoch, batch) of the batch that was yielded last.
     """
 
-    def __init__(self, loader: torch.utils.data.DataLoader, seed: int, rank: int) -> None:
+    def __init__(self, loader: torch.utils.data.DataLoader[Any], seed: int, rank: int) -> None:
         self.loader = loader
         self.loader.worker_init_fn = WorkerSignals(loader.worker_init_fn)
         self.seed, self.rank = seed, rank
