@@ -204,7 +204,7 @@ def test_command_runs_repeats_nothing_and_scores_test_images_once(tmp_path, caps
     assert '2 of 4 runs' in capsys.readouterr().out
     assert command.main([*call, '--test', '--time', '--plot', str(tmp_path / 'plot.png')]) == 0
     text = capsys.readouterr().out
-    assert 'plain-s0' not in text and 'pool-s1: foreground_iou' in text and '| pool - plain | 2 |' in text
+    assert 'plain-s0' not in text and 'pool-s1: foreground_iou' in text and '| pool minus plain | 2 |' in text
     kept = json.loads(results.read_text())
     assert len(kept['runs']) == len(kept['final']['test']) == 4 and set(kept['timing']['ratios']) == {'plain', 'pool'}
     assert kept['runs'][0]['params'] < kept['runs'][1]['params'] and not list((out / 'states').iterdir())
@@ -214,7 +214,7 @@ def test_command_runs_repeats_nothing_and_scores_test_images_once(tmp_path, caps
     assert '4 of 4 runs' in capsys.readouterr().out
     page = tmp_path / 'page.md'
     page.write_text('<!-- study tiny contrasts --><!-- /study tiny contrasts -->')
-    assert command.main([*call, '--report', '--write', str(page)]) == 0 and '| pool - plain |' in page.read_text()
+    assert command.main([*call, '--report', '--write', str(page)]) == 0 and '| pool minus plain |' in page.read_text()
     page.write_text('nothing')
     with pytest.raises(SystemExit, match='no markers <!-- study tiny -->'):
         command.main([*call, '--report', '--write', str(page)])
@@ -253,7 +253,7 @@ def test_contrasts_are_paired(tmp_path):
         ('plain', 0, 10.), ('plain', 1, 20.), ('pool', 0, 11.), ('pool', 1, 21.2), ('pool', 2, 50.))]
     pairs, interval = contrast(rows, 'pool', 'plain', 'foreground_iou')
     assert pairs == 2 and interval[0] == pytest.approx(1.1)
-    assert '| pool - plain | 2 | +1.10 ± 1.27, no effect |' in format_contrasts(study, rows, 'foreground_iou')
+    assert '| pool minus plain | 2 | +1.10 ± 1.27, no effect |' in format_contrasts(study, rows, 'foreground_iou')
     path.write_text(TEXT.replace('[[pool, plain]]', '[[pool, pain]]'))
     with pytest.raises(ValueError, match="contrasts of .* must be pairs of arms, got .'pool', 'pain'."):
         read_study(path)

@@ -32,7 +32,7 @@ def draw_supports(study: Study, results: Sequence[dict[str, Any]], path: Path) -
             arms.setdefault(r['arm'], []).append(list(r['supports'].values()))
     if not arms:
         return False
-    figure = new_figure(6.5, 4., layout='constrained')
+    figure = new_figure(7., 4.8, layout='constrained')
     axes = figure.subplots()
     for i, (arm, seeds) in enumerate(arms.items()):
         layers = [
@@ -49,7 +49,7 @@ def draw_supports(study: Study, results: Sequence[dict[str, Any]], path: Path) -
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=.3)
     axes.spines[['top', 'right']].set_visible(False)
-    figure.legend(loc='outside right upper', frameon=False, fontsize='small')
+    figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize='small')
     figure.suptitle(study.title)
     save_figure(figure, str(path), dpi=130)
     return True

@@ -1,4 +1,5 @@
 """The table of a study and its plots: differences to the base are paired by seed."""
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ CONFIDENCE = 0.95
 # Names of the scores in percent, as tables show them, and as plots do.
 SCORES = {'top1': 'top-1 (%)', 'miou': 'mIoU (%)', 'foreground_iou': 'IoU of objects (%)'}
 AXES = {'top1': 'top-1 accuracy (%)', 'miou': 'mean intersection over union (%)',
-        'foreground_iou': 'intersection over union of objects (%)'}
+        'foreground_iou': 'intersection over union (%)'}
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -97,7 +98,7 @@ def format_table(rows: Sequence[dict[str, Any]], metric: str = 'top1') -> str:
 
 def difference_of(study: Study, arm: str, other: str) -> str:
     """The difference of two arms in words."""
-    return f'{study.arms[arm].title} - {study.arms[other].title}'
+    return f'{study.arms[arm].title} minus {study.arms[other].title}'
 
 
 def contrast(
@@ -127,8 +128,9 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path, metric: str = '
     """
     axes_of = [('macs', 1e-6, 'multiply-adds per image (M)')]
     if any(r['step_ratio'] is not None for r in rows):
-        axes_of.append(('step_ratio', 1., 'training step, time over that of the base'))
-    figure = new_figure(5.5 * len(axes_of), 4.2, layout='constrained')
+        axes_of.append(('step_ratio', 1., 'time of a training step (base = 1)'))
+    columns = max(1, int(70 * len(axes_of) / (6 + max(len(r['label']) for r in rows))))
+    figure = new_figure(5.5 * len(axes_of), 3.6 + .2 * math.ceil(len(rows) / columns), layout='constrained')
     for axes, (key, scale, label) in zip(figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of, strict=True):
         for i, r in enumerate(rows):
             if r[key] is None:
@@ -141,7 +143,6 @@ def draw(title: str, rows: Sequence[dict[str, Any]], path: Path, metric: str = '
         axes.grid(alpha=.3)
         axes.spines[['top', 'right']].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = max(1, int(70 * len(axes_of) / (6 + max(map(len, labels)))))
     figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False, fontsize='small')
     figure.suptitle(title)
     save_figure(figure, str(path), dpi=130)
@@ -162,7 +163,8 @@ def draw_contrasts(study: Study, results: Sequence[dict[str, Any]], path: Path, 
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.axvline(0, color='0.3', linewidth=.8)
-    axes.set_xlabel(f'difference in {AXES[metric]}\nwith its 95 % interval; grey: no effect')
+    figure.supxlabel(
+        f'difference in {AXES[metric]} with its 95 % interval; gray: no effect', fontsize='medium')
     axes.spines[['top', 'right']].set_visible(False)
     figure.suptitle(study.title)
     save_figure(figure, str(path), dpi=130)
