@@ -7,7 +7,8 @@
 recipe and seeds; the arms differ in what stands behind the stages whose maps are at least 8 times coarser than the
 image. All start from the same features. What is new there learns at five times the learning rate of the base, or, in
 `depthwise7_slow`, at the same. Scored at the last epoch. Runs that have a result are not repeated: stop the command and
-call it again.
+call it again. `--save` keeps the nets with pools of the runs that are made, for `cpool-inspect
+local-dir:FOLDER/ARM-sSEED`.
 """
 import argparse
 import json
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from cpool_vision.layers import create_mixer
 from cpool_vision.profile.measure import machine
-from cpool_vision.retrofit import add_context_pool, context_pools, param_groups
+from cpool_vision.retrofit import add_context_pool, context_pools, param_groups, save_model
 
 from .markers import write_between
 from .study.report import format_table, summarize
@@ -140,6 +141,7 @@ def main() -> int:
     add('--lr', type=float, default=2e-3)
     add('--seeds', type=int, nargs='+', default=[0, 1, 2])
     add('--arms', nargs='+', choices=ARMS, default=list(ARMS))
+    add('--save', type=Path, metavar='FOLDER', help='keep the nets of these runs that have pools')
     add('--results', type=Path, help='copies all figures to this JSON file, or reads them where nothing is run')
     add('--write', type=Path, help=f'Markdown file with the markers {BEGIN} and {END}')
     args = parser.parse_args()
@@ -160,6 +162,9 @@ def main() -> int:
                         settings, arm=arm, seed=seed, top1=top1(model, *data['validation'], args.batch),
                         params=sum(p.numel() for p in model.parameters()), macs=count_macs(model, args.px),
                         seconds=round(time.monotonic() - start), machine=machine())
+                    if args.save and ARMS[arm][1] == 'context':
+                        save_model(model, str(args.save / f'{arm}-s{seed}'), force=True, data_config=dict(
+                            input_size=(3, args.px, args.px), mean=(.5,) * 3, std=(.5,) * 3, crop_pct=1.))
                     write_text(file, json.dumps(row, indent=1) + '\n')
                     print(f'{arm}, seed {seed}: top-1 {row["top1"]:.2f} %', flush=True)
                 rows.append(json.loads(file.read_text(encoding='utf-8')))

@@ -13,21 +13,11 @@ import timm
 
 import cpool_vision  # noqa: F401  registers the variants
 from cpool_vision.engine.model import load_model_weights
-from cpool_vision.engine.settings import train
 from cpool_vision.hub import save_for_hub
 
-from .results import measure, read_settings
+from .results import changed_settings, check_command, measure, read_settings
 
 INPUT_KEYS = ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')
-NO_BEARING = {
-    'config', 'data_dir', 'output', 'experiment', 'workers', 'log_interval', 'checkpoint_hist', 'resume', 'device',
-    'val_interval', 'validation_batch_size', 'model', 'num_classes'}
-
-def changed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of `args.yaml` differs from the defaults of train.py and bears on the result."""
-    defaults = vars(train.build_parser().parse_args([]))
-    return {key: value for key, value in settings.items()
-            if key in defaults and key not in NO_BEARING and value != defaults[key]}
 
 
 def load_run(run: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -43,9 +33,11 @@ def release(run: Path, folder: Path, data_dir: Path, data: str, command: str, li
 
     Raises:
         FileExistsError: `folder` exists already.
+        ValueError: `command` does not give the settings of the run.
     """
     if folder.exists():
         raise FileExistsError(f'{folder} exists: choose another name or remove it')
+    check_command(command, read_settings(run))
     row = measure(run, data_dir)
     model, settings, data_config = load_run(run)
     labels = sorted(p.name for p in (data_dir / 'validation').iterdir())

@@ -1,30 +1,84 @@
-"""Validates finished training runs and tabulates them: `python -m benchmarks.results RUN... --data-dir DIR`.
+"""Scores finished training runs, and sets an entry of the zoo beside its twins.
+
+    python -m benchmarks.results RUN... --data-dir DIR [--write FILE]
+    python -m benchmarks.results RUN... --data-dir DIR --entry models/NAME --data WORDS --command COMMAND
 
 Every run folder of train.py is measured by validate.py's own function, at its last checkpoint: choosing the best epoch
-by the validation images would flatter. Pairs of a variant and its plain base are told apart by `cpool_positions`.
-With `--write FILE` the table goes between the markers of that file.
+by the validation images would be biased. `--write` puts the table between the markers of a Markdown file. `--entry`
+takes runs of one recipe that differ in `--model-kwargs` alone: their figures go into the entry's `release.json`, and
+`python -m benchmarks.zoo --write` makes tables of them.
 """
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import timm
 
 import cpool_vision  # noqa: F401  registers the variants
-from cpool_vision.engine.settings.config import read_validate, read_yaml
+from cpool_vision.engine.settings import train
+from cpool_vision.engine.settings.config import parse_args, read_validate, read_yaml
 from cpool_vision.engine.validate.run import validate
 
 from .markers import write_between
 from .model_table import count
+from .study.runner import write_text
 
-BEGIN, END = '<!-- results -->', '<!-- /results -->'
+NO_BEARING = {
+    'config', 'data_dir', 'output', 'experiment', 'workers', 'log_interval', 'checkpoint_hist', 'resume', 'device',
+    'val_interval', 'validation_batch_size', 'model', 'num_classes'}
+PLAIN, POOL, DEPTHWISE = 'plain base', 'context pool', 'depthwise 7x7 convolution'
 
 
 def read_settings(run: Path) -> dict[str, Any]:
     """Settings of a run, by the names of train.py's flags."""
     settings = read_yaml(str(run / 'args.yaml'))
     return dict(settings, model_kwargs=settings['model_kwargs'] or {})
+
+
+def changed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of `args.yaml` differs from the defaults of train.py and bears on the result."""
+    defaults = vars(train.build_parser().parse_args([]))
+    return {key: value for key, value in settings.items()
+            if key in defaults and key not in NO_BEARING and value != defaults[key]}
+
+
+def command_settings(command: str) -> tuple[str, dict[str, Any]]:
+    """Model and changed settings that a printed command of train.py gives.
+
+    Raises:
+        ValueError: the command is none of train.py.
+    """
+    words = shlex.split(command.replace('\\\n', ' '))
+    if words[:2] != ['python', 'train.py']:
+        raise ValueError(f'a card prints a command that begins with "python train.py", got {command!r}')
+    args = vars(parse_args(train.build_parser, words[2:]))
+    return args['model'], changed_settings(args)
+
+
+def check_command(command: str, settings: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
+    """Insists that a printed command gives the settings of a run, but for the keys of `ignore`.
+
+    Raises:
+        ValueError: it gives another model or other settings; the message names them.
+    """
+    model, given = command_settings(command)
+    trained = changed_settings(settings)
+    other = sorted(key for key in {*given, *trained} - {*ignore} if given.get(key) != trained.get(key))
+    if model != settings['model']:
+        other.insert(0, 'model')
+    if other:
+        raise ValueError(f'the command {command!r} does not give the settings of the run ({", ".join(other)} differ): '
+                         'print the command that trained it')
+
+
+def arm_name(model_kwargs: dict[str, Any]) -> str:
+    """What stands in the pools' places of a variant, in words."""
+    if model_kwargs.get('cpool_positions') in ([], 'none'):
+        return PLAIN
+    mixer = model_kwargs.get('cpool_mixer', 'context')
+    return {'context': POOL, 'depthwise7': DEPTHWISE}.get(mixer, mixer)
 
 
 def measure(run: Path, data_dir: Path, split: str = 'validation') -> dict[str, Any]:
@@ -46,7 +100,7 @@ def measure(run: Path, data_dir: Path, split: str = 'validation') -> dict[str, A
     train_images = sum(1 for _ in timm.data.create_reader('', str(Path(settings['data_dir']) / 'train')))
     return {
         'model': settings['model'],
-        'arm': 'plain base' if kwargs.get('cpool_positions') == [] else 'context pool',
+        'arm': arm_name(kwargs),
         'train_images': train_images,
         'epochs': len(epochs) - 1,
         'params': params,
@@ -71,20 +125,64 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
+def add_twins(entry: Path, runs: list[Path], data_dir: Path, data: str, command: str) -> list[dict[str, Any]]:
+    """Writes the figures of `runs` into `release.json` of `entry`; returns what `measure` says of each.
+
+    Args:
+        entry: folder of the zoo.
+        runs: folders of train.py, the plain base among them; of one recipe, told apart by `--model-kwargs`.
+        data_dir: holds the images to score, `validation/CLASS/*`.
+        data: what was trained on, for the card.
+        command: the command that trained them, without `--model-kwargs`.
+
+    Raises:
+        ValueError: a run is of another model or recipe, two runs are of one arm, or none is the plain base.
+    """
+    file = entry / 'release.json'
+    facts = json.loads(file.read_text(encoding='utf-8'))
+    settings = [read_settings(run) for run in runs]
+    arms = [arm_name(each['model_kwargs']) for each in settings]
+    if len(set(arms)) < len(arms) or PLAIN not in arms:
+        raise ValueError(f'the runs must be of different arms, with the {PLAIN} among them, got {", ".join(arms)}')
+    for each in settings:
+        if each['model'] != facts['model']:
+            raise ValueError(
+                f'{entry} holds {facts["model"]!r}, a run is of {each["model"]!r}: name runs of that model')
+        check_command(command, each, ('model_kwargs',))
+    rows = [measure(run, data_dir) for run in runs]
+    if len({(row['train_images'], row['epochs'], row['images']) for row in rows}) > 1:
+        raise ValueError('the runs differ in training images, epochs or validation images: finish them by one recipe')
+    facts['twins'] = {
+        'data': data, 'command': command, **{key: rows[0][key] for key in ('train_images', 'epochs', 'images')},
+        'rows': [{'arm': row['arm'], 'model_kwargs': each['model_kwargs'],
+                  **{key: row[key] for key in ('params', 'macs', 'top1', 'top5', 'loss')}}
+                 for row, each in zip(rows, settings, strict=True)]}
+    write_text(file, json.dumps(facts, indent=1) + '\n')
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path)
-    parser.add_argument('--data-dir', type=Path, required=True)
+    parser.add_argument('--data-dir', type=Path, required=True, help='holds validation/CLASS/*')
     parser.add_argument('--write', type=Path, help='Markdown file with the markers')
     parser.add_argument('-o', '--output', type=Path, help='JSON file for the figures')
+    parser.add_argument('--entry', type=Path, help='entry of the zoo whose twins the runs are')
+    parser.add_argument('--data', help='what the runs were trained on, for the card')
+    parser.add_argument('--command', help='the command that trained them, without --model-kwargs, for the card')
     args = parser.parse_args()
-    rows = [measure(run, args.data_dir) for run in args.runs]
+    if args.entry:
+        if not (args.data and args.command):
+            parser.error('--entry needs --data and --command, which the card prints')
+        rows = add_twins(args.entry, args.runs, args.data_dir, args.data, args.command)
+    else:
+        rows = [measure(run, args.data_dir) for run in args.runs]
     table = format_table(rows)
     print(table)
     if args.output:
-        args.output.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
+        write_text(args.output, json.dumps(rows, indent=1) + '\n')
     if args.write:
-        write_between(args.write, BEGIN, END, table)
+        write_between(args.write, '<!-- results -->', '<!-- /results -->', table)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
 """Cards, index and reference logits of the zoo: `python -m benchmarks.zoo --write`; without the flag says what differs.
 
 An entry is a folder of models/ with `model.safetensors` and `config.json` in timm's format and `release.json`: how it
-was made and what it scored. README.md of the entry and of models/ follow from these. Reference logits, of images that
-follow from a formula, are written for new entries only: they are what later versions are held to.
+was made, what it scored, and what its twins scored. README.md of the entry, models/README.md and the table of
+docs/results.md follow from these. Reference logits, of images that follow from a formula, are written for new entries
+only: they are what later versions are held to.
 """
 import argparse
 import json
@@ -16,10 +17,13 @@ from torch import Tensor
 
 import cpool_vision  # noqa: F401  registers the variants
 
-from .markers import print_difference
+from .markers import print_difference, replace_between
+from .results import PLAIN
 
 MODELS = Path(__file__).resolve().parents[1] / 'models'
+RESULTS = MODELS.parent / 'docs' / 'results.md'
 LOGITS = Path(__file__).resolve().parents[1] / 'tests' / 'models' / 'zoo_logits.json'
+PHOTOGRAPHS = ('chelsea.png', 'coffee.png', 'rocket.jpg')  # of scikit-image, in the public domain
 _IMAGES = 4
 
 _CARD = '''---
@@ -63,6 +67,8 @@ python validate.py --model local-dir:models/{name} --pretrained --data-dir DIR  
 
 {limits}
 
+{twins}
+
 ```python
 import timm
 import cpool_vision
@@ -74,10 +80,31 @@ Input: {size} x {size} RGB, scaled to [0, 1], mean {mean}, standard deviation {s
 alphabetical order: {labels}.
 
 The picture: circles have a radius of one standard deviation of the pooling mask; the weight map shows the binary
-logarithm of a pixel's weight over that of a uniform map (`{draw}`).
+logarithm of a pixel's weight over that of a uniform map. The photographs are in the public domain and come with
+scikit-image ([docs/inspection.md](../../docs/inspection.md) says where): `{draw}`.
 
 Licence of the weights: Apache-2.0.
 '''
+
+_TWINS = '''## Beside its plain base and a depthwise convolution
+
+The net with pools, with a convolution in their places and with nothing there, trained by one recipe on {data};
+keywords left out are the defaults:
+
+```bash
+{command} [--model-kwargs KEYWORDS]
+```
+
+{table}
+
+{train_images:,} images, {epochs} epochs, **one seed**, scored on {images:,} validation images at the last epoch.
+One seed proves nothing: [docs/evidence.md](../../docs/evidence.md) has seeds and intervals.
+Only the model above is released.'''
+
+_NO_TWINS = '''Not yet compared: its plain base and a depthwise convolution in the pools' places, trained by one recipe
+([docs/results.md](../../docs/results.md) has the commands). Small nets: [docs/evidence.md](../../docs/evidence.md).'''
+
+_TWIN_CELLS = "| in the pools' places | keywords | parameters (M) | MACs (M) | top-1 (%) | difference to plain |"
 
 _INDEX = '''# Released models
 
@@ -98,20 +125,59 @@ def entries() -> list[Path]:
 
 def draw_command(name: str) -> str:
     """The command that drew the picture of an entry."""
-    return (f'cpool-inspect local-dir:models/{name} --data-dir DIR --num-images 3 --layers 2 --dpi 110 '
-            f'-o models/{name}/supports.png')
+    images = ' '.join(f'PHOTOS/{image}' for image in PHOTOGRAPHS)
+    return f'cpool-inspect local-dir:models/{name} {images} --layers 2 --dpi 110 -o models/{name}/supports.png'
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """How an entry was made and what it and its twins scored."""
+    facts: dict[str, Any] = json.loads((folder / 'release.json').read_text(encoding='utf-8'))
+    return facts
+
+
+def twin_rows(twins: dict[str, Any]) -> list[str]:
+    """A Markdown row for each twin: what differs, its size, what it scores, and that against the plain base."""
+    base = next(row['top1'] for row in twins['rows'] if row['arm'] == PLAIN)
+    rows = []
+    for row in twins['rows']:
+        keywords = ' '.join(f'{key}={json.dumps(value, separators=(",", ":")) if isinstance(value, list) else value}'
+                            for key, value in row['model_kwargs'].items())
+        difference = '' if row['arm'] == PLAIN else f'{row["top1"] - base:+.2f}'
+        rows.append(f'| {row["arm"]} | {keywords and f"`{keywords}`"} | {row["params"] / 1e6:.3f} '
+                    f'| {row["macs"] / 1e6:.1f} | {row["top1"]:.2f} | {difference} |')
+    return rows
+
+
+def format_twins(facts: dict[str, Any]) -> str:
+    """The section of a card on the twins of its model."""
+    twins = facts.get('twins')
+    if not twins:
+        return _NO_TWINS
+    lines = [_TWIN_CELLS, '|---|---|---:|---:|---:|---:|', *twin_rows(twins)]
+    return _TWINS.format(table='\n'.join(lines), **twins)
+
+
+def results_table() -> str:
+    """The twins of every entry, and which entries have none."""
+    facts = {folder: read_facts(folder) for folder in entries()}
+    lines = [f'| `{each["model"]}` {row}' for each in facts.values() if 'twins' in each
+             for row in twin_rows(each['twins'])]
+    if lines:
+        lines = [f'| model {_TWIN_CELLS}', '|---|---|---|---:|---:|---:|---:|', *lines, '']
+    without = [f'`{folder.name}`' for folder, each in facts.items() if 'twins' not in each]
+    return '\n'.join([*lines, f'Not yet compared: {", ".join(without)}.'] if without else lines[:-1])
 
 
 def card(folder: Path) -> str:
     """Contents of an entry's README.md."""
-    facts = json.loads((folder / 'release.json').read_text(encoding='utf-8'))
+    facts = read_facts(folder)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     cfg = config['pretrained_cfg']
     return _CARD.format(
         name=folder.name, picture='supports.png', draw=draw_command(folder.name),
         flags='\n'.join(f'{key}: {value}' for key, value in facts['settings'].items()),
         params_m=facts['params'] / 1e6, macs_m=facts['macs'] / 1e6, size=cfg['input_size'][-1],
-        mean=cfg['mean'], std=cfg['std'], labels=', '.join(config['label_names']),
+        twins=format_twins(facts), mean=cfg['mean'], std=cfg['std'], labels=', '.join(config['label_names']),
         **{key: facts[key] for key in (
             'model', 'data', 'command', 'limits', 'train_images', 'epochs', 'images', 'top1', 'top5', 'loss')})
 
@@ -120,7 +186,7 @@ def index() -> str:
     """Contents of models/README.md."""
     rows = []
     for folder in entries():
-        facts = json.loads((folder / 'release.json').read_text(encoding='utf-8'))
+        facts = read_facts(folder)
         size = (folder / 'model.safetensors').stat().st_size
         rows.append(
             f'| [{folder.name}]({folder.name}/README.md) | {facts["data"]} | {facts["epochs"]} '
@@ -151,6 +217,8 @@ def main() -> int:
     args = parser.parse_args()
     wanted = {folder / 'README.md': card(folder) for folder in entries()}
     wanted[MODELS / 'README.md'] = index()
+    wanted[RESULTS] = replace_between(
+        RESULTS.read_text(encoding='utf-8'), '<!-- twins -->', '<!-- /twins -->', results_table())
     logits = json.loads(LOGITS.read_text(encoding='utf-8')) if LOGITS.exists() else {}
     for folder in entries():
         if folder.name not in logits:

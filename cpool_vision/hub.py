@@ -5,11 +5,17 @@ import shutil
 import tempfile
 from typing import Any
 
+import torch
 from timm.models import save_for_hf
 from torch import nn
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 _MODEL_FILES = (CONFIG, WEIGHTS, 'pytorch_model.bin')
+
+
+def _pack(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
+    """safetensors refuses tensors in other memory formats, such as `channels_last`."""
+    state_dict.update({key: value.contiguous() for key, value in state_dict.items() if torch.is_tensor(value)})
 
 
 def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool = False, **kwargs: Any) -> None:
@@ -37,6 +43,7 @@ def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool =
                 raise FileExistsError(f'{folder!r} holds a model already ({name}): name another folder or force it')
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f'.{os.path.basename(folder)}.', dir=os.path.dirname(folder))
+    hook = model.register_state_dict_post_hook(_pack)
     try:
         save_for_hf(model, temporary, safe_serialization=True, **kwargs)
         path = os.path.join(temporary, CONFIG)
@@ -51,4 +58,5 @@ def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool =
         for name in (WEIGHTS, CONFIG):
             os.replace(os.path.join(temporary, name), os.path.join(folder, name))
     finally:
+        hook.remove()
         shutil.rmtree(temporary, ignore_errors=True)

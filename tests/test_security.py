@@ -147,7 +147,7 @@ def compare(path: pathlib.Path) -> Any:
 
 
 def publish(path: pathlib.Path) -> Any:
-    return release.release(path.parent, path.parent / 'entry', path.parent, '', '', '')
+    return release.release(path.parent, path.parent / 'entry', path.parent, '', f'python train.py --model {MODEL}', '')
 
 
 def report_on(path: pathlib.Path) -> Any:

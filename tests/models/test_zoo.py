@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from benchmarks import zoo
+from benchmarks.markers import replace_between
 from benchmarks.model_table import count
-from benchmarks.release import changed_settings
+from benchmarks.results import DEPTHWISE, PLAIN, POOL, arm_name, changed_settings
 from cpool_vision.cli import inspect, validate
 from cpool_vision.engine.settings import train
 from cpool_vision.engine.settings.config import parse_args
@@ -76,6 +77,19 @@ def test_the_table_of_results_follows_from_the_named_keywords() -> None:
         assert count(row['model'], num_classes=10, **args.model_kwargs)[1:] == (row['params'], row['macs'])
 
 
+def test_the_command_of_the_twins_gives_their_sizes(entry: Path) -> None:
+    facts = json.loads((entry / 'release.json').read_text(encoding='utf-8'))
+    twins = facts.get('twins', {'rows': []})
+    assert 'twins' not in facts or {row['arm'] for row in twins['rows']} == {PLAIN, POOL, DEPTHWISE}
+    for row in twins['rows']:
+        keywords = [f'{key}={value}' for key, value in row['model_kwargs'].items()]
+        argv = shlex.split(twins['command'])[2:] + (['--model-kwargs', *keywords] if keywords else [])
+        args = parse_args(train.build_parser, argv)
+        assert args.model == facts['model'] and args.epochs == twins['epochs']
+        assert count(args.model, num_classes=10, **args.model_kwargs)[1:] == (row['params'], row['macs'])
+        assert arm_name(args.model_kwargs) == row['arm']
+
+
 def test_transformers_reads_every_entry(entry: Path) -> None:
     transformers = pytest.importorskip('transformers')
     model = transformers.AutoModelForImageClassification.from_pretrained(entry).eval()
@@ -102,5 +116,7 @@ def test_cards_and_index_are_up_to_date() -> None:
     for folder in zoo.entries():
         assert (folder / 'README.md').read_text(encoding='utf-8') == zoo.card(folder)
     assert (zoo.MODELS / 'README.md').read_text(encoding='utf-8') == zoo.index()
+    page = zoo.RESULTS.read_text(encoding='utf-8')
+    assert page == replace_between(page, '<!-- twins -->', '<!-- /twins -->', zoo.results_table())
     assert sorted(LOGITS) == [folder.name for folder in zoo.entries()]
     assert len(zoo.entries()) == sum(path.is_dir() for path in zoo.MODELS.iterdir())

@@ -71,6 +71,14 @@ def test_a_model_at_another_size(tmp_path):
     assert context_pools(again)['blocks.0.attn.cpool'].grid_size == (6, 6)
 
 
+def test_a_model_in_channels_last_memory_is_saved(tmp_path):
+    model = trained('test_resnet').to(memory_format=torch.channels_last)
+    save_model(model, str(tmp_path / 'model'))
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+    assert any(not value.is_contiguous() for value in model.state_dict().values())  # the model itself keeps its format
+
+
 def test_nothing_is_overwritten(tmp_path, monkeypatch):
     folder = tmp_path / 'model'
     save_model(trained(), str(folder))
