@@ -64,18 +64,12 @@ def check_train_flags(settings: LoaderSettings, distributed: bool) -> None:
     Raises:
         ConfigError: names the flag.
     """
-    if settings.batch_size < 1:
-        raise ConfigError(f'--batch-size must be >= 1, got {settings.batch_size}')
     if settings.aug_splits == 1 or settings.aug_splits < 0:
         raise ConfigError(f'--aug-splits must be 0, or 2 and more, got {settings.aug_splits}')
     sizes = settings.train_batch_sizes or [settings.batch_size]
     if mixes_images(settings) and any(size % 2 for size in sizes):
         raise ConfigError(f'mixup and CutMix pair the images of a batch, whose size must be even, got {sizes}: '
                           'change --batch-size or --train-batch-sizes')
-    if settings.worker_seeding not in ('all', 'part'):
-        raise ConfigError(f"--worker-seeding must be 'all' or 'part', got {settings.worker_seeding!r}")
-    if settings.max_bad_samples < 0:
-        raise ConfigError(f'--max-bad-samples must be >= 0, got {settings.max_bad_samples:g}')
     if settings.aug_splits and mixes_images(settings):
         raise ConfigError('--aug-splits does not go with mixup or CutMix: drop one of them')
     if settings.aug_repeats and not distributed:

@@ -144,11 +144,6 @@ def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
     if probs and len(probs) != len(sizes or ()):
         raise ConfigError(f'--naflex-patch-size-probs has {len(probs)} values for {len(sizes or ())} '
                           '--naflex-patch-sizes: give one for each')
-    for flag in ('naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes'):
-        value = getattr(settings, flag)
-        values = value if isinstance(value, tuple) else (value,)
-        if value is not None and min(values) < 1:
-            raise ConfigError(f'--{flag.replace("_", "-")} must be positive, got {list(values)}')
     return get_patch_size()
 
 

@@ -77,17 +77,12 @@ def resolve_lr(settings: OptimSettings, world_size: int = 1, batch_size: float |
 
     Returns:
         The rate at the top of the schedule.
-
-    Raises:
-        ConfigError: unknown `--lr-base-scale`.
     """
     if settings.lr:
         return settings.lr
     scale = settings.lr_base_scale
     if not scale:
         scale = 'sqrt' if any(part in settings.opt.lower() for part in ('ada', 'lamb')) else 'linear'
-    if scale not in ('linear', 'sqrt'):
-        raise ConfigError(f'--lr-base-scale {scale!r} is unknown: choose linear or sqrt')
     images = (batch_size or settings.batch_size) * world_size * settings.grad_accum_steps
     ratio = images / settings.lr_base_size
     lr = settings.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)

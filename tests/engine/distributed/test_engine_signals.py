@@ -43,8 +43,8 @@ def send_at(monkeypatch: pytest.MonkeyPatch, number: int, epoch: int, batch: int
     monkeypatch.setattr(train_loop, '_to_device', to_device)
 
 
-@pytest.mark.parametrize('number', STOPS)
-@pytest.mark.parametrize('interval', ['0', '4'])
+@pytest.mark.parametrize('number, interval', [
+    (signal.SIGTERM, '0'), (signal.SIGUSR1, '4'), (signal.SIGINT, '0')])
 def test_a_signal_saves_after_the_update_and_the_run_goes_on_exactly(
         run_train: Train, load: Load, number: signal.Signals, interval: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ['-b', '4', '--grad-accum-steps', '2', '--model-ema', '--experiment']
@@ -93,11 +93,10 @@ def test_a_signal_after_the_last_epoch_does_not_make_a_complete_run_fail(
     assert len(run_train('--epochs', '2')['epochs']) == 2
 
 
-@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
-def test_exit_status(base_flags: list[str], number: int, status: int, monkeypatch: pytest.MonkeyPatch,
+def test_exit_status(base_flags: list[str], monkeypatch: pytest.MonkeyPatch,
                      capsys: pytest.CaptureFixture[str]) -> None:
-    send_at(monkeypatch, number, 0, 1)
-    assert cli_train.main(base_flags) == status
+    send_at(monkeypatch, signal.SIGTERM, 0, 1)
+    assert cli_train.main(base_flags) == 143
     err = capsys.readouterr().err
     assert 'stopped by a signal and saved before batch 2 of epoch 0' in err and 'Traceback' not in err
     flags = err.split('continue with the same flags and ')[1].split()
