@@ -17,3 +17,8 @@ def formats_of_pillow() -> Iterator[None]:
     former = list(Image.ID)
     yield
     Image.ID[:] = former
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.name != 'test_kernels_under_the_interpreter')

@@ -55,9 +55,9 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> subproc
     return done
 
 
-def test_two_processes_train_validate_exactly_and_resume(
+def test_two_processes_train_and_validate_exactly(
         whole: subprocess.CompletedProcess[str], flags: list[str], image_root: str, validate_args: Callable[..., Any],
-        load: Callable[..., Any]) -> None:
+        ) -> None:
     folder = os.path.join(flags[flags.index('--output') + 1], 'whole')
     assert whole.stdout.count('--result') == 1
     # 24 images: 3 batches of 4 for each process, 2 updates
@@ -73,6 +73,11 @@ def test_two_processes_train_validate_exactly_and_resume(
     assert row['top1'] == pytest.approx(float(table[-1]['eval_top1']), abs=1e-4)
     assert row['loss'] == pytest.approx(float(table[-1]['eval_loss']), abs=1e-4)
 
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(
+        whole: subprocess.CompletedProcess[str], flags: list[str], load: Callable[..., Any]) -> None:
+    folder = os.path.join(flags[flags.index('--output') + 1], 'whole')
     done = torchrun([*flags, '--experiment', 'rest', '--resume', os.path.join(folder, 'checkpoint-0.pth.tar')])
     assert done.returncode == 0, done.stderr
     assert [each['epoch'] for each in json.loads(done.stdout.split('--result\n')[1])] == [1]

