@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from cpool_vision.engine.settings.shared import InputConfig
+
 RANDOM = 'none loaded, random'
 
 
@@ -70,7 +72,7 @@ class Loaded:
     shown: 'NDArray[np.uint8]'
     labels: list[str]
     weights: str
-    data_config: dict[str, Any]
+    data_config: 'InputConfig'
 
     @property
     def size(self) -> tuple[int, int]:
@@ -150,7 +152,8 @@ def load(args: argparse.Namespace) -> Loaded:
     data_config = resolve_input(model, ModelSettings(
         model=args.model, img_size=args.img_size, mean=args.mean and tuple(args.mean),
         std=args.std and tuple(args.std)))
-    transform: Any = create_transform(**{**data_config, 'crop_pct': 1.0}, is_training=False)
+    whole: dict[str, Any] = {**data_config, 'crop_pct': 1.0}
+    transform: Any = create_transform(**whole, is_training=False)
     pictures, labels = _pictures(args, args.num_classes or model.num_classes)
     batch = torch.stack([transform(picture) for picture in pictures])
     mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ('mean', 'std'))

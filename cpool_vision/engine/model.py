@@ -24,7 +24,7 @@ from cpool_vision.reading import reason
 from .checkpoints.checkpoint import load_weights, read_checkpoint, weights_of
 from .device import Runtime
 from .settings.limits import CHOICES
-from .settings.shared import ModelSettings
+from .settings.shared import InputConfig, ModelSettings
 from .settings.train import NetworkSettings, TrainSettings
 
 _logger = logging.getLogger(__name__)
@@ -115,14 +115,14 @@ def _check_input(config: dict[str, Any]) -> None:
         raise ValueError(f'crop_pct must be a number above 0, got {crop!r}')
 
 
-def resolve_input(model: nn.Module, settings: ModelSettings, use_test_size: bool = False) -> dict[str, Any]:
+def resolve_input(model: nn.Module, settings: ModelSettings, use_test_size: bool = False) -> InputConfig:
     """Input size, normalization, interpolation and crop: from the flags, else from the model.
 
     Raises:
         ConfigError: the flags contradict each other or the model, or the configuration of the model makes no sense.
     """
     try:
-        config = resolve_input_data_config(model, settings.as_dict(), use_test_size=use_test_size)
+        config: Any = resolve_input_data_config(model, settings.as_dict(), use_test_size=use_test_size)
         _check_input(config)
         return config
     except (AssertionError, LookupError, TypeError, ValueError) as error:

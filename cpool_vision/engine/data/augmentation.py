@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from cpool_vision.data.augment import AugmentationError, Pipeline
 from cpool_vision.errors import ConfigError
 
-from ..settings.shared import settings_of
+from ..settings.shared import InputConfig, settings_of
 from ..settings.train import AugmentSettings, LoaderSettings
 from .keyed import DrawnSeeds, KeyedDataset, kept_generators
 from .sampling import BatchKey
@@ -64,7 +64,7 @@ def describe_pipeline(settings: LoaderSettings) -> dict[str, Any] | None:
     return pipeline.record
 
 
-def use_pipeline(settings: LoaderSettings, data_config: Mapping[str, Any], pipeline: Pipeline, dataset: Any) -> None:
+def use_pipeline(settings: LoaderSettings, data_config: InputConfig, pipeline: Pipeline, dataset: Any) -> None:
     """Puts a pipeline in the place of timm's transforms, one for each input size.
 
     It gives uint8 for timm's prefetcher, or normalizes where there is none; on images it raises `ConfigError`.

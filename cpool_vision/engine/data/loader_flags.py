@@ -5,11 +5,11 @@ from timm.data.scheduled_sampler import ScheduledBatchSampler
 
 from cpool_vision.errors import ConfigError
 
-from ..settings.shared import DataSettings
+from ..settings.shared import DataSettings, InputConfig
 from ..settings.train import AugmentSettings, LoaderSettings, LossSettings
 
 
-def image_mode(settings: DataSettings, data_config: dict[str, Any]) -> str:
+def image_mode(settings: DataSettings, data_config: InputConfig) -> str:
     """PIL mode of the images: `--input-img-mode`, else by the number of channels."""
     return settings.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
 
@@ -36,7 +36,7 @@ def mixing(settings: LossSettings, num_classes: int) -> dict[str, Any]:
     return {**mix, 'multi_label': True} if settings.multi_label else mix
 
 
-def augmentation(settings: AugmentSettings, data_config: dict[str, Any]) -> dict[str, Any]:
+def augmentation(settings: AugmentSettings, data_config: InputConfig) -> dict[str, Any]:
     """Arguments of timm's transforms and random erasing for training images."""
     interpolation = None if settings.no_aug else settings.train_interpolation
     return dict(

@@ -10,7 +10,7 @@ from timm.data.naflex_loader import NaFlexPrefetchLoader
 from cpool_vision.errors import ConfigError, DatasetError
 
 from ..device import Runtime
-from ..settings.shared import DataSettings
+from ..settings.shared import DataSettings, InputConfig
 from ..settings.train import LoaderSettings, LossSettings
 from .augmentation import open_pipeline, try_pipeline, use_pipeline
 from .dataset import build_dataset
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-def _common(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any]) -> dict[str, Any]:
+def _common(settings: DataSettings, runtime: Runtime, data_config: InputConfig) -> dict[str, Any]:
     return dict(
         input_size=data_config['input_size'],
         mean=data_config['mean'],
@@ -41,7 +41,7 @@ def _common(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any
     )
 
 
-def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
+def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
                        ) -> tuple[Loader, Mixup | None]:
     """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
 
@@ -88,7 +88,7 @@ def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: di
     return prefetcher, None
 
 
-def _timm_loader(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], dataset: Any,
+def _timm_loader(settings: LossSettings, runtime: Runtime, data_config: InputConfig, dataset: Any,
                  mix: dict[str, Any]) -> Any:
     """timm's own loader, of which transforms, collation and prefetcher are used."""
     if settings.aug_splits > 1:
@@ -145,7 +145,7 @@ def _keyed_stream(settings: LoaderSettings, rank: int, inner: torch.utils.data.D
 def build_eval_loader(
         settings: DataSettings,
         runtime: Runtime,
-        data_config: dict[str, Any],
+        data_config: InputConfig,
         classes: Classes,
         split: str,
         batch_size: int,

@@ -13,7 +13,7 @@ from timm.data import NaFlexMixup, create_naflex_loader
 from cpool_vision.errors import ConfigError, DatasetError
 
 from ..device import Runtime
-from ..settings.shared import DataSettings
+from ..settings.shared import DataSettings, InputConfig
 from ..settings.train import LossSettings
 from .keyed import KeyedErasing, candidates
 from .loader_flags import augmentation, mixing
@@ -147,7 +147,7 @@ def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
     return get_patch_size()
 
 
-def _common(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any]) -> dict[str, Any]:
+def _common(settings: DataSettings, runtime: Runtime, data_config: InputConfig) -> dict[str, Any]:
     return dict(
         mean=data_config['mean'],
         std=data_config['std'],
@@ -161,7 +161,7 @@ def _common(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any
     )
 
 
-def _open(settings: DataSettings, data_config: dict[str, Any], classes: Classes, split: str, training: bool,
+def _open(settings: DataSettings, data_config: InputConfig, classes: Classes, split: str, training: bool,
           samples: int | None) -> Any:
     dataset = build_dataset(settings, classes, split, training, image_mode(settings, data_config), samples)
     if isinstance(dataset, torch.utils.data.IterableDataset):
@@ -173,7 +173,7 @@ def _listed(values: tuple[Any, ...] | None) -> list[Any] | None:
     return None if values is None else list(values)
 
 
-def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
+def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
                               model: nn.Module) -> Loader:
     """Loader of the training split: dictionaries of `patches` (B, N, P), `patch_coord` (B, N, 2) and `patch_valid`.
 
@@ -224,7 +224,7 @@ def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_con
     return built
 
 
-def build_naflex_eval_loader(settings: DataSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
+def build_naflex_eval_loader(settings: DataSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
                              model: nn.Module, split: str, batch_size: int, num_samples: int | None) -> Loader:
     """Loader of a validation split, with sequences of at most `--naflex-max-seq-len` patches of the model's size.
 

@@ -2,7 +2,7 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from .flags import Settings, flag
 
@@ -10,6 +10,25 @@ from .flags import Settings, flag
 def task_name(text: str) -> str:
     """A task by its name here; timm's own is understood."""
     return 'multi_label' if text == 'multilabel' else text
+
+
+class InputConfig(TypedDict):
+    """What a model is fed with, under the names of timm's data configuration.
+
+    Attributes:
+        input_size: Channels, height and width.
+        interpolation: How images are resized.
+        mean, std: By channel, of images scaled to 0..1.
+        crop_pct: Side of the evaluation crop over the resized side.
+        crop_mode: center, squash or border.
+    """
+
+    input_size: tuple[int, int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: str
 
 
 @dataclass(frozen=True, kw_only=True)

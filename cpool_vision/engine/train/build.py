@@ -23,6 +23,7 @@ from ..distributed.sharding import check_fsdp, shard_task
 from ..distributed.signals import StopSignals
 from ..model import create_train_model, place_model, resolve_input
 from ..settings.limits import check_limits
+from ..settings.shared import InputConfig
 from ..settings.train import LossSettings, TrainSettings
 from ..tracking.run_folder import RunFolder, check_free, claim, run_path, settings_text
 from ..tracking.run_lock import RunLock
@@ -117,7 +118,7 @@ def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: Sto
     return run
 
 
-def _build_loaders(settings: LossSettings, runtime: Runtime, data_config: dict[str, Any], classes: Classes,
+def _build_loaders(settings: LossSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
                    model: nn.Module) -> tuple[Loader, Loader | None, Mixup | None]:
     """Training loader, validation loader (None without a split), and what mixes batches where the loader does not."""
     validation = (settings.val_split, settings.validation_batch_size or settings.batch_size, settings.val_num_samples)

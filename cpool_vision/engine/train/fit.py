@@ -2,7 +2,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -25,7 +25,24 @@ from .validator import average_statistics, columns_of
 _logger = logging.getLogger(__name__)
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+class RunResult(TypedDict, total=False):
+    """What a run ends with; empty on other processes than the first.
+
+    Attributes:
+        folder: The run folder.
+        metric: What epochs are ranked by.
+        best_metric, best_epoch: Of the best epoch; None if no epoch was ranked.
+        epochs: The rows of summary.csv that this call added.
+    """
+
+    folder: str
+    metric: str
+    best_metric: float | None
+    best_epoch: int | None
+    epochs: list[dict[str, Any]]
+
+
+def train(settings: TrainSettings) -> RunResult:
     """Trains as the settings say.
 
     Under torchrun every process calls this function; the first one writes the run folder.
@@ -34,8 +51,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         settings: as `config.read_train` gives them.
 
     Returns:
-        `folder`, `metric`, `best_metric`, `best_epoch`, and `epochs`: the rows of summary.csv that this call added.
-        Empty on other processes than the first.
+        See `RunResult`; empty on other processes than the first.
 
     Raises:
         UserError: bad input; see `cpool_vision.errors`.
@@ -52,7 +68,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         leave_processes()
 
 
-def fit(run: Run) -> dict[str, Any]:
+def fit(run: Run) -> RunResult:
     """Trains a run from its position to its last epoch; every process must call it.
 
     Returns:
@@ -110,7 +126,7 @@ def _columns(run: Run, metrics: dict[str, float], result: Evaluation | None) -> 
     return columns
 
 
-def _finish(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _finish(run: Run, rows: list[dict[str, Any]]) -> RunResult:
     """Tidies up the checkpoints of a run that is complete, and gives its result."""
     saver = run.saver
     if saver is None:

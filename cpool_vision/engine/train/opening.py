@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..settings.shared import settings_of
+from ..settings.shared import InputConfig, settings_of
 from ..settings.train import OptimSettings, TrainSettings
 from .run import Run
 
@@ -17,7 +17,7 @@ _WITHOUT_EFFECT = {
     'wandb_resume_id', 'no_tensorboard', 'log_mlflow', 'local_rank', 'device', 'workers', 'pin_mem', 'num_classes'}
 
 
-def log_opening(run: Run, data_config: Mapping[str, Any]) -> None:
+def log_opening(run: Run, data_config: InputConfig) -> None:
     """Logs what images become, the optimizer and the schedule, and warns of a schedule that is all warm-up."""
     settings = run.settings
     _logger.info('Input: %s.', ', '.join(f'{name} {value}' for name, value in data_config.items()))

@@ -10,6 +10,7 @@ import torch
 from cpool_vision.version import __version__
 
 from ..device import Runtime
+from ..settings.shared import InputConfig
 from ..settings.validate import ValidateSettings
 from .labels import describe_classes
 from .metrics import ClassFigures
@@ -89,7 +90,7 @@ def environment(batch_size: int, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def head_of_row(model: str, parameters: int, data_config: dict[str, Any], crop_pct: float,
+def head_of_row(model: str, parameters: int, data_config: InputConfig, crop_pct: float,
                 ) -> dict[str, Any]:
     """What a row says of the model and its input."""
     return {

@@ -16,7 +16,7 @@ from ..data.fingerprint import classes_in
 from ..data.multi_label import Classes, names_of
 from ..device import Runtime, seed_everything
 from ..model import load_eval_model, resolve_input
-from ..settings.shared import settings_of
+from ..settings.shared import InputConfig, settings_of
 from ..settings.validate import ValidateSettings
 from .cost import count_macs, measure_cost
 from .labels import ClassSubset, read_class_subset, read_valid_labels
@@ -47,7 +47,7 @@ class Subject:
     classes: Classes
     model: Any
     parameters: int
-    data_config: dict[str, Any]
+    data_config: InputConfig
     crop_pct: float
     valid_labels: list[int] | None = None
     subset: ClassSubset | None = None
@@ -67,7 +67,7 @@ def _generate_code(model: nn.Module, settings: ValidateSettings) -> Any:
     return model
 
 
-def _warn_of_mismatch(settings: ValidateSettings, content: dict[str, Any], data_config: dict[str, Any]) -> None:
+def _warn_of_mismatch(settings: ValidateSettings, content: dict[str, Any], data_config: InputConfig) -> None:
     """Says where the measurement departs silently from what the checkpoint holds or was trained with."""
     averaged = any(content.get(key) is not None for key in ('state_dict_ema', 'model_ema'))
     if settings.use_ema and content and not averaged:
