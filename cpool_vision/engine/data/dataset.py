@@ -2,9 +2,10 @@
 import os
 import pickle
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
-from timm.data import ImageDataset
+from timm.data import ImageDataset, ImageNetInfo
 
 from cpool_vision.data import create_dataset
 from cpool_vision.data.folders import FolderReader, SafeImageFolder
@@ -12,14 +13,20 @@ from cpool_vision.data.images import guard_images
 from cpool_vision.errors import DatasetError, DatasetNotFoundError, UserError
 
 from ..settings.shared import DataSettings
-from . import synsets
 from .multi_label import Classes, open_label_file, reader_arguments, settle_labels
 from .unreadable import StrictImageDataset
 
+IMAGENET = 'imagenet-1k'  # names the classes to timm, and to --class-map without a file
 _FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')
 _TORCH_FOLDERS = ('torch/image_folder', 'torch/folder')
 _PREFIXES = ('cpool', 'torch', 'hfds', 'hfids', 'tfds', 'wds')
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+
+
+@cache
+def synset_numbers() -> dict[str, int]:
+    """Numbers of the 1000 classes of ImageNet by synset (n01440764: 0), in the order that published weights have."""
+    return {synset: index for index, synset in enumerate(ImageNetInfo(IMAGENET).label_names())}
 
 
 def _check_name(name: str) -> None:
@@ -89,8 +96,8 @@ def build_dataset(
     name, root = settings.dataset, settings.data_dir
     check_source(settings, split)
     # a mapping comes from --class-subset
-    if settings.class_map == synsets.NAME and not os.path.exists(synsets.NAME):
-        settings = replace(settings, class_map=synsets.synset_numbers())
+    if settings.class_map == IMAGENET and not os.path.exists(IMAGENET):
+        settings = replace(settings, class_map=synset_numbers())
     if isinstance(settings.class_map, str) and settings.class_map and not os.path.isfile(settings.class_map):
         raise DatasetNotFoundError(f'--class-map {settings.class_map!r} does not exist: check the path')
     where = f'{name!r} in {root!r}' if name and root else repr(name or root)

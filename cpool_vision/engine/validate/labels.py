@@ -10,6 +10,7 @@ from timm.data import ImageNetInfo
 
 from cpool_vision.errors import ConfigError
 
+from ..data.dataset import IMAGENET, synset_numbers
 from ..settings.validate import SUBSETS
 
 _IMAGENET_CLASSES = 1000
@@ -85,8 +86,7 @@ def _read_folders(path: str) -> dict[str, Any]:
 
 def describe_classes(names: list[str]) -> list[str]:
     """Names to show: those of ImageNet synsets (n01440764) followed by what they mean, others as they are."""
-    info = ImageNetInfo('imagenet-1k')
-    known = set(info.label_names())
+    info, known = ImageNetInfo(IMAGENET), synset_numbers()
     return [f'{name} {info.label_name_to_description(name).split(",")[0]}' if name in known else name for name in names]
 
 
@@ -116,7 +116,7 @@ def read_class_subset(name: str, num_classes: int) -> ClassSubset:
                           f'{num_classes}: name a file with the folders and their classes')
     if key == 'imagenet-v2':
         return _subset({str(index): index for index in range(_IMAGENET_CLASSES)})
-    index = {synset: place for place, synset in enumerate(ImageNetInfo('imagenet-1k').label_names())}
+    index = synset_numbers()
     source = _SYNSETS[key]
     names = (resources.files('timm.data') / '_info' / source).read_text('utf-8').split() if source else list(index)
     return _subset({synset: index[synset] for synset in names})

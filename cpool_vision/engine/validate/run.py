@@ -15,8 +15,7 @@ import torch.utils.data
 import cpool_vision  # noqa: F401 - registers the variants
 from cpool_vision.errors import ConfigError, DatasetError
 
-from ..data import synsets
-from ..data.dataset import check_source, numbers_folders
+from ..data.dataset import IMAGENET, check_source, numbers_folders, synset_numbers
 from ..data.fingerprint import check_classes, classes_of
 from ..data.loaders import base_dataset, build_eval_loader
 from ..data.multi_label import check_task
@@ -73,7 +72,7 @@ def is_part_of_imagenet(settings: ValidateSettings, num_classes: int, dataset: t
     """Whether a model of the 1000 classes is to be measured on folders of some of them, which would be renumbered."""
     names = classes_of(dataset)
     return num_classes == 1000 > len(names) > 0 and numbers_folders(settings) and set(names) <= set(
-        synsets.synset_numbers())
+        synset_numbers())
 
 
 def _holds_class(root: str, names: Iterable[str]) -> bool:
@@ -108,8 +107,8 @@ def _open_loader(subject: Subject, settings: ValidateSettings) -> Any:
     if not subject.numbers and not settings.valid_labels and is_part_of_imagenet(
             settings, subject.classes.count, dataset):
         _logger.warning('The %d folders are synsets of ImageNet, which has 1000: measured as with --class-subset %s.',
-                        len(classes_of(dataset)), synsets.NAME)
-        subject.subset = read_class_subset(synsets.NAME, subject.classes.count)
+                        len(classes_of(dataset)), IMAGENET)
+        subject.subset = read_class_subset(IMAGENET, subject.classes.count)
         return _open_loader(subject, settings)
     if not settings.multi_label:
         check_classes(subject.numbers, dataset, settings, f'the data in {settings.data_dir!r}', 'those of the model')

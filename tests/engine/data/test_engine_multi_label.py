@@ -33,6 +33,7 @@ from cpool_vision.engine.settings.shared import DataSettings
 from cpool_vision.engine.train import loss
 from cpool_vision.engine.train.fit import train
 from cpool_vision.engine.validate.bulk import run_validation
+from cpool_vision.engine.validate.results import write_results
 from cpool_vision.engine.validate.run import validate
 from cpool_vision.errors import ConfigError, DatasetError, DatasetNotFoundError, UserError
 
@@ -383,16 +384,14 @@ def test_a_run_learns_and_validation_tells_the_same(
 
 def test_results_in_every_form(run: Callable[..., Any], label_root: str, tmp_path: Path) -> None:
     folder = run('--epochs', '2', '--experiment', 'x')['folder']
+    rows = run_validation(read_validate([
+        '--data-dir', label_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-j', '0',
+        '--device', 'cpu', '--task', 'multi_label', '--checkpoint', folder]))
+    # two epochs: the last and the best are further names of these files
+    assert isinstance(rows, list) and len(rows) == 2 and rows == sorted(rows, key=lambda row: -row['map'])
     for kind in ('csv', 'json', 'md'):
-        file = tmp_path / f'rows.{kind}'
-        args = read_validate([
-            '--data-dir', label_root, '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-j', '0',
-            '--device', 'cpu', '--task', 'multi_label', '--checkpoint', folder, '--results-file', str(file),
-            '--results-format', kind])
-        rows = run_validation(args)
-        # two epochs: the last and the best are further names of these files
-        assert len(rows) == 2 and rows == sorted(rows, key=lambda row: -row['map'])
-        text = file.read_text()
+        write_results(str(tmp_path / 'rows'), rows, kind)
+        text = (tmp_path / 'rows').read_text()
         assert ('| mAP % | ' if kind == 'md' else 'micro_f1') in text and 'top1' not in text
 
 
