@@ -80,7 +80,10 @@ def _build(settings: ModelSettings, **kwargs: Any) -> Any:
     try:
         # models of a fixed input size must be built for the size that they will be fed with
         size = resolve_model_input_args(settings.model, settings.as_dict(), **settings.model_kwargs).get('img_size')
-        return create_model(settings.model, **{**kwargs, **settings.model_kwargs, 'img_size': size})
+        model = create_model(settings.model, **{**kwargs, **settings.model_kwargs, 'img_size': size})
+        if ':' in settings.model and 'pretrained_cfg_overlay' not in kwargs:
+            _check_classes(getattr(model, 'pretrained_cfg', None) or {})
+        return model
     except ValueError as error:
         raise UnknownModelError(f'model {settings.model!r} cannot be built as requested ({error}): '
                                 'check --img-size, --input-size, --in-chans and --model-kwargs') from error
@@ -95,6 +98,18 @@ def _build(settings: ModelSettings, **kwargs: Any) -> Any:
         raise UnknownModelError(
             f'pretrained weights of {settings.model!r} cannot be loaded ({reason(error, 300)}): drop --pretrained, or '
             'name a local-dir: folder or a checkpoint') from error
+
+
+def _check_classes(config: dict[str, Any]) -> None:
+    """Raises ValueError at what another's config.json may hold in place of the number and the names of classes."""
+    count, names = config.get('num_classes', 0), config.get('label_names')
+    if type(count) is not int or count < 0:
+        raise ValueError(f'num_classes of its config.json must be a number >= 0, got {count!r}')
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+        raise ValueError('label_names of its config.json must be a list of names, got '
+                         f'{reason(ValueError(repr(names)), 60)}')
+    if names is not None and len(names) != count:
+        raise ValueError(f'its config.json has {len(names)} label_names for num_classes {count}')
 
 
 def _check_input(config: dict[str, Any]) -> None:

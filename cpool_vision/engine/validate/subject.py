@@ -100,9 +100,9 @@ def _warm_up(model: Any, size: tuple[int, ...], settings: ValidateSettings, runt
 def known_classes(content: dict[str, Any], model: nn.Module, num_classes: int) -> dict[str, int]:
     """Numbers of the classes by name that a model was trained with, from its checkpoint or its configuration."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if classes_in(content) or not isinstance(names, (list, tuple)) or len(names) != num_classes:
+    if classes_in(content) or not names or not len(names) == len(set(names)) == num_classes:
         return classes_in(content)
-    return {str(name): index for index, name in enumerate(names)}
+    return {name: index for index, name in enumerate(names)}
 
 
 def prepare(settings: ValidateSettings, runtime: Runtime) -> Subject:

@@ -1,4 +1,5 @@
 """Whose data: a run goes on with those that it began with, and labels mean the classes that they meant."""
+import json
 import os
 import pathlib
 import shutil
@@ -14,8 +15,9 @@ from resume_tools import break_off
 from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.data.fingerprint import compare_classes, fingerprint
 from cpool_vision.engine.data.multi_label import Classes
+from cpool_vision.engine.model import create_eval_model
 from cpool_vision.engine.validate.run import validate
-from cpool_vision.errors import ConfigError, DatasetError
+from cpool_vision.errors import ConfigError, DatasetError, UnknownModelError
 
 VALIDATE = ['--model', 'test_resnet', '--num-classes', '3', '--img-size', '32', '-j', '0', '--device', 'cpu', '-b', '8']
 
@@ -123,6 +125,26 @@ def test_a_model_folder_that_names_its_labels_is_measured_on_those(
     os.rename(copied / 'validation' / 'cat', copied / 'validation' / 'pig')
     with pytest.raises(DatasetError, match=r"lacks 'cat', also has 'pig', numbers 'dog' 0, not 1"):
         validate(validate_args(*flags))
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'num_classes': -3}, 'num_classes of its config.json must be a number >= 0, got -3'),
+    ({'label_names': 'abc'}, "must be a list of names, got 'abc'"),
+    ({'label_names': {'0': 'cat'}}, 'must be a list of names, got {'),
+    ({'label_names': ['cat', None, 'owl']}, 'must be a list of names'),
+    ({'label_names': ['cat', 'dog']}, '2 label_names for num_classes 3'),
+])
+def test_classes_of_a_model_folder_that_make_no_sense_are_an_error(
+        tmp_path: pathlib.Path, change: dict[str, Any], message: str) -> None:
+    import timm
+    from timm.models import save_for_hf
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), str(tmp_path))
+    path = tmp_path / 'config.json'
+    content = json.loads(path.read_text())
+    content['pretrained_cfg'].update(change)
+    path.write_text(json.dumps({**content, **change}))
+    with pytest.raises(UnknownModelError, match=message):
+        create_eval_model(f'local-dir:{tmp_path}')
 
 
 SYNSETS = ('n01440764', 'n02123045', 'n07753592')  # tench, tabby, banana: 0, 281, 954
