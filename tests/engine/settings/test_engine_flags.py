@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 from typing import Any
 
 import pytest
@@ -53,12 +54,19 @@ def differences(parser: argparse.ArgumentParser, facts: dict[str, Any]) -> list[
     return wrong + [f'exclusive: {group}' for group in facts['exclusive'] if group not in groups]
 
 
-def wanted(name: str) -> dict[str, Any]:
-    """Facts of timm's script, with our deviations."""
+def table(name: str) -> dict[str, Any]:
+    """Facts of timm's script."""
     facts: dict[str, Any] = copy.deepcopy(FACTS[name])
     for fact in facts['flags']:
         if fact['type'] is None and fact['nargs'] != 0 and fact['kind'] != 'ParseKwargs':
             fact['type'] = 'str'
+    return facts
+
+
+def wanted(name: str) -> dict[str, Any]:
+    """Facts of timm's script, with our deviations."""
+    facts = table(name)
+    for fact in facts['flags']:
         change = DEVIATIONS.get(fact['dest'], {})
         assert all(fact[field] != value for field, value in change.items())
         fact.update(change)
@@ -69,6 +77,16 @@ def wanted(name: str) -> dict[str, Any]:
 def test_flags_equal_timm(name: str) -> None:
     assert len(FACTS[name]['flags']) > 50
     assert differences(PARSERS[name](), wanted(name)) == []
+
+
+@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason='set TIMM_SCRIPTS to a clone of timm')
+@pytest.mark.parametrize('name', PARSERS)
+def test_the_facts_are_those_of_timms_scripts(name: str) -> None:
+    """timm's wheel lacks its scripts: this runs where their folder is named."""
+    script = runpy.run_path(os.path.join(os.environ['TIMM_SCRIPTS'], f'{name}.py'))
+    facts = table(name)
+    assert differences(script['parser'], facts) == [each for each in ['config'] if 'config_parser' in script]
+    assert set(facts_of(script['parser'])) - {fact['dest'] for fact in facts['flags']} == set()
 
 
 @pytest.mark.parametrize('field, value', [
