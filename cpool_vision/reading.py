@@ -1,4 +1,5 @@
 """Reading files that others made: regular files only, bounded in size and depth, and never code."""
+import io
 import json
 import os
 import stat
@@ -25,6 +26,15 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def open_text(path: str | os.PathLike[str], **kwargs: Any) -> io.TextIOWrapper:
+    """`open_regular` for text; arguments as of `io.TextIOWrapper`.
+
+    Raises:
+        OSError: see `open_regular`.
+    """
+    return io.TextIOWrapper(open_regular(path), **kwargs)
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = SETTINGS_BYTES) -> bytes:

@@ -100,6 +100,7 @@ def _pictures(args: argparse.Namespace, num_classes: int) -> tuple[list[Any], li
     from cpool_vision.engine.data.unreadable import UnreadableImageError, sample_name
     from cpool_vision.engine.settings.shared import DataSettings
     from cpool_vision.errors import ConfigError, DatasetError
+    from cpool_vision.reading import reason
 
     pictures: list[Any] = []
     labels = []
@@ -108,7 +109,7 @@ def _pictures(args: argparse.Namespace, num_classes: int) -> tuple[list[Any], li
             try:
                 pictures.append(open_image(path))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise DatasetError(f'image {path!r} cannot be read ({error}): name an image file') from error
+                raise DatasetError(f'image {path!r} cannot be read ({reason(error)}): name an image file') from error
         return pictures, _file_labels(args.images)
     if args.num_images < 1:
         raise ConfigError(f'--num-images must be >= 1, got {args.num_images}')

@@ -1,11 +1,12 @@
 """Augmentation pipelines in YAML or JSON: files and presets, and which albumentations transforms they may name."""
 import difflib
-import json
 import os
 from importlib import resources
 from typing import Any
 
 import yaml
+
+from cpool_vision.reading import read_json, read_yaml, reason
 
 __all__ = [
     'CLASS', 'COMPOSITIONS', 'REFUSED', 'TRANSFORMS', 'AugmentationError', 'find_node', 'list_presets', 'nearest',
@@ -90,15 +91,15 @@ def read_config(source: str) -> Any:
     try:
         if os.path.getsize(source) > _MAX_BYTES:
             raise AugmentationError(f'augmentation file {source!r} is larger than {_MAX_BYTES} bytes: name another one')
-        with open(source, encoding='utf-8') as file:
-            return json.load(file) if ending == '.json' else yaml.safe_load(file)
+        return read_json(source, _MAX_BYTES) if ending == '.json' else read_yaml(source, _MAX_BYTES)
     except OSError as error:
-        raise AugmentationError(f'augmentation file {source!r} cannot be read ({error.strerror}): check the path') \
+        raise AugmentationError(f'augmentation file {source!r} cannot be read ({reason(error)}): check the path') \
             from error
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        where = ' '.join(str(error).split())
-        raise AugmentationError(f'augmentation file {source!r} is not valid {ending[1:].upper()} ({where}): fix it') \
-            from error
+    except AugmentationError:
+        raise
+    except ValueError as error:
+        raise AugmentationError(f'augmentation file {source!r} is not valid {ending[1:].upper()} ({reason(error)}): '
+                                'fix it') from error
 
 
 def find_node(node: Any, where: str) -> tuple[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from timm.utils import natural_key
 
 from cpool_vision.data.folders import PathReader
 from cpool_vision.errors import DatasetError, DatasetNotFoundError
+from cpool_vision.reading import open_text, reason
 
 NAMES = ('labels.csv', 'labels.jsonl', 'metadata.csv', 'metadata.jsonl')
 SEPARATOR = '|'
@@ -109,7 +110,7 @@ def _csv_fields(header: Sequence[str], path: str, image_key: str | None, target_
 
 
 def _read_csv(path: str, image_key: str | None, target_key: str | None) -> LabelTable:
-    with open(path, newline='', encoding='utf-8-sig') as file:  # Excel begins a file with a byte order mark
+    with open_text(path, newline='', encoding='utf-8-sig') as file:  # Excel begins a file with a byte order mark
         reader = csv.reader(file, strict=True)
         header = [name.strip() for name in next(reader, [])]
         image, label, columns = _csv_fields(header, path, image_key, target_key)
@@ -133,7 +134,7 @@ def _read_json_lines(path: str, image_key: str | None, target_key: str | None, m
     image, label = image_key or _IMAGE_FIELD, target_key or _LABEL_FIELD
     columns = parse_target_keys(target_key)
     table = LabelTable(path, columns=None if columns is None else list(columns))
-    with open(path, encoding='utf-8-sig') as file:
+    with open_text(path, encoding='utf-8-sig') as file:
         for line, text in enumerate(file, 1):
             if not text.strip():
                 continue
@@ -199,7 +200,7 @@ def read_label_file(path: str, image_key: str | None = None, target_key: str | N
     except DatasetError:
         raise
     except (OSError, csv.Error, ValueError) as error:
-        raise DatasetError(f'--label-file {path!r} cannot be read ({" ".join(str(error).split())}): check file and '
+        raise DatasetError(f'--label-file {path!r} cannot be read ({reason(error)}): check file and '
                            '--target-key') from error
     if not table.images:
         raise DatasetError(f'{path!r} lists no image: add some')

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from cpool_vision.data.images import open_image
 from cpool_vision.errors import DatasetError
 from cpool_vision.files import write_atomic
-from cpool_vision.reading import one_line
+from cpool_vision.reading import one_line, open_text
 
 _logger = logging.getLogger(__name__)
 UNREADABLE = -100  # label of an image that could not be decoded: the ignore_index of cross-entropy
@@ -140,7 +140,7 @@ class UnreadableLog:
         self.folder = folder
         path = os.path.join(folder, LIST_NAME)
         if folder and os.path.exists(path):
-            with open(path, encoding='utf-8', errors='surrogateescape') as file:
+            with open_text(path, encoding='utf-8', errors='surrogateescape') as file:
                 numbers = [line.split('\t')[0] for line in file]
             self._listed |= {int(number) for number in numbers if number.isdecimal()}
         self._list(set(self.found))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cpool_vision.errors import ConfigError
 from cpool_vision.inspect.canvas import STYLE, new_figure, require_matplotlib
-from cpool_vision.reading import one_line
+from cpool_vision.reading import one_line, reason
 
 from .table import is_spoilt, read_rows
 from .track import SUPPORTS, UPDATES
@@ -55,7 +55,7 @@ def _read(path: str) -> list[dict[str, float | str]]:
         return [{key: value if key == 'layer' else float(value) if value else float('nan')
                  for key, value in row.items()} for row in rows]
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f'{path!r} is not a table of a run ({" ".join(str(error).split())[:200]}): restore it, or '
+        raise ConfigError(f'{path!r} is not a table of a run ({reason(error)}): restore it, or '
                           'leave the run out') from error
 
 

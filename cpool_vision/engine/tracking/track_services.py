@@ -9,6 +9,7 @@ from typing import Any
 from cpool_vision.errors import ConfigError
 from cpool_vision.files import write_text
 from cpool_vision.inspect import SupportStatistics
+from cpool_vision.reading import read_json, reason
 
 from ..checkpoints.checkpoint import to_plain
 from ..settings.train import TrackSettings
@@ -40,10 +41,9 @@ class ServiceRuns:
         self.names: dict[str, str] = {}
         if continuing and os.path.exists(self.path):
             try:
-                with open(self.path, encoding='utf-8') as file:
-                    self.names = {str(key): str(value) for key, value in json.load(file).items()}
+                self.names = {str(key): str(value) for key, value in read_json(self.path).items()}
             except (OSError, ValueError, AttributeError) as error:
-                _logger.warning('%s cannot be read (%s): services begin a new run.', self.path, error)
+                _logger.warning('%s cannot be read (%s): services begin a new run.', self.path, reason(error))
 
     def get(self, service: str) -> str:
         """Name of the run to continue, '' if there is none."""

@@ -11,6 +11,7 @@ from timm.loss import (
 )
 
 from cpool_vision.errors import ConfigError
+from cpool_vision.reading import open_regular, reason
 
 from ..data.dataset import build_dataset
 from ..data.loader_flags import mixes_images
@@ -122,11 +123,10 @@ def resolve_weights(settings: LossSettings, classes: Classes) -> torch.Tensor | 
             return total / (len(counts) * counts.float())
         return compute_class_weights(counts, total, method=value)[1]
     try:
-        with open(value, encoding='utf-8'):
-            pass
+        open_regular(value).close()
         weights: Any = load_class_weights(value)
     except OSError as error:
-        raise ConfigError(f'--class-weights {value!r} cannot be read ({error.strerror}): name a file, or one of '
+        raise ConfigError(f'--class-weights {value!r} cannot be read ({reason(error)}): name a file, or one of '
                           f'{", ".join(_COMPUTED)}') from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f'--class-weights {value!r} holds no weights ({error}): write one number per class') \

@@ -9,6 +9,7 @@ from typing import Any
 from timm.data import ImageNetInfo
 
 from cpool_vision.errors import ConfigError
+from cpool_vision.reading import open_text, reason
 
 from ..data.dataset import IMAGENET, synset_numbers
 from ..settings.validate import SUBSETS
@@ -29,11 +30,11 @@ def read_valid_labels(path: str, num_classes: int) -> list[int]:
         ConfigError: missing file, a line that is not a class of the model, or a class named twice.
     """
     try:
-        with open(path, encoding='utf-8') as file:
+        with open_text(path, encoding='utf-8') as file:
             lines = [line.strip() for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'no UTF-8 text'
-        raise ConfigError(f'--valid-labels {path!r} cannot be read ({reason}): check the path') from error
+        why = reason(error) if isinstance(error, OSError) else 'no UTF-8 text'
+        raise ConfigError(f'--valid-labels {path!r} cannot be read ({why}): check the path') from error
     bad = next((line for line in lines if not line.isdigit() or int(line) >= num_classes), None)
     if bad is not None or not lines:
         raise ConfigError(
@@ -65,7 +66,7 @@ def _subset(index_by_folder: dict[str, int]) -> ClassSubset:
 
 def _read_folders(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding='utf-8') as file:
+        with open_text(path, encoding='utf-8') as file:
             text = file.read()
         if path.lower().endswith('.json'):
             content = json.loads(text)
@@ -138,10 +139,10 @@ def read_real_labels(path: str, filenames: list[str], num_classes: int) -> list[
         ConfigError: unreadable file, a label that is not a class, or an image that it does not cover.
     """
     try:
-        with open(path, encoding='utf-8') as file:
+        with open_text(path, encoding='utf-8') as file:
             content = json.load(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f'--real-labels {path!r} cannot be read ({error}): check the file') from error
+        raise ConfigError(f'--real-labels {path!r} cannot be read ({reason(error)}): check the file') from error
     lists = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(lists, list) or not all(isinstance(labels, list) for labels in lists):
         raise ConfigError(f'--real-labels {path!r} must hold a list of labels for each image')

@@ -11,9 +11,14 @@ from PIL import EpsImagePlugin, Image
 
 from cpool_vision.cli import inspect as inspect_command
 from cpool_vision.cli import validate as validate_command
+from cpool_vision.data.augment_config import AugmentationError, read_config
 from cpool_vision.engine.data import loaders as data
+from cpool_vision.engine.data.label_file import read_label_file
 from cpool_vision.engine.data.multi_label import Classes
 from cpool_vision.engine.data.unreadable import Unreadable, UnreadableLog
+from cpool_vision.engine.settings.train import LossSettings
+from cpool_vision.engine.train.loss import resolve_weights
+from cpool_vision.engine.validate.labels import read_real_labels, read_valid_labels
 
 POSTSCRIPT = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n'
 
@@ -95,6 +100,30 @@ def test_a_checkpoint_that_is_no_file_is_an_error_at_once(
         assert train_command.main([*base_flags, *(flag.format(path) for flag in flags)]) == 2
         error = capsys.readouterr().err
         assert name in error and 'Traceback' not in error
+
+
+@pytest.mark.parametrize('name, read', [
+    ('labels.txt', lambda path: read_valid_labels(path, 3)),
+    ('real.json', lambda path: read_real_labels(path, ['a.png'], 3)),
+    ('labels.csv', read_label_file),
+    ('labels.jsonl', read_label_file),
+    ('weights.txt', lambda path: resolve_weights(LossSettings(class_weights=path), Classes(3))),
+    ('transforms.yaml', read_config),
+    ('transforms.json', read_config),
+])
+def test_a_pipe_in_place_of_settings_is_an_error_at_once(
+        name: str, read: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match='cannot be read .not a regular file'):
+        read(str(tmp_path / name))
+
+
+def test_aliases_that_blow_up_are_no_pipeline(tmp_path: pathlib.Path) -> None:
+    lines = ['a: &a [x, x, x, x, x, x, x, x, x, x]', *(
+        f'{two}: &{two} [{", ".join([f"*{one}"] * 10)}]' for one, two in zip('abcdefgh', 'bcdefghi', strict=True))]
+    (tmp_path / 'a.yaml').write_text('\n'.join(lines))
+    with pytest.raises(AugmentationError, match='is not valid YAML .its aliases stand for more than'):
+        read_config(str(tmp_path / 'a.yaml'))
 
 
 def test_a_name_cannot_forge_a_line(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
