@@ -40,7 +40,8 @@ def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool =
     if not force:
         for name in _MODEL_FILES:
             if os.path.exists(os.path.join(folder, name)):
-                raise FileExistsError(f'{folder!r} holds a model already ({name}): name another folder or force it')
+                raise FileExistsError(
+                    f'{folder!r} already has a model ({name}): choose another folder or pass force=True')
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f'.{os.path.basename(folder)}.', dir=os.path.dirname(folder))
     hook = model.register_state_dict_post_hook(_pack)

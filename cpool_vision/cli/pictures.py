@@ -167,7 +167,7 @@ def load_maps(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     """`context_maps` of what was loaded.
 
     Raises:
-        UnknownModelError: the model holds no context pool.
+        UnknownModelError: the model has no context pool.
     """
     from cpool_vision.errors import UnknownModelError
     from cpool_vision.inspect import context_maps

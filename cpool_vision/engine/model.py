@@ -236,13 +236,13 @@ def place_model(
     """Moves a model to be trained to its device, dtype and layout, and converts its batch norms.
 
     Raises:
-        ConfigError: flags that exclude each other.
+        ConfigError: flags that cannot be combined.
     """
     if settings.split_bn:
         if settings.aug_splits < 2 and not settings.resplit:
             raise ConfigError('--split-bn needs --aug-splits 2 or more, or --resplit: add one of them')
         if settings.sync_bn:
-            raise ConfigError('--split-bn and --sync-bn exclude each other: drop one of them')
+            raise ConfigError('--split-bn and --sync-bn cannot be combined: drop one of them')
         model = convert_splitbn_model(model, max(settings.aug_splits, 2))
     model = model.to(device=runtime.device, dtype=runtime.precision.model_dtype)
     if settings.channels_last:

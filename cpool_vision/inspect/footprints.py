@@ -120,7 +120,7 @@ def gaussian_footprints(
         Footprints by the name of the pool, in order of execution.
 
     Raises:
-        ValueError: the model holds no context pool, or none of a wanted name; a point lies outside the images; or a
+        ValueError: the model has no context pool, or none of a wanted name; a point lies outside the images; or a
             wanted pool reads windows and not whole maps.
     """
     maps = context_maps(model, images)

@@ -62,12 +62,12 @@ def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
         One `ContextMaps` per pool that ran. A pool that ran several times gives its last maps.
 
     Raises:
-        ValueError: The model holds no context pool.
+        ValueError: The model has no context pool.
     """
     pools = context_pools(model)
     if not pools:
         raise ValueError(
-            f'{type(model).__name__} holds no context pool: build a cpool variant with at least one position')
+            f'{type(model).__name__} has no context pool: build a cpool variant with at least one position')
     found: dict[str, ContextMaps] = {}
 
     def record(name: str) -> Any:

@@ -59,12 +59,12 @@ def without_pools(model: nn.Module) -> Iterator[None]:
     `stride`-th pixel. Nothing is left behind, also when the body raises.
 
     Raises:
-        ValueError: the model holds no context pool.
+        ValueError: the model has no context pool.
     """
     pools = [pool for _, pool in mixers(model)]
     if not pools:
         raise ValueError(
-            f'{type(model).__name__} holds no context pool: build a cpool variant with at least one position')
+            f'{type(model).__name__} has no context pool: build a cpool variant with at least one position')
 
     on_tokens = {pool: pool.on_tokens for pool in pools}
 

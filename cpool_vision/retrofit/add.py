@@ -276,7 +276,7 @@ def remove_context_pool(model: Any) -> Any:
         ValueError: The model has no pool from `add_context_pool`.
     """
     if not _detach_pools(model):
-        raise ValueError(f'{type(model).__name__} holds no context pool that add_context_pool put in')
+        raise ValueError(f'{type(model).__name__} has no context pool that add_context_pool put in')
     if hasattr(model, '_base_cfg'):
         cfg, args = model._base_cfg
         model.pretrained_cfg = model.default_cfg = cfg

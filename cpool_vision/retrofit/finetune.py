@@ -52,7 +52,7 @@ def param_groups(
                          'requires_grad_(False) on them')
     pools = pool_parameters(model)
     if not pools:
-        raise ValueError(f'{type(model).__name__} holds no context pool: call add_context_pool first')
+        raise ValueError(f'{type(model).__name__} has no context pool: call add_context_pool first')
     patterns = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
     decays = {'base': weight_decay, 'pool': weight_decay if pool_weight_decay is None else pool_weight_decay}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -112,7 +112,7 @@ def freeze_base(model: Any, train_head: bool = False) -> Any:
     """
     pools = {id(parameter) for parameter in pool_parameters(model).values()}
     if not pools:
-        raise ValueError(f'{type(model).__name__} holds no context pool: call add_context_pool first')
+        raise ValueError(f'{type(model).__name__} has no context pool: call add_context_pool first')
     heads: list[nn.Parameter] = []
     if train_head:
         head = model.get_classifier() if hasattr(model, 'get_classifier') else None

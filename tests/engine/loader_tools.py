@@ -96,7 +96,7 @@ def check_workers_and_positions(build: Build, flags: list[str], workers: int) ->
 
 
 class Shards:
-    """A streamed set whose workers share the images of an order drawn per epoch."""
+    """A streamed dataset whose workers share the images of an order drawn per epoch."""
 
     def __init__(self) -> None:
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()

@@ -194,7 +194,7 @@ def test_command_draws_files_through_a_map_model(tmp_path: pathlib.Path) -> None
     (['resnet_micro_cpool_32', '--dataset', 'cpool/cats'], "unknown dataset 'cpool/cats'"),
     (['resnet_micro_cpool_32', '--layers', 'nowhere'], "no context pool is named 'nowhere'"),
     (['resnet_micro_cpool_32', '--checkpoint', 'missing.pth'], "'missing.pth' does not exist"),
-    (['test_resnet'], 'holds no context pool'),
+    (['test_resnet'], 'has no context pool'),
     (['resnet_micro_cpool'], "unknown model 'resnet_micro_cpool'"),
 ])
 def test_command_reports_bad_input_in_one_line(arguments, message, tmp_path, capsys) -> None:

@@ -81,7 +81,7 @@ def test_bad_layers() -> None:
     model = timm.create_model('resnet_micro_cpool_32')
     with pytest.raises(ValueError, match="no context pool is named 'stem': choose from layer3"):
         gaussian_footprints(model, torch.zeros(1, 3, 32, 32), [(1, 1)], ['stem'])
-    with pytest.raises(ValueError, match='Conv2d holds no context pool'):
+    with pytest.raises(ValueError, match='Conv2d has no context pool'):
         gaussian_footprints(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 8, 8), [(1, 1)])
 
 

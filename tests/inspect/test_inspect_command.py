@@ -138,7 +138,7 @@ def test_report_of_a_run_with_its_model(run_folder: pathlib.Path, tmp_path: path
     (['resnet_micro_cpool_32', '--json', 'OUT.json', '--rf-layer', 'no'], "no layer 'no': name a module"),
     (['resnet_micro_cpool_32', '--json', 'OUT.json', '--rf-probes', '0'], 'probes must be >= 1, got 0'),
     (['resnet_micro_cpool_32', '--footprints', 'OUT.png', '--layers', 'x'], "no context pool is named 'x'"),
-    (['test_resnet', '--depth', 'OUT.png'], 'holds no context pool'),
+    (['test_resnet', '--depth', 'OUT.png'], 'has no context pool'),
 ])
 def test_bad_requests_in_one_line(arguments, message, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

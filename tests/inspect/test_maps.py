@@ -95,7 +95,7 @@ def test_a_failing_model_is_restored():
 
 
 def test_a_model_without_pools_is_refused():
-    with pytest.raises(ValueError, match='ContextPoolResNet holds no context pool: build a cpool variant'):
+    with pytest.raises(ValueError, match='ContextPoolResNet has no context pool: build a cpool variant'):
         context_maps(timm.create_model('resnet_micro_cpool_32', cpool_positions='none'), torch.randn(1, 3, 32, 32))
 
 

@@ -125,7 +125,7 @@ class Flat(nn.Module):
 
 @pytest.mark.parametrize('model, kwargs, message', [
     (box_stack(1), {'probes': 0}, 'probes must be >= 1, got 0'),
-    (box_stack(1), {'pools': False}, 'Sequential holds no context pool'),
+    (box_stack(1), {'pools': False}, 'Sequential has no context pool'),
     (box_stack(1), {'layer': '7'}, "no layer '7': name a module"),
     (box_stack(1), {'layer': 0}, 'Sequential has no forward_intermediates to take layer 0 from'),
     (box_stack(1), {'point': (0, 8)}, r'point \(0, 8\) is not inside an image of 8 x 8'),

@@ -402,7 +402,7 @@ def test_errors_leave_the_model_as_it_was(kwargs, message):
 
 def test_further_errors():
     model, _ = build('resnet')
-    with pytest.raises(ValueError, match='holds no context pool that add_context_pool put in'):
+    with pytest.raises(ValueError, match='has no context pool that add_context_pool put in'):
         remove_context_pool(model)
     add_context_pool(model)
     with pytest.raises(ValueError, match='already has context pools .*remove_context_pool first'):

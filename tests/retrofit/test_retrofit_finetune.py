@@ -129,7 +129,7 @@ def test_a_pooled_normalization_can_be_frozen():
 def test_errors(model):
     bare = timm.create_model('test_resnet')
     for function in (freeze_base, param_groups):
-        with pytest.raises(ValueError, match='ResNet holds no context pool: call add_context_pool first'):
+        with pytest.raises(ValueError, match='ResNet has no context pool: call add_context_pool first'):
             function(bare)
     with pytest.raises(ValueError, match='pool_lr_scale must be > 0, got 0'):
         param_groups(model, pool_lr_scale=0)

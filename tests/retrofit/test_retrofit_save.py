@@ -84,7 +84,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
     save_model(trained(), str(folder))
     (folder / 'notes.txt').write_text('mine')
     before = (folder / 'model.safetensors').read_bytes()
-    with pytest.raises(FileExistsError, match='holds a model already .config.json.: name another folder or force it'):
+    with pytest.raises(FileExistsError, match='already has a model .config.json.: choose another folder or pass force'):
         save_model(trained('test_resnet'), str(folder))
     assert (folder / 'model.safetensors').read_bytes() == before
 

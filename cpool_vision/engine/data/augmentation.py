@@ -149,6 +149,6 @@ def check_same_pipeline(content: Mapping[str, Any], path: str, record: Mapping[s
     else:
         what = _difference(former, record)
     if refuse:
-        raise ConfigError(f'--resume {path!r} was trained with another --aug-config: {what}; use that of the former '
-                          f'run ({RECORD} in its folder), or start another run')
+        raise ConfigError(f'--resume {path!r} was trained with another --aug-config: {what}; use that of the '
+                          f'previous run ({RECORD} in its folder), or start another run')
     _logger.warning('%s was trained with another --aug-config: %s.', path, what)

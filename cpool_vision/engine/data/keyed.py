@@ -76,7 +76,7 @@ class KeyedSamples:
 class DrawnSeeds:
     """A pipeline that is seeded by a number drawn from `random` before each image.
 
-    For streamed sets, whose workers seed `random` but cannot know which image comes.
+    For streamed datasets, whose workers seed `random` but cannot know which image comes.
     """
 
     def __init__(self, pipeline: Augmentation) -> None:

@@ -104,7 +104,7 @@ def _csv_fields(header: Sequence[str], path: str, image_key: str | None, target_
     label = target_key if target_key and columns is None else _LABEL_FIELD if _LABEL_FIELD in others else others[0]
     missing = [name for name in (image, *(columns or (label,))) if name not in header]
     if missing:
-        raise DatasetError(f'{path!r} has no column {missing[0]!r}: name those that there are with --input-key and '
+        raise DatasetError(f'{path!r} has no column {missing[0]!r}: choose from the existing ones with --input-key and '
                            f'--target-key ({", ".join(header[:_SHOWN])}{", ..." if len(header) > _SHOWN else ""})')
     return image, label, None if columns is None else list(columns)
 
@@ -146,7 +146,7 @@ def _read_json_lines(path: str, image_key: str | None, target_key: str | None, m
                 raise table.fault(line, f'expected an object, got {type(row).__name__}: write one object per line')
             missing = next((key for key in (image, *(columns or (label,))) if not has_field(row, key)), None)
             if missing is not None:
-                raise table.fault(line, f'there is no field {missing!r}: name those that there are with --input-key '
+                raise table.fault(line, f'there is no field {missing!r}: choose another with --input-key '
                                         'and --target-key')
             if columns is not None:
                 labels: Any = [name for name in columns if _switched_on(table, line, name, get_field(row, name))]
@@ -190,7 +190,7 @@ def read_label_file(path: str, image_key: str | None = None, target_key: str | N
     if suffix not in ('.csv', '.jsonl'):
         raise DatasetError(f'--label-file {path!r}: the suffix must be .csv or .jsonl')
     if multihot and suffix == '.csv':
-        raise DatasetError(f'--target-format multihot goes with JSON lines, {path!r} has one column for each label or '
+        raise DatasetError(f'--target-format multihot works with JSON lines, {path!r} has one column for each label or '
                            'for all: leave it out')
     try:
         if suffix == '.csv':

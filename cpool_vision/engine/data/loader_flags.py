@@ -59,19 +59,19 @@ def augmentation(settings: AugmentSettings, data_config: InputConfig) -> dict[st
 
 
 def check_train_flags(settings: LoaderSettings, distributed: bool) -> None:
-    """Refuses flags of the training loader that are out of range or exclude each other.
+    """Refuses flags of the training loader that are out of range or cannot be combined.
 
     Raises:
         ConfigError: names the flag.
     """
     if settings.aug_splits == 1 or settings.aug_splits < 0:
-        raise ConfigError(f'--aug-splits must be 0, or 2 and more, got {settings.aug_splits}')
+        raise ConfigError(f'--aug-splits must be 0 or at least 2, got {settings.aug_splits}')
     sizes = settings.train_batch_sizes or [settings.batch_size]
     if mixes_images(settings) and any(size % 2 for size in sizes):
         raise ConfigError(f'mixup and CutMix pair the images of a batch, whose size must be even, got {sizes}: '
                           'change --batch-size or --train-batch-sizes')
     if settings.aug_splits and mixes_images(settings):
-        raise ConfigError('--aug-splits does not go with mixup or CutMix: drop one of them')
+        raise ConfigError('--aug-splits does not work with mixup or CutMix: drop one of them')
     if settings.aug_repeats and not distributed:
         raise ConfigError(f'--aug-repeats {settings.aug_repeats:g} needs several processes: launch with torchrun, or '
                           'leave it out')

@@ -47,14 +47,14 @@ def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: In
 
     Its batches are a function of (seed, epoch, rank, position): iteration begins at the position that `set_position`
     gave, is the same for any number of workers, and neither reads nor moves this process's global generators. Its
-    length is that of a whole epoch. Of streamed sets see `StreamedTrainStream`.
+    length is that of a whole epoch. Of streamed datasets see `StreamedTrainStream`.
 
     Args:
         settings, runtime, data_config, classes: the run.
 
     Raises:
         DatasetError: see `build_dataset`; also a split smaller than one batch.
-        ConfigError: flags that exclude each other.
+        ConfigError: flags that cannot be combined.
     """
     check_train_flags(settings, runtime.distributed)
     pipeline = open_pipeline(settings)
@@ -115,7 +115,7 @@ def _order_of(dataset: Any, settings: LoaderSettings, runtime: Runtime) -> Epoch
     """Order of the images of an indexed set, None for a streamed one."""
     if isinstance(dataset, torch.utils.data.IterableDataset):
         if settings.aug_repeats:
-            raise ConfigError('--aug-repeats needs a set with an index, not a streamed one: leave it out')
+            raise ConfigError('--aug-repeats needs an indexed dataset, not a streamed one: leave it out')
         return None
     order = EpochOrder(len(dataset), settings.seed, runtime.rank, runtime.world_size, settings.aug_repeats)
     smallest = min(settings.train_batch_sizes or [settings.batch_size])
@@ -158,7 +158,7 @@ def build_eval_loader(
         settings, runtime, data_config, classes: the run; each process gets its share.
         split: its name.
         batch_size: images per batch.
-        num_samples: size, for streamed sets.
+        num_samples: size, for streamed datasets.
         **kwargs: more arguments of timm's `create_loader`.
 
     Raises:
@@ -170,7 +170,7 @@ def build_eval_loader(
         dataset = CountingImageDataset(dataset)
     workers = settings.workers
     if runtime.distributed and isinstance(dataset, IterableImageDataset):
-        workers = min(2, workers)  # each worker of a streamed set pads its share
+        workers = min(2, workers)  # each worker of a streamed dataset pads its share
     loader = create_loader(
         dataset,
         batch_size=batch_size,

@@ -45,15 +45,15 @@ def check_task(settings: DataSettings) -> None:
             raise ConfigError(f'{idle[0]} has no effect without --task multi_label: add it, or leave {idle[0]} out')
         return
     for name, reason in (
-            ('kd_model_name', 'distillation compares distributions over classes that exclude each other'),
-            ('jsd_loss', 'it compares distributions over classes that exclude each other'),
+            ('kd_model_name', 'distillation compares distributions over classes that cannot be combined'),
+            ('jsd_loss', 'it compares distributions over classes that cannot be combined'),
             ('real_labels', 'it replaces one label by several; write them into the label file'),
             ('valid_labels', 'labels do not compete'), ('class_subset', 'labels do not compete'),
             ('metrics_avg', 'precision, recall and F1 are reported anyway'),
             ('corruptions', 'its folders are classes')):
         if getattr(settings, name, None):
             raise ConfigError(
-                f'--{name.replace("_", "-")} does not go with --task multi_label ({reason}): drop one of them')
+                f'--{name.replace("_", "-")} does not work with --task multi_label ({reason}): drop one of them')
 
 
 class MultiHot:
@@ -101,7 +101,7 @@ def reader_arguments(settings: DataSettings) -> dict[str, Any]:
                            'name a folder with a label file or one of '
                            f'{", ".join(each + "/NAME" for each in _READERS)}')
     if settings.label_file:
-        raise DatasetError(f'--label-file goes with a folder; the labels of {settings.dataset!r} are in its field '
+        raise DatasetError(f'--label-file works with a folder; the labels of {settings.dataset!r} are in its field '
                            '--target-key: leave it out')
     return {'target_format': settings.target_format}
 

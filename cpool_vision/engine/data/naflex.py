@@ -58,7 +58,7 @@ class NaflexStream(StreamedTrainStream):
         """
         if epoch < 0 or not 0 <= batch <= len(self):
             raise ConfigError(f'there is no batch {batch} in epoch {epoch} of {len(self)} batches: resume with the '
-                              'settings of the former run')
+                              'settings of the previous run')
         self.epoch, self.batch = epoch, batch
 
 
@@ -118,7 +118,7 @@ def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
     """Patch size (height, width) of a model that the loader can feed.
 
     Raises:
-        ConfigError: the model takes images only, or a flag does not go with the loader.
+        ConfigError: the model takes images only, or a flag does not work with the loader.
     """
     get_patch_size = getattr(model, 'get_patch_size', None)
     if get_patch_size is None:
@@ -136,10 +136,10 @@ def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
     for name, reason in idle:
         if getattr(settings, name, None):
             raise ConfigError(
-                f'--{name.replace("_", "-")} does not go with --naflex-loader ({reason}): drop one of them')
+                f'--{name.replace("_", "-")} does not work with --naflex-loader ({reason}): drop one of them')
     if getattr(settings, 'mixup_mode', 'batch') != 'batch':
         raise ConfigError(
-            '--mixup-mode does not go with --naflex-loader, which mixes pairs of equal shape: leave it out')
+            '--mixup-mode does not work with --naflex-loader, which mixes pairs of equal shape: leave it out')
     sizes, probs = settings.naflex_patch_sizes, settings.naflex_patch_size_probs
     if probs and len(probs) != len(sizes or ()):
         raise ConfigError(f'--naflex-patch-size-probs has {len(probs)} values for {len(sizes or ())} '
@@ -165,7 +165,7 @@ def _open(settings: DataSettings, data_config: InputConfig, classes: Classes, sp
           samples: int | None) -> Any:
     dataset = build_dataset(settings, classes, split, training, image_mode(settings, data_config), samples)
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        raise DatasetError('--naflex-loader needs a set with an index, not a streamed one: leave it out')
+        raise DatasetError('--naflex-loader needs an indexed dataset, not a streamed one: leave it out')
     return dataset
 
 
@@ -182,7 +182,7 @@ def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_con
 
     Raises:
         ConfigError: see `check_naflex`.
-        DatasetError: see `dataset.build_dataset`; also a streamed set.
+        DatasetError: see `dataset.build_dataset`; also a streamed dataset.
     """
     patch_size = check_naflex(settings, model)
     dataset = _open(settings, data_config, classes, settings.train_split, True, settings.train_num_samples)
@@ -230,7 +230,7 @@ def build_naflex_eval_loader(settings: DataSettings, runtime: Runtime, data_conf
 
     Raises:
         ConfigError: see `check_naflex`.
-        DatasetError: see `dataset.build_dataset`; also a streamed set.
+        DatasetError: see `dataset.build_dataset`; also a streamed dataset.
     """
     patch_size = check_naflex(settings, model)
     dataset = _open(settings, data_config, classes, split, False, num_samples)

@@ -124,7 +124,7 @@ class BatchKeys(torch.utils.data.Sampler[BatchKey]):
         """
         if epoch < 0 or not 0 <= batch <= len(self):
             raise ConfigError(f'there is no batch {batch} in epoch {epoch}: an epoch of these settings has {len(self)} '
-                              'batches; resume with the batch size and number of processes of the former run')
+                              'batches; resume with the batch size and number of processes of the previous run')
         self.epoch, self.batch = epoch, batch
 
     def _plan(self, epoch: int) -> list[tuple[int | None, int]]:

@@ -128,12 +128,12 @@ class TrainStream(_Stream):
         self.unreadable.add(report.unreadable)
         if failed:
             last = report.unreadable[-1]
-            raise DatasetError(f'no readable image was found to replace {last.path} ({last.reason}): fix the data '
-                               'set, or lower --max-bad-samples to stop earlier')
+            raise DatasetError(f'no readable image was found to replace {last.path} ({last.reason}): fix the '
+                               'dataset, or lower --max-bad-samples to stop earlier')
 
 
 class StreamedTrainStream(_Stream):
-    """Batches of a streamed set (wds, tfds, hfids), which has no index.
+    """Batches of a streamed dataset (wds, tfds, hfids), which has no index.
 
     An epoch is repeated if the reader's order depends on seed and epoch only, by workers that are restarted and
     seeded by (seed, epoch, rank); their number must stay the same. A position within an epoch is reached by loading
@@ -175,8 +175,8 @@ class StreamedTrainStream(_Stream):
         if epoch < 0 or batch < 0:
             raise ConfigError(f'there is no batch {batch} in epoch {epoch}: both count from 0')
         if not self.loader.num_workers and (epoch, batch) != (self._next_epoch, 0):
-            raise ConfigError(f'a streamed set that is read without workers cannot continue at batch {batch} of epoch '
-                              f'{epoch}: start the run with --workers 1 or more')
+            raise ConfigError(f'a streamed dataset that is read without workers cannot continue at batch {batch} of '
+                              f'epoch {epoch}: start the run with --workers 1 or more')
         self.epoch, self.batch = epoch, batch
 
     def _note(self, item: Any) -> None:
@@ -190,7 +190,7 @@ class StreamedTrainStream(_Stream):
         seed = keyed_seeds(WORKERS, self.seed, epoch, [0], [self.rank])[0]
         self.loader.generator = torch.Generator().manual_seed(seed)  # from which the workers' seeds are drawn
         if first:
-            _logger.info('A streamed set cannot be entered in the middle: loading %d batches of epoch %d again.',
+            _logger.info('A streamed dataset cannot be entered in the middle: loading %d batches of epoch %d again.',
                          first, epoch)
         batches, number = iter(self.loader), 0
         while True:
@@ -208,5 +208,5 @@ class StreamedTrainStream(_Stream):
                 yield tuple(item[:2])
             number += 1
         if number < first:
-            raise DatasetError(f'epoch {epoch} of the streamed set ended after {number} batches, before the position '
-                               f'{first} to resume from: use the data, batch size and --workers of the former run')
+            raise DatasetError(f'epoch {epoch} of the streamed dataset ended after {number} batches, before batch '
+                               f'{first} to resume from: use the data, batch size and --workers of the previous run')

@@ -164,7 +164,7 @@ class UnreadableLog:
             return
         self.found.update(new)
         for image in new.values():
-            _logger.warning('Training image %s (number %d) cannot be read (%s): another one takes its place.',
+            _logger.warning('Training image %s (number %d) cannot be read (%s): it is replaced by another one.',
                             one_line(image.path), image.index, image.reason)
         self._list(set(self.found))
         if len(self.found) > self.allowed:

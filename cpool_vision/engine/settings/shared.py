@@ -130,7 +130,7 @@ class DataSettings(BatchSettings, NaflexSettings):
     max_bad_samples: float = flag(0.001,
         'how many unreadable images to tolerate before the run stops: a number, or a fraction of the split if below 1 '
         '(default: 0.001); they are replaced in training and skipped in validation', metavar='N')
-    epoch_repeats: float = flag(0.0, 'passes over a streamed set per epoch', metavar='N')
+    epoch_repeats: float = flag(0.0, 'passes over a streamed dataset per epoch', metavar='N')
     workers: int = flag(4, 'data loading processes per device', '-j', metavar='N')
     pin_mem: bool = flag(False, 'page-locked host memory for faster copies to the GPU')
     no_prefetcher: bool = flag(False, "normalize on the CPU instead of in timm's device-side prefetcher")

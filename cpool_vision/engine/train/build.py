@@ -40,7 +40,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check(settings: TrainSettings, runtime: Runtime) -> None:
-    """Refuses settings that are out of range or exclude each other.
+    """Refuses settings that are out of range or cannot be combined.
 
     Raises:
         ConfigError: names the flag.

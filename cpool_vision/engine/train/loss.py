@@ -30,13 +30,13 @@ def loss_type(settings: LossSettings) -> str:
         ConfigError: flags that contradict each other.
     """
     if settings.jsd_loss and settings.bce_loss:
-        raise ConfigError('--jsd-loss and --bce-loss exclude each other: drop one of them')
+        raise ConfigError('--jsd-loss and --bce-loss cannot be combined: drop one of them')
     former = 'jsd' if settings.jsd_loss else 'bce' if settings.bce_loss else None
     if former and settings.loss_type not in (None, former):
-        raise ConfigError(f'--{former}-loss and --loss-type {settings.loss_type} exclude each other: drop one of them')
+        raise ConfigError(f'--{former}-loss and --loss-type {settings.loss_type} cannot be combined: drop one of them')
     kind = settings.loss_type or former or ('bce' if settings.multi_label else 'ce')
     if settings.multi_label and kind not in MULTI_LABEL_LOSS_TYPES:
-        raise ConfigError(f'--loss-type {kind} is for classes that exclude each other: choose one of '
+        raise ConfigError(f'--loss-type {kind} is for exclusive classes: choose one of '
                           f'{", ".join(MULTI_LABEL_LOSS_TYPES)} for --task multi_label')
     if not settings.multi_label and kind in _ONLY_MULTI_LABEL:
         raise ConfigError(f'--loss-type {kind} is for several labels per image: add --task multi_label, or choose '
@@ -95,7 +95,7 @@ def resolve_positive_weight(settings: LossSettings, classes: Classes) -> torch.T
         raise ConfigError(f'--class-weights {_RATIO} weighs positive targets: add --task multi_label, or choose '
                           f'{" or ".join(_COMPUTED)}')
     if settings.bce_pos_weight is not None:
-        raise ConfigError(f'--class-weights {_RATIO} and --bce-pos-weight exclude each other: drop one of them')
+        raise ConfigError(f'--class-weights {_RATIO} and --bce-pos-weight cannot be combined: drop one of them')
     counts, total = _counts_of_every_class(settings, classes)
     always = counts.eq(total).nonzero().flatten().tolist()
     if always:
@@ -145,7 +145,7 @@ def build_loss(settings: LossSettings, classes: Classes) -> nn.Module:
     are averaged over the sum of their weights, soft targets over the batch.
 
     Raises:
-        ConfigError: flags that would have no effect, or that exclude each other.
+        ConfigError: flags that would have no effect, or that cannot be combined.
         DatasetError: see `class_counts`.
     """
     kind, several = loss_type(settings), settings.multi_label
@@ -160,7 +160,7 @@ def build_loss(settings: LossSettings, classes: Classes) -> nn.Module:
             raise ConfigError(f'{idle[0]} has no effect without --bce-loss: add it, or leave {idle[0]} out')
     if settings.class_weights and kind not in (('bce', 'asl') if several else ('ce', 'bce')):
         losses = 'bce and asl' if several else 'cross-entropy and --bce-loss'
-        raise ConfigError(f'--class-weights goes with {losses}, not with {kind}: leave it out')
+        raise ConfigError(f'--class-weights works with {losses}, not with {kind}: leave it out')
     mixed = mixes_images(settings)
     if kind in ('twoway', 'zlpr') and (mixed or settings.smoothing):
         raise ConfigError(f'--loss-type {kind} takes labels that are 0 or 1: add --smoothing 0, and leave mixup and '

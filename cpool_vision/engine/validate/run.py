@@ -57,7 +57,7 @@ def _check(settings: ValidateSettings, runtime: Runtime) -> None:
                        ('corruptions', 'dataset'), ('class_subset', 'dataset')):
         if getattr(settings, one) and getattr(settings, other):
             first, second = (f'--{name.replace("_", "-")}' for name in (one, other))
-            raise ConfigError(f'{first} and {second} exclude each other: drop one of them')
+            raise ConfigError(f'{first} and {second} cannot be combined: drop one of them')
     if settings.predictions:
         results.check_writable(settings.predictions, '--predictions')
         if not settings.predictions.endswith('.npz'):
@@ -113,8 +113,8 @@ def _open_loader(subject: Subject, settings: ValidateSettings) -> Any:
     if not settings.multi_label:
         check_classes(subject.numbers, dataset, settings, f'the data in {settings.data_dir!r}', 'those of the model')
     if runtime.distributed and isinstance(loader.dataset, torch.utils.data.IterableDataset):
-        raise ConfigError('a streamed set cannot be shared between processes without counting images twice: run one '
-                          'process')
+        raise ConfigError('a streamed dataset cannot be shared between processes without counting images twice: run '
+                          'one process')
     if subset is not None:
         found = {label for _, label in loader.dataset.reader.samples}
         _logger.info('--class-subset: %d images of %d of its %d classes; other folders are left out.',

@@ -1,4 +1,4 @@
-"""Workers of the training loader over epochs and under signals, and streamed sets."""
+"""Workers of the training loader over epochs and under signals, and streamed datasets."""
 import logging
 import multiprocessing
 import os
@@ -183,7 +183,7 @@ def test_streamed_sets_are_entered_by_loading_again(
         torch.manual_seed(epoch)
         assert same(two.take(epoch, batch), whole[epoch][batch:])
     assert 'loading 2 batches of epoch 1 again' in caplog.text
-    with pytest.raises(DatasetError, match='ended after 6 batches, before the position 7'):
+    with pytest.raises(DatasetError, match='ended after 6 batches, before batch 7'):
         two.take(0, 7)
     with pytest.raises(ConfigError, match='no batch -1'):
         data.set_position(two.loader, 0, -1)

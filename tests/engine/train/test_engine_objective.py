@@ -196,7 +196,7 @@ def test_computed_weights_follow_the_training_split(train_args: Args, image_root
     (['--class-weights', 'FILE', '--loss-type', 'poly'], 'not with poly'),
     (['--class-weights', 'WORDS'], 'no weights'),
     (['--class-weights', 'balanced', '--num-classes', '5'], 'class 3 has no image'),
-    (['--loss-type', 'ce', '--bce-loss'], 'exclude each other'),
+    (['--loss-type', 'ce', '--bce-loss'], 'cannot be combined'),
     (['--loss-type', 'jsd'], '--aug-splits'),
     (['--loss-type', 'asl', '--mixup', '0.1'], 'Mixup'),
     (['--bce-sum', '--loss-type', 'poly'], '--bce-loss'),

@@ -257,7 +257,7 @@ def test_several_processes_refuse_what_cannot_be_exact(validate_args: Callable[.
     with pytest.raises(ConfigError, match='--num-gpu 2 splits batches within one process'):
         validate_run.validate(dataclasses.replace(args, num_gpu=2), two)
     monkeypatch.setattr(validate_run, 'build_eval_loader', lambda *_, **__: Streamed())
-    with pytest.raises(ConfigError, match='a streamed set cannot be shared between processes'):
+    with pytest.raises(ConfigError, match='a streamed dataset cannot be shared between processes'):
         validate_run.validate(args, two)
 
 
