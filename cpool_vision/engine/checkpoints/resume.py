@@ -106,7 +106,7 @@ class Found:
 
 
 def find_newest(folder: str, team: Team = Team()) -> Found:
-    """The newest checkpoint of a run folder that is whole; nothing if the folder has none at all.
+    """The newest intact checkpoint of a run folder; empty if the folder has no checkpoints.
 
     Damaged ones are named in the log and skipped. Every process of the team must call it.
 

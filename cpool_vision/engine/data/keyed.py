@@ -1,4 +1,4 @@
-"""Randomness of samples and batches, keyed by what they are instead of by what was drawn before."""
+"""Random numbers of samples and batches that depend on their key, not on earlier draws."""
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

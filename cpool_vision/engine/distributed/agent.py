@@ -1,4 +1,4 @@
-"""Training processes whose torchrun was killed: they stop, instead of training on where nobody looks after them."""
+"""Stops training processes whose torchrun was killed, so that they do not continue unattended."""
 import os
 import signal
 import threading

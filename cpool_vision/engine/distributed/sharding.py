@@ -1,4 +1,4 @@
-"""`--fsdp`: parameters, gradients, average and optimizer state divided among the processes (FSDP2).
+"""`--fsdp`: parameters, gradients, averaged weights and optimizer state sharded across the processes (FSDP2).
 
 Checkpoints stay what they are without: whole tensors, gathered one by one and written by the first process. Any number
 of processes, with or without `--fsdp`, loads them.

@@ -1,4 +1,4 @@
-"""What all processes must know alike before an update: is it sound, and shall the run stop after it."""
+"""What all processes must agree on before an update: whether it is finite, and whether the run stops after it."""
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""One owner for a run folder: the file run.lock names host, process and start, and goes when the run ends."""
+"""One owner per run folder: the file run.lock names host, process and start, and is removed when the run ends."""
 import json
 import logging
 import os

@@ -136,7 +136,7 @@ def _build_loaders(settings: LossSettings, runtime: Runtime, data_config: InputC
 
 
 def _restore(run: Run, state: TrainState, found: Found, pipeline: dict[str, Any] | None) -> nn.Module:
-    """Puts the run where its checkpoint stands, compiles and distributes it; returns the model to validate."""
+    """Restores the run from its checkpoint, compiles and distributes it; returns the model to validate."""
     settings, content, start = run.settings, found.content, Position()
     if content is not None:
         next_epoch = state.load_checkpoint(content, found.path, weights_only=settings.no_resume_opt)

@@ -116,7 +116,7 @@ def _step(run: Run, group: list[tuple[torch.Tensor, int]]) -> None:
 
 
 def _leave_out(run: Run, buffers: '_Buffers') -> None:
-    """An update that is not sound leaves no trace."""
+    """Drops an update that is not finite, without a trace."""
     buffers.restore()
     if run.loss_scaler.is_enabled():
         run.loss_scaler.update()  # ends the unscaled state
@@ -132,11 +132,11 @@ def _move(run: Run, batch: int, sound: bool) -> None:
 
 
 def _rehearse(run: Run, image: torch.Tensor, target: torch.Tensor) -> None:
-    """Lets DDP arrange its buckets before the first update of a launch; does nothing later.
+    """Makes DDP rebuild its buckets before the first update of a launch; does nothing later.
 
-    DDP reorders the gradients in its buckets after the first backward pass. With three processes or more the order
-    decides in which order the addends of a gradient are summed, so that the first update after a resume would differ
-    in the last bits from the same update amid a run. One pass on the first batch, without effect, takes that ahead.
+    DDP reorders the gradients in its buckets after the first backward pass. With three or more processes, this changes
+    the order in which gradients are summed, so the first update after a resume would differ in its last bits from the
+    same update in an uninterrupted run. One pass on the first batch, without other effects, avoids this.
     """
     if run.rehearsed or run.runtime.world_size < 3:
         return
@@ -183,7 +183,7 @@ def _judge(run: Run, group: list[tuple[torch.Tensor, int]], step: int) -> tuple[
 
 
 class _Buffers:
-    """Statistics of batch norm and the like, which a skipped update must not leave traces in."""
+    """Buffers, such as batch norm statistics, that a skipped update must not change."""
 
     def __init__(self, module: torch.nn.Module, active: bool) -> None:
         self.buffers = list(module.buffers()) if active else []

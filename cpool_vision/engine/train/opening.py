@@ -1,4 +1,4 @@
-"""What a run says before its first epoch: input, optimizer, schedule, and what differs from the run it continues."""
+"""What a run logs before its first epoch: input, optimizer, schedule, and differences to the run that it continues."""
 import logging
 from collections.abc import Mapping
 from typing import Any

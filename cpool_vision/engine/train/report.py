@@ -1,4 +1,4 @@
-"""What an epoch reports while it runs: loss, rate, speed and the time left."""
+"""Reports of a running epoch: loss, learning rate, speed and the time left."""
 import logging
 import os
 import time
@@ -19,7 +19,7 @@ def current_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 class Reporter:
-    """Times the batches of an epoch and tells how it goes.
+    """Times the batches of an epoch and logs its progress.
 
     Args:
         run: the run, at the position where the epoch begins or continues.
@@ -54,11 +54,11 @@ class Reporter:
         self.shown.advance()
 
     def images_per_sec(self) -> float:
-        """Images of all processes per second since the epoch began or went on."""
+        """Images of all processes per second since the epoch started or resumed."""
         return self._images / max(time.perf_counter() - self._started, 1e-9)
 
     def report(self, image: torch.Tensor, step: int, last: bool) -> None:
-        """Tells how the epoch goes, if that is due; every process must call it.
+        """Logs the progress of the epoch if it is due; every process must call it.
 
         Args:
             image: the last batch, for `--save-images`.

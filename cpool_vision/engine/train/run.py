@@ -1,4 +1,4 @@
-"""A training run: the parts that its epochs work with, and where it stands."""
+"""A training run: the components that its epochs use, and its progress."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ def count_updates(batches: int, accum_steps: int) -> int:
 
 @dataclass
 class Run:
-    """The parts that an epoch works with.
+    """The components that an epoch uses.
 
     Attributes:
         settings: what was asked for.

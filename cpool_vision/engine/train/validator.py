@@ -76,7 +76,7 @@ class Validator:
         return result, []
 
     def refuse_unreadable(self, result: Evaluation) -> None:
-        """Refuses a split of which more images are unreadable than `--max-bad-samples` allows.
+        """Refuses a split with more unreadable images than `--max-bad-samples` allows.
 
         Raises:
             DatasetError: see `unreadable.refuse_unreadable`.

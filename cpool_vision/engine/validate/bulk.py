@@ -101,8 +101,7 @@ def validate_with_retry(settings: ValidateSettings, runtime: Runtime) -> dict[st
 
 def validate_many(settings: ValidateSettings, jobs: Sequence[tuple[str, str]], runtime: Runtime, kind: str,
                   ) -> list[dict[str, Any]]:
-    """Measures models one after the other, best first in the answer; those that fail are logged and left out.
-
+    """Measures models one after the other and returns the best first; models that fail are logged and skipped.
     After every model the results file, if asked for, holds what is known so far.
     """
     results: list[dict[str, Any]] = []

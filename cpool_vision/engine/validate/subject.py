@@ -68,7 +68,7 @@ def _generate_code(model: nn.Module, settings: ValidateSettings) -> Any:
 
 
 def _warn_of_mismatch(settings: ValidateSettings, content: dict[str, Any], data_config: InputConfig) -> None:
-    """Says where the measurement departs silently from what the checkpoint holds or was trained with."""
+    """Warns if the measurement differs from what the checkpoint contains or was trained with."""
     averaged = any(content.get(key) is not None for key in ('state_dict_ema', 'model_ema'))
     if settings.use_ema and content and not averaged:
         _logger.warning('--use-ema: %s has no averaged weights; its plain weights are measured.', settings.checkpoint)
