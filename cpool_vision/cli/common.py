@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cpool_vision.engine.distributed.signals import StopRequested
-from cpool_vision.engine.tracking.progress import setup_logging
+from cpool_vision.engine.tracking.progress_bar import setup_logging
 from cpool_vision.errors import UserError
 
 

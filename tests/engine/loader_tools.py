@@ -46,8 +46,8 @@ class Prepared:
         self.loader, self.mixup_fn = loader, mixup_fn
 
     def take(self, epoch: int, batch: int = 0, stop: int | None = None) -> list[Batch]:
-        """Batches from a position on."""
-        data.set_position(self.loader, epoch, batch)
+        """Batches from a given batch on."""
+        data.start_at(self.loader, epoch, batch)
         taken = []
         for image, target in self.loader:
             if self.mixup_fn is not None:

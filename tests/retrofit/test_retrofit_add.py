@@ -370,7 +370,7 @@ def test_blocks_that_return_the_map_second():
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(positions='middle'), "unknown position 'middle': choose from stage, post_block, pre_attn"),
+    (dict(positions='middle'), "unknown position 'middle': choose from post_stage, post_block, pre_attn"),
     (dict(positions=[]), 'positions is empty'),
     (dict(stages=9), 'stages must be among 0 to 4'),
     (dict(stages='a'), "stages must be among 0 to 4 for ResNet, got 'a'"),
@@ -386,7 +386,7 @@ def test_blocks_that_return_the_map_second():
     (dict(support_init=float('nan')), 'support_init must lie between 0 and 1 .*, got nan'),
     (dict(img_size=(1, 2, 3)), 'img_size must be'),
     (dict(in_chans=5), 'does not run on a batch of images'),
-    (dict(positions='pre_attn'), "no place 'pre_attn': choose from stage, post_block"),
+    (dict(positions='pre_attn'), "no place 'pre_attn': choose from post_stage, post_block"),
 ])
 def test_errors_leave_the_model_as_it_was(kwargs, message):
     model, x = build('resnet')

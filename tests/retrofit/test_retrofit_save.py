@@ -105,7 +105,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
 
 
 def test_models_that_cannot_be_saved(tmp_path):
-    with pytest.raises(ValueError, match='no model of timm with pools of add_context_pool'):
+    with pytest.raises(ValueError, match='is not a model of timm with pools of add_context_pool'):
         save_model(timm.create_model('test_resnet'), str(tmp_path / 'model'))
     assert files(tmp_path) == []
 
@@ -170,7 +170,7 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize('arguments, message', [
     (['resnet99'], "unknown model 'resnet99': close matches"),
-    (['test_resnet', '--positions', 'pre_attn'], "test_resnet: ResNet has no place 'pre_attn': choose from stage"),
+    (['test_resnet', '--positions', 'pre_attn'], "test_resnet: ResNet has no place 'pre_attn': choose from post_stage"),
     (['test_resnet', '--checkpoint', 'absent.pth'], "--checkpoint 'absent.pth' does not exist"),
     (['test_resnet', '--ratio', '-1'], 'ratio must be > 0'),
     (['test_resnet', '--support-init', '1.5'], 'test_resnet: support_init must lie between 0 and 1'),

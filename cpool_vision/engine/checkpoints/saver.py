@@ -16,7 +16,7 @@ from cpool_vision.files import keep_former, link_atomic
 
 from ..distributed.sharding import divide_like, divide_optimizer_state, gather_whole
 from .checkpoint import describe_misfit, pick_weights, to_plain
-from .position import Position
+from .progress import Progress
 from .resume import EXTENSION, MILESTONE, PREVIOUS, RECOVERY, list_candidates, serial_of
 from .seal import read_seal, save_sealed
 
@@ -32,9 +32,9 @@ class TrainState:
         task: the model and its average.
         optimizer: its optimizer.
         loss_scaler: scaler of float16 training, inert otherwise.
-        scheduler: timm scheduler, or None. Its position follows from the epoch; only `plateau` has a memory.
+        scheduler: timm scheduler, or None. Its progress follows from the epoch; only `plateau` has a memory.
         args: the settings, stored as a plain dictionary.
-        extra: more entries of the checkpoint, such as the position inside an epoch.
+        extra: more entries of the checkpoint, such as the progress inside an epoch.
     """
 
     task: TrainingTask
@@ -218,7 +218,7 @@ class CheckpointSaver:
         self._prune()
         return self.best_metric, self.best_epoch
 
-    def save_recovery(self, state: TrainState, position: Position) -> str:
+    def save_recovery(self, state: TrainState, progress: Progress) -> str:
         """Saves the state between two updates and removes older such files.
 
         Returns:
@@ -227,8 +227,8 @@ class CheckpointSaver:
         Raises:
             OutputError: the file cannot be written; the former checkpoints are intact.
         """
-        path = self.path(f'{RECOVERY}{position.epoch}-{position.batch}')
-        content = {**state.to_checkpoint(position.epoch - 1), 'saver': self._history(self.files)}
+        path = self.path(f'{RECOVERY}{progress.epoch}-{progress.batch}')
+        content = {**state.to_checkpoint(progress.epoch - 1), 'saver': self._history(self.files)}
         save_sealed(path, content, self._next_serial())
         self._prune()
         return path

@@ -56,7 +56,7 @@ class Report:
     """What travels with a batch from its worker.
 
     Attributes:
-        epoch, batch: position of the batch.
+        epoch, batch: the batch.
         unreadable: images that were replaced.
     """
 

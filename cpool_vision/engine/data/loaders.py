@@ -25,7 +25,7 @@ from .worker import WorkerSignals
 
 __all__ = [
     'UNREADABLE', 'base_dataset', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'close_workers',
-    'image_mode', 'list_unreadable', 'mixing', 'set_position', 'share_unreadable', 'unreadable_report',
+    'image_mode', 'list_unreadable', 'mixing', 'start_at', 'share_unreadable', 'unreadable_report',
 ]
 
 
@@ -45,7 +45,7 @@ def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: In
                        ) -> tuple[Loader, Mixup | None]:
     """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
 
-    Its batches are a function of (seed, epoch, rank, position): iteration begins at the position that `set_position`
+    Its batches are a function of (seed, epoch, rank, batch): iteration begins at the batch that `start_at`
     gave, is the same for any number of workers, and neither reads nor moves this process's global generators. Its
     length is that of a whole epoch. Of streamed datasets see `StreamedTrainStream`.
 
@@ -200,13 +200,13 @@ def base_dataset(loader: Loader) -> Any:
         dataset = inner
 
 
-def set_position(loader: Loader, epoch: int, batch: int = 0) -> None:
+def start_at(loader: Loader, epoch: int, batch: int = 0) -> None:
     """Makes the next iteration of a training loader begin at a batch of an epoch, both counted from 0.
 
     Raises:
-        ConfigError: no such position.
+        ConfigError: no such batch.
     """
-    _stream(loader).set_position(epoch, batch)
+    _stream(loader).start_at(epoch, batch)
 
 
 def close_workers(loader: Loader) -> None:

@@ -50,11 +50,11 @@ class NaflexStream(StreamedTrainStream):
     def _note(self, item: Any) -> None:
         self.unreadable.add(item[2])
 
-    def set_position(self, epoch: int, batch: int = 0) -> None:
+    def start_at(self, epoch: int, batch: int = 0) -> None:
         """Where the next iteration begins.
 
         Raises:
-            ConfigError: no such position.
+            ConfigError: no such batch.
         """
         if epoch < 0 or not 0 <= batch <= len(self):
             raise ConfigError(f'there is no batch {batch} in epoch {epoch} of {len(self)} batches: resume with the '
@@ -105,7 +105,7 @@ class ReportingCollate:
 
 
 class KeyedPatchErasing:
-    """Random erasing of patches, drawn from the position of the batch; see `KeyedErasing` for the arguments."""
+    """Random erasing of patches, drawn from (epoch, batch); see `KeyedErasing` for the arguments."""
 
     def __init__(self, erasing: Any, *keys: Any) -> None:
         self.erasing, self.keys = erasing, keys

@@ -1,4 +1,4 @@
-"""Order of the training images: batches as a pure function of (seed, epoch, process, position)."""
+"""Order of the training images: batches as a pure function of (seed, epoch, process, batch)."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ class BatchKey:
     """What a worker must know to make a batch.
 
     Attributes:
-        epoch, batch: position, both from 0.
+        epoch, batch: the batch, both from 0.
         indices: images.
         repeats: which copy of the image in this epoch each of them is, from 0.
         choice: number of the image size, None where there is only one.
@@ -95,7 +95,7 @@ class EpochOrder:
 
 
 class BatchKeys(torch.utils.data.Sampler[BatchKey]):
-    """Batch sampler that yields the keys of an epoch's batches from a given position on; the last, partial one is left.
+    """Batch sampler that yields the keys of an epoch's batches from a given batch on; the last, partial one is left.
 
     Args:
         order: the images.
@@ -116,11 +116,11 @@ class BatchKeys(torch.utils.data.Sampler[BatchKey]):
         """Mean images per batch."""
         return float(self.batch_size if self.schedule is None else self.schedule.average_batch_size)
 
-    def set_position(self, epoch: int, batch: int = 0) -> None:
+    def start_at(self, epoch: int, batch: int = 0) -> None:
         """Where the next iteration begins.
 
         Raises:
-            ConfigError: no such position.
+            ConfigError: no such batch.
         """
         if epoch < 0 or not 0 <= batch <= len(self):
             raise ConfigError(f'there is no batch {batch} in epoch {epoch}: an epoch of these settings has {len(self)} '

@@ -1,4 +1,4 @@
-"""The training loader: yields (image, target) from a given position on."""
+"""The training loader: yields (image, target) from a given batch on."""
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -52,7 +52,7 @@ class _Stream:
 class TrainStream(_Stream):
     """Batches of an indexed set from (epoch, batch) on, the same for any number of workers.
 
-    Iterating does not move the position: only `set_position` does. Global generators of the process are left as found.
+    Iterating does not move the start: only `start_at` does. Global generators of the process are left as found.
 
     Args:
         loader: `DataLoader` with `BatchKeys`, a `KeyedDataset` and `KeyedCollate`.
@@ -78,16 +78,16 @@ class TrainStream(_Stream):
 
     @property
     def sampler(self) -> list[int]:
-        """Images of the epoch at the position, of this process, in order; also those that no full batch is left for."""
+        """Images of the current epoch, of this process, in order; also those that no full batch is left for."""
         return self.batch_sampler.order.draw(self.batch_sampler.epoch)[0].tolist()
 
-    def set_position(self, epoch: int, batch: int = 0) -> None:
+    def start_at(self, epoch: int, batch: int = 0) -> None:
         """Where the next iteration begins.
 
         Raises:
-            ConfigError: no such position.
+            ConfigError: no such batch.
         """
-        self.batch_sampler.set_position(epoch, batch)
+        self.batch_sampler.start_at(epoch, batch)
 
     def close(self) -> None:
         """Ends the workers; left to the garbage collector after an exception, they would take many seconds."""
@@ -104,9 +104,9 @@ class TrainStream(_Stream):
     def _load_next_epoch(self) -> None:
         keys = self.batch_sampler
         here = keys.epoch, keys.batch
-        keys.set_position(keys.epoch + 1)
+        keys.start_at(keys.epoch + 1)
         self._ahead = (keys.epoch, keys.batch), iter(self.loader)
-        keys.set_position(*here)
+        keys.start_at(*here)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # without workers the samples are made here, and seed the global generators
@@ -136,7 +136,7 @@ class StreamedTrainStream(_Stream):
     """Batches of a streamed dataset (wds, tfds, hfids), which has no index.
 
     An epoch is repeated if the reader's order depends on seed and epoch only, by workers that are restarted and
-    seeded by (seed, epoch, rank); their number must stay the same. A position within an epoch is reached by loading
+    seeded by (seed, epoch, rank); their number must stay the same. A batch within an epoch is reached by loading
     what comes before it. Without workers the reader lives on in this process and can only go from epoch to epoch.
 
     Args:
@@ -166,11 +166,11 @@ class StreamedTrainStream(_Stream):
         """torch's placeholder."""
         return self.loader.sampler
 
-    def set_position(self, epoch: int, batch: int = 0) -> None:
+    def start_at(self, epoch: int, batch: int = 0) -> None:
         """Where the next iteration begins.
 
         Raises:
-            ConfigError: no such position.
+            ConfigError: no such batch.
         """
         if epoch < 0 or batch < 0:
             raise ConfigError(f'there is no batch {batch} in epoch {epoch}: both count from 0')

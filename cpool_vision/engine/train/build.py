@@ -10,7 +10,7 @@ from timm.models import safe_model_name
 import cpool_vision  # noqa: F401 - registers the variants
 from cpool_vision.errors import ConfigError
 
-from ..checkpoints.position import Position, read_position
+from ..checkpoints.progress import Progress, read_progress
 from ..checkpoints.resume import Found, Team, check_agreement, open_resume, set_aside
 from ..checkpoints.saver import CheckpointSaver, TrainState
 from ..data import loaders, naflex
@@ -57,7 +57,7 @@ def check(settings: TrainSettings, runtime: Runtime) -> None:
 
 
 def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: StopSignals | None = None) -> Run:
-    """Everything that a run needs, at the position where it begins or continues; every process must call it.
+    """Builds everything that a run needs, and restores a checkpoint if it resumes; every process must call it.
 
     Args:
         settings: as `config.read_train` gives them.
@@ -137,10 +137,10 @@ def _build_loaders(settings: LossSettings, runtime: Runtime, data_config: InputC
 
 def _restore(run: Run, state: TrainState, found: Found, pipeline: dict[str, Any] | None) -> nn.Module:
     """Restores the run from its checkpoint, compiles and distributes it; returns the model to validate."""
-    settings, content, start = run.settings, found.content, Position()
+    settings, content, start = run.settings, found.content, Progress()
     if content is not None:
         next_epoch = state.load_checkpoint(content, found.path, weights_only=settings.no_resume_opt)
-        start = read_position(content, found.path) or Position(next_epoch)
+        start = read_progress(content, found.path) or Progress(next_epoch)
         check_same_pipeline(content, found.path, pipeline, refuse=settings.resume == 'auto' or bool(start.batch))
         check_same_data(content, found.path, run.data, bool(start.batch))
         if start.batch:
@@ -159,11 +159,11 @@ def _restore(run: Run, state: TrainState, found: Found, pipeline: dict[str, Any]
     if content is not None and 'processes' in content:
         load_process_state(run, content['processes'], found.path)  # after DDP, which copies those of the first process
     if settings.start_epoch is not None:
-        start = Position(settings.start_epoch)
+        start = Progress(settings.start_epoch)
     if start.epoch >= run.end:
         _logger.warning('Nothing to train: epoch %d of %d comes next; raise --%s.', start.epoch, run.end,
                         'epochs' if run.end == run.epochs else 'stop-epoch')
-    run.position = start
+    run.progress = start
     _place_schedule(run, restored=content is not None and not settings.no_resume_opt)
     return eval_model
 
@@ -182,20 +182,20 @@ def _compile_and_distribute(settings: TrainSettings, runtime: Runtime, task: Any
 
 
 def _place_schedule(run: Run, restored: bool) -> None:
-    """Sets the learning rate of the position; that of `plateau` depends on the past and came with the optimizer."""
+    """Sets the learning rate; that of `plateau` depends on the past and came with the optimizer."""
     if run.scheduler is None or restored and hasattr(run.scheduler, 'lr_scheduler'):
         return
-    updates = run.updates_before(run.position)
+    updates = run.updates_before(run.progress)
     if run.settings.sched_on_updates and updates:
         run.scheduler.step_update(updates)
-    elif not run.settings.sched_on_updates and run.position.epoch:
-        run.scheduler.step(run.position.epoch)
+    elif not run.settings.sched_on_updates and run.progress.epoch:
+        run.scheduler.step(run.progress.epoch)
 
 
 def _open_folder(run: Run, state: TrainState, found: Found, folder: str, continuing: bool,
                  pipeline: dict[str, Any] | None) -> None:
     """Opens the run folder on the first process, and hooks up what is written there."""
-    settings, start = run.settings, run.position
+    settings, start = run.settings, run.progress
     if run.runtime.primary:
         run.folder = folder
         run.record = RunFolder(run.folder, settings_text(settings), start.epoch if continuing else None)

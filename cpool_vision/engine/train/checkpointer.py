@@ -8,7 +8,7 @@ import torch.distributed
 
 from cpool_vision.errors import CheckpointError, OutputError
 
-from ..checkpoints.position import BatchFacts, Position
+from ..checkpoints.progress import BatchFacts, Progress
 from ..checkpoints.resume import list_candidates
 from ..checkpoints.saver import CheckpointSaver, TrainState
 from ..data import fingerprint
@@ -81,10 +81,10 @@ class Checkpointer:
     def __init__(self, run: Run, state: TrainState, saver: CheckpointSaver | None, interval: int) -> None:
         self.run, self.state, self.saver, self.interval = run, state, saver, interval
 
-    def _save(self, position: Position, write: Callable[[CheckpointSaver], Any]) -> None:
+    def _save(self, progress: Progress, write: Callable[[CheckpointSaver], Any]) -> None:
         run = self.run
         self.state.extra = extra = {
-            'position': batch_facts(run).describe(position),
+            'position': batch_facts(run).describe(progress),
             'processes': gather_process_state(run),
         }
         if run.data is not None:
@@ -103,8 +103,8 @@ class Checkpointer:
         if failed:
             raise OutputError('the first process cannot write the checkpoint: see its message')
 
-    def _save_recovery(self, position: Position) -> None:
-        self._save(position, lambda saver: saver.save_recovery(self.state, position))
+    def _save_recovery(self, progress: Progress) -> None:
+        self._save(progress, lambda saver: saver.save_recovery(self.state, progress))
 
     def after_update(self, update: int, last: bool, verdict: Verdict) -> None:
         """Saves if it is time, or if the run shall stop.
@@ -119,9 +119,9 @@ class Checkpointer:
             OutputError: the checkpoint cannot be written.
         """
         if verdict.signal or self.interval and (last or update % self.interval == 0):
-            self._save_recovery(self.run.position)
+            self._save_recovery(self.run.progress)
         if verdict.signal:
-            self._stop(verdict.signal, self.run.position)
+            self._stop(verdict.signal, self.run.progress)
 
     def after_epoch(self, metric: float | None, final: bool) -> None:
         """Saves a finished epoch, and stops if a signal came in the meantime.
@@ -133,18 +133,18 @@ class Checkpointer:
         Raises:
             StopRequested, OutputError: see `after_update`.
         """
-        epoch, position = self.run.position.epoch, self.run.position.next_epoch()
+        epoch, progress = self.run.progress.epoch, self.run.progress.next_epoch()
         if metric is not None:
-            self._save(position, lambda saver: saver.save(
+            self._save(progress, lambda saver: saver.save(
                 self.state, epoch, metric, milestone=epoch + 1 in self.run.settings.save_epochs))
         verdict = self.run.vote.take()
         if verdict.signal and not final:
             if metric is None:
-                self._save_recovery(position)
-            self._stop(verdict.signal, position)
+                self._save_recovery(progress)
+            self._stop(verdict.signal, progress)
 
-    def _stop(self, signal: int, position: Position) -> None:
+    def _stop(self, signal: int, progress: Progress) -> None:
         # without its own name the run would get another folder
         where = 'auto' if self.run.settings.experiment or self.saver is None else list_candidates(self.saver.folder)[0]
-        raise StopRequested(signal, f'stopped by a signal and saved before batch {position.batch} of epoch '
-                                    f'{position.epoch}: continue with the same flags and --resume {where}')
+        raise StopRequested(signal, f'stopped by a signal and saved before batch {progress.batch} of epoch '
+                                    f'{progress.epoch}: continue with the same flags and --resume {where}')

@@ -13,7 +13,7 @@ from ..device import Precision, leave_processes, settle_threads, start_runtime
 from ..distributed.agent import AgentWatch
 from ..distributed.signals import StopSignals
 from ..settings.train import TrainSettings
-from ..tracking.progress import silence_logging
+from ..tracking.progress_bar import silence_logging
 from ..tracking.run_lock import RunLock
 from ..validate.evaluate import Evaluation
 from .build import build
@@ -69,7 +69,7 @@ def train(settings: TrainSettings) -> RunResult:
 
 
 def fit(run: Run) -> RunResult:
-    """Trains a run from its position to its last epoch; every process must call it.
+    """Trains a run up to its last epoch; every process must call it.
 
     Returns:
         See `train`.
@@ -78,13 +78,13 @@ def fit(run: Run) -> RunResult:
         UserError: bad data, a loss that is not finite, a checkpoint that cannot be written.
         StopRequested: a signal asked to stop, and the run is saved.
     """
-    _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', run.folder, run.position.epoch,
+    _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', run.folder, run.progress.epoch,
                  run.end - 1, run.updates_per_epoch, _describe(run.runtime.precision))
     rows: list[dict[str, Any]] = []
     with _closing(run.loader), run.trackers:
-        first, batch = run.position.epoch, run.position.batch
+        first, batch = run.progress.epoch, run.progress.batch
         for epoch in range(first, run.end):
-            loaders.set_position(run.loader, epoch, batch if epoch == first else 0)
+            loaders.start_at(run.loader, epoch, batch if epoch == first else 0)
             settle_threads(run.runtime.distributed)
             metrics = train_one_epoch(run, epoch)
             _share_training(run)
@@ -97,7 +97,7 @@ def fit(run: Run) -> RunResult:
                 run.scheduler.step(epoch + 1, latest)
             if run.record is not None:
                 rows.append(run.record.add_epoch(epoch, columns))
-                run.trackers.log_epoch(rows[-1], run.updates_before(run.position), supports)
+                run.trackers.log_epoch(rows[-1], run.updates_before(run.progress), supports)
                 _logger.info('Epoch %d: %s', epoch, '  '.join(f'{key} {value:.5g}' for key, value in columns.items()))
             run.after_epoch(None if latest is None else float(latest), final)
             if result is not None and run.validator is not None:  # once the epoch is saved

@@ -13,7 +13,7 @@ from ..data.naflex import naflex_loss_scale
 from ..device import seed_everything
 from ..distributed.sharding import no_exchange
 from ..distributed.vote import Verdict
-from ..tracking.progress import progress
+from ..tracking.progress_bar import progress_bar
 from .report import Reporter, current_lr
 from .run import Run, count_updates
 
@@ -41,14 +41,14 @@ def _synchronize(device: torch.device) -> None:
 
 
 def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Trains for one epoch, or for what is left of it at `run.position`.
+    """Trains for one epoch, or for the rest of it, from `run.progress` on.
 
     `--grad-accum-steps` N makes ceil(batches / N) updates; each averages the losses of its own group, the last group
     over its real size. Losses stay on the device between updates. Random numbers of a batch, such as those of dropout,
     follow from (seed, rank, epoch, batch).
 
     Args:
-        run: what to train, and with what; `position` moves.
+        run: the run; its `progress` advances.
         epoch: which one, from 0.
 
     Returns:
@@ -61,13 +61,13 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     settings, runtime, optimizer = run.settings, run.runtime, run.optimizer
     task: Any = run.task
     run.enter(epoch)
-    first, batches, accum = run.position.batch, len(run.loader), settings.grad_accum_steps
+    first, batches, accum = run.progress.batch, len(run.loader), settings.grad_accum_steps
     second_order = bool(getattr(optimizer, 'is_second_order', False))
     buffers = _Buffers(task.get_trainable_module(), settings.nonfinite == 'skip')
     group: list[tuple[torch.Tensor, int]] = []
     task.get_trainable_module().train()
     optimizer.zero_grad()
-    with progress(batches, f'Epoch {epoch}', runtime.primary, settings.log_interval, first) as shown:
+    with progress_bar(batches, f'Epoch {epoch}', runtime.primary, settings.log_interval, first) as shown:
         reporter = Reporter(run, shown, epoch)
         for step, (image, target) in enumerate(run.loader if first < batches else (), first):
             last = step == batches - 1
@@ -99,7 +99,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     return {'loss': run.meter.read(runtime.distributed)[0], 'images_per_sec': reporter.images_per_sec(),
-            'skipped': run.position.skipped}
+            'skipped': run.progress.skipped}
 
 
 def _step(run: Run, group: list[tuple[torch.Tensor, int]]) -> None:
@@ -112,7 +112,7 @@ def _step(run: Run, group: list[tuple[torch.Tensor, int]]) -> None:
     run.loss_scaler.update()
     for part in group:
         run.meter.add(*part)
-    task.update_ema(step=run.updates_before(run.position) + 1)
+    task.update_ema(step=run.updates_before(run.progress) + 1)
 
 
 def _leave_out(run: Run, buffers: '_Buffers') -> None:
@@ -126,9 +126,9 @@ def _move(run: Run, batch: int, sound: bool) -> None:
     """Moves the run past an update, also past a skipped one."""
     if run.settings.synchronize_step:
         _synchronize(run.runtime.device)
-    run.position = replace(run.position, batch=batch, skipped=run.position.skipped + (not sound))
+    run.progress = replace(run.progress, batch=batch, skipped=run.progress.skipped + (not sound))
     if run.scheduler is not None:
-        run.scheduler.step_update(num_updates=run.updates_before(run.position))
+        run.scheduler.step_update(num_updates=run.updates_before(run.progress))
 
 
 def _rehearse(run: Run, image: torch.Tensor, target: torch.Tensor) -> None:
@@ -167,11 +167,11 @@ def _judge(run: Run, group: list[tuple[torch.Tensor, int]], step: int) -> tuple[
     overflow = scaler.is_enabled() and not verdict.gradient_finite and scaler.get_scale() > 1
     if verdict.loss_finite and (verdict.gradient_finite or overflow):
         return verdict, True
-    update = count_updates(run.position.batch, settings.grad_accum_steps)
-    where = (f'epoch {run.position.epoch}, update {update} of {run.updates_per_epoch} '
+    update = count_updates(run.progress.batch, settings.grad_accum_steps)
+    where = (f'epoch {run.progress.epoch}, update {update} of {run.updates_per_epoch} '
              f'(batch {step}, lr {current_lr(run.optimizer):.3g})')
     what = 'gradient' if verdict.loss_finite else 'loss'
-    skipped = run.position.skipped_before + run.position.skipped + 1
+    skipped = run.progress.skipped_before + run.progress.skipped + 1
     if settings.nonfinite == 'raise' or skipped > settings.max_skipped:
         limit = '' if settings.nonfinite == 'raise' else \
             f' after {skipped - 1} skipped updates (--max-skipped {settings.max_skipped})'

@@ -6,7 +6,7 @@ import time
 import torch
 import torchvision.utils
 
-from ..tracking.progress import Progress, format_time
+from ..tracking.progress_bar import ProgressBar, format_time
 from .run import Run
 
 _logger = logging.getLogger(__name__)
@@ -22,12 +22,12 @@ class Reporter:
     """Times the batches of an epoch and logs its progress.
 
     Args:
-        run: the run, at the position where the epoch begins or continues.
+        run: the run, before the epoch begins or continues.
         shown: bar or log.
         epoch: which one.
     """
 
-    def __init__(self, run: Run, shown: Progress, epoch: int) -> None:
+    def __init__(self, run: Run, shown: ProgressBar, epoch: int) -> None:
         self.run, self.shown, self.epoch = run, shown, epoch
         self._before = epoch * run.updates_per_epoch
         self._begun = self.updates
@@ -37,7 +37,7 @@ class Reporter:
     @property
     def updates(self) -> int:
         """Updates of this epoch so far."""
-        return self.run.updates_before(self.run.position) - self._before
+        return self.run.updates_before(self.run.progress) - self._before
 
     def wait_for_batch(self) -> None:
         """From now on the run waits for data."""
@@ -69,7 +69,7 @@ class Reporter:
         if not self.shown.due(self.updates - 1, last):
             return
         mean, recent = run.meter.read(run.runtime.distributed)
-        done, rate = run.updates_before(run.position), self._recent_images / max(now - self._reported, 1e-9)
+        done, rate = run.updates_before(run.progress), self._recent_images / max(now - self._reported, 1e-9)
         per_update = (now - self._started) / (self.updates - self._begun)
         left = format_time(per_update * (run.epochs * run.updates_per_epoch - done))
         lr, data_share = current_lr(run.optimizer), 100 * self._waiting / max(now - self._started, 1e-9)

@@ -7,7 +7,7 @@ import torch
 from timm.data import Mixup
 from timm.task import TrainingTask
 
-from ..checkpoints.position import Position
+from ..checkpoints.progress import Progress
 from ..checkpoints.saver import CheckpointSaver
 from ..data.stream import Loader
 from ..device import Runtime
@@ -40,7 +40,7 @@ class Run:
         mixup_fn: mixes a batch where the loader does not.
         mean_batch: mean images per batch, to which `--variable-batch-loss-scale` refers.
         folder: run folder on the first process, '' elsewhere.
-        position: where the run stands.
+        progress: how far the run is.
         on_report: called at each log line with the updates made so far, the epoch, and the figures.
         after_update: called between updates with how many the epoch has had, whether that was the last one, and the
             verdict on it.
@@ -68,7 +68,7 @@ class Run:
     mixup_fn: Mixup | None = None
     mean_batch: float = 1.
     folder: str = ''
-    position: Position = Position()
+    progress: Progress = Progress()
     on_report: Callable[[int, int, dict[str, float]], None] = lambda *_: None
     after_update: Callable[[int, bool, Verdict], None] = lambda *_: None
     after_epoch: Callable[[float | None, bool], None] = lambda *_: None
@@ -99,14 +99,14 @@ class Run:
         """Optimizer updates per epoch: ceil(batches / accumulation)."""
         return count_updates(len(self.loader), self.settings.grad_accum_steps)
 
-    def updates_before(self, position: Position) -> int:
-        """Optimizer updates from the start of the run to a position, skipped ones included."""
-        return position.epoch * self.updates_per_epoch + count_updates(
-            position.batch, self.settings.grad_accum_steps)
+    def updates_before(self, progress: Progress) -> int:
+        """Optimizer updates from the start of the run up to `progress`, including skipped ones."""
+        return progress.epoch * self.updates_per_epoch + count_updates(
+            progress.batch, self.settings.grad_accum_steps)
 
     def enter(self, epoch: int) -> None:
         """Begins an epoch, unless the run stands inside it already."""
-        if self.position.epoch != epoch:
-            self.position = Position(epoch, 0, 0, self.position.skipped_before + self.position.skipped)
-        if not self.position.batch:
+        if self.progress.epoch != epoch:
+            self.progress = Progress(epoch, 0, 0, self.progress.skipped_before + self.progress.skipped)
+        if not self.progress.batch:
             self.meter.clear()

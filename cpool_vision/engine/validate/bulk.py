@@ -15,7 +15,7 @@ from cpool_vision.errors import CheckpointNotFoundError, ConfigError, UserError
 
 from ..device import Runtime, leave_processes, start_runtime
 from ..settings.validate import ValidateSettings
-from ..tracking.progress import silence_logging
+from ..tracking.progress_bar import silence_logging
 from .results import check_writable, results_format, write_results
 from .run import validate
 

@@ -20,7 +20,7 @@ from timm.models import load_state_dict
 from timm.task import ClassificationTask
 
 from cpool_vision.engine.checkpoints import resume, seal
-from cpool_vision.engine.checkpoints.position import Position
+from cpool_vision.engine.checkpoints.progress import Progress
 from cpool_vision.engine.checkpoints.resume import find_newest, list_candidates
 from cpool_vision.engine.checkpoints.saver import CheckpointSaver, TrainState
 from cpool_vision.engine.checkpoints.seal import check_seal, read_seal, save_sealed
@@ -44,7 +44,7 @@ def save_some(folder: str, last: bool = False) -> CheckpointSaver:
     for epoch in range(3):
         for batch in (2, 4):
             state.extra = {'at': [epoch, batch]}
-            keeper.save_recovery(state, Position(epoch, batch))
+            keeper.save_recovery(state, Progress(epoch, batch))
         if epoch < 2 or last:
             state.extra = {'at': [epoch + 1, 0]}
             keeper.save(state, epoch, float(epoch))
@@ -60,7 +60,7 @@ def save_one(folder: str, kind: str) -> None:
     if kind == 'epoch':
         keeper.save(state, 2, 2.)
     else:
-        keeper.save_recovery(state, Position(2, 6))
+        keeper.save_recovery(state, Progress(2, 6))
 
 
 def states_at_every_call(folder: str, copies: Path, save: Callable[[str], None]) -> list[str]:
@@ -295,7 +295,7 @@ def test_the_newest_is_known_by_its_serial_number_not_by_name_or_time(tmp_path: 
     keeper, state = CheckpointSaver(str(tmp_path), max_history=1), make_state()
     keeper.restore(content)
     state.extra = {'at': 'again'}  # an earlier epoch once more
-    path = keeper.save_recovery(state, Position(1, 4))
+    path = keeper.save_recovery(state, Progress(1, 4))
     os.utime(path, (0, 0))
     assert find_newest(str(tmp_path)).path == path
 

@@ -34,7 +34,7 @@ def images_of(prepared: Prepared, epoch: int = 0) -> torch.Tensor:
 
 
 def _numbers(prepared: Prepared, epoch: int) -> list[int]:
-    loaders.set_position(prepared.loader, epoch)
+    loaders.start_at(prepared.loader, epoch)
     return prepared.loader.sampler
 
 

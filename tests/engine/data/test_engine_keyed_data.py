@@ -124,7 +124,7 @@ def test_erasing_on_cuda_is_keyed(place: str) -> None:
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_stream_tells_which_batch_it_gave(build: Build, workers: int) -> None:
     loader = build('--no-prefetcher', workers=workers).loader
-    data.set_position(loader, 3, 2)
+    data.start_at(loader, 3, 2)
     assert [loader.current for _ in loader] == [(3, batch) for batch in range(2, 6)]
 
 

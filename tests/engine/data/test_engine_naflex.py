@@ -42,7 +42,7 @@ def build(image_root: str, train_args: Callable[..., Any]) -> Callable[..., Any]
 
 
 def take(loader: Any, epoch: int = 0, batch: int = 0) -> list[Batch]:
-    loader.loader.set_position(epoch, batch)
+    loader.loader.start_at(epoch, batch)
     return [({key: value.clone() for key, value in patches.items() if isinstance(value, torch.Tensor)}, target.clone())
             for patches, target in loader]
 
@@ -163,7 +163,7 @@ def test_batches_train_a_model(build: Callable[..., Any]) -> None:
     means = []
     for epoch in range(4):
         losses = []
-        for patches, target in (loader.loader.set_position(epoch), loader)[1]:
+        for patches, target in (loader.loader.start_at(epoch), loader)[1]:
             loss = torch.nn.functional.cross_entropy(model(patches), target)
             optimizer.zero_grad()
             loss.backward()

@@ -31,7 +31,7 @@ def images(keys: list[BatchKey]) -> list[int]:
 def batches(size: int, batch_size: int, epoch: int = 0, first: int = 0, schedule: Any = None, **kwargs: Any,
             ) -> list[BatchKey]:
     keys = BatchKeys(EpochOrder(size, kwargs.pop('seed', 5), **kwargs), batch_size, schedule)
-    keys.set_position(epoch, first)
+    keys.start_at(epoch, first)
     return list(keys)
 
 
@@ -118,17 +118,17 @@ def test_a_position_gives_the_tail(first: int) -> None:
 
 def test_iterating_does_not_move_the_position() -> None:
     keys = BatchKeys(EpochOrder(26, 5), 4)
-    keys.set_position(1, 4)
+    keys.start_at(1, 4)
     assert list(keys) == list(keys) and len(list(keys)) == 2 and len(keys) == 6
     begun = iter(keys)
-    keys.set_position(0, 0)
+    keys.start_at(0, 0)
     assert next(begun).epoch == 1
 
 
 @pytest.mark.parametrize('epoch, batch', [(-1, 0), (0, -1), (0, 7)])
 def test_positions_outside_are_refused(epoch: int, batch: int) -> None:
     with pytest.raises(ConfigError, match=f'no batch {batch} in epoch {epoch}: an epoch .* has 6 batches'):
-        BatchKeys(EpochOrder(26, 5), 4).set_position(epoch, batch)
+        BatchKeys(EpochOrder(26, 5), 4).start_at(epoch, batch)
 
 
 @pytest.mark.parametrize('size, world_size, repeats', [
@@ -163,7 +163,7 @@ def test_batches_of_several_sizes(options: dict[str, Any]) -> None:
     keys = BatchKeys(EpochOrder(50, 5), 8, schedule())
     plans = []
     for epoch in (0, 1, 3):
-        keys.set_position(epoch)
+        keys.start_at(epoch)
         whole = list(keys)
         assert len(whole) == len(keys)
         assert all(len(key.indices) == [8, 4, 2][key.choice or 0] for key in whole)

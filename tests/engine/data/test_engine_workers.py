@@ -102,7 +102,7 @@ def test_workers_that_are_not_forked(build: Build) -> None:
 
 def take_under_signal(prepared: Any, kind: str) -> list[Batch]:
     """Takes an epoch; its two workers get a signal from another process after the first batch."""
-    data.set_position(prepared.loader, 0)
+    data.start_at(prepared.loader, 0)
     taken = []
     known = {child.pid for child in multiprocessing.active_children()}
     for image, target in prepared.loader:
@@ -186,7 +186,7 @@ def test_streamed_sets_are_entered_by_loading_again(
     with pytest.raises(DatasetError, match='ended after 6 batches, before batch 7'):
         two.take(0, 7)
     with pytest.raises(ConfigError, match='no batch -1'):
-        data.set_position(two.loader, 0, -1)
+        data.start_at(two.loader, 0, -1)
     assert data.unreadable_report(two.loader) == [] and data.share_unreadable(two.loader, CPU) == 0
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from process_tools import in_processes
 
-from cpool_vision.engine.checkpoints.position import Position
+from cpool_vision.engine.checkpoints.progress import Progress
 from cpool_vision.engine.checkpoints.resume import Team, check_agreement
 from cpool_vision.engine.checkpoints.seal import save_sealed
 from cpool_vision.engine.device import Precision, Runtime
@@ -56,7 +56,7 @@ def decide(folder: str, rank: int) -> None:
     task = types.SimpleNamespace(get_trainable_module=lambda ema=False: average if ema else norm)
     run: Any = types.SimpleNamespace(
         settings=TrainSettings(), runtime=Runtime(cpu, Precision(None, None, 'cpu'), rank, 2), task=task, meter=meter,
-        loader=[1, 2], position=Position(1, 1), data=None)
+        loader=[1, 2], progress=Progress(1, 1), data=None)
     rows = gather_process_state(run)
     assert rows.tolist() == [[5, 5, 5, 5, 0, 0, 1, 1, 0, 0, 2, 2], [6, 6, 6, 6, 1, 1, 1, 1, 0, 0, 3, 3]]
     for value in (norm.running_mean, average.running_var, meter.sums):
@@ -66,7 +66,7 @@ def decide(folder: str, rank: int) -> None:
     assert meter.sums.tolist() == [rank + 5] * 4
 
     class Full:
-        def save_recovery(self, state: Any, position: Any) -> None:
+        def save_recovery(self, state: Any, progress: Any) -> None:
             raise OutputError('No space left on device')
 
     states: Any = types.SimpleNamespace(gather=lambda keep: None)

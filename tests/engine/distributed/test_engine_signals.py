@@ -35,7 +35,7 @@ def send_at(monkeypatch: pytest.MonkeyPatch, number: int, epoch: int, batch: int
     real, places = train_loop._to_device, [(epoch, batch)]
 
     def to_device(run: Any, *batch_of: Any) -> Any:
-        if (run.position.epoch, run.position.batch) in places:
+        if (run.progress.epoch, run.progress.batch) in places:
             places.clear()
             os.kill(os.getpid(), number)
         return real(run, *batch_of)

@@ -174,7 +174,7 @@ def nan_in_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
         def to_device(run: Run, image: torch.Tensor, target: torch.Tensor) -> Any:
             image, target = real(run, image, target)
-            here = run.position.epoch == epoch and run.position.batch == batch
+            here = run.progress.epoch == epoch and run.progress.batch == batch
             return (image * NAN if here else image), target
 
         monkeypatch.setattr(train_loop, '_to_device', to_device)

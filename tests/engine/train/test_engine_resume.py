@@ -74,7 +74,7 @@ def test_a_streamed_set_is_entered_inside_an_epoch(run_train: Train, load: Load,
 
 
 @pytest.mark.parametrize('key, value, words', [
-    ('position', {'epoch': 0}, 'no usable position'), ('position', 'x', 'no usable position'),
+    ('position', {'epoch': 0}, 'no usable progress'), ('position', 'x', 'no usable progress'),
     ('processes', 'x', 'no usable state'), ('processes', torch.ones(3), 'no usable state'),
 ])
 def test_meaningless_entries_are_errors(run_train: Train, load: Load, tmp_path: Any, key: str, value: Any, words: str,
@@ -99,8 +99,8 @@ def drop_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def drop_offset(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = data.set_position
-    monkeypatch.setattr(data, 'set_position', lambda loader, epoch, batch=0: real(loader, epoch))
+    real = data.start_at
+    monkeypatch.setattr(data, 'start_at', lambda loader, epoch, batch=0: real(loader, epoch))
 
 
 def drop_sums(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def format_time(seconds: float) -> str:
     return f'{hours}:{minute:02d}:{second:02d}' if hours else f'{minute}:{second:02d}'
 
 
-class Progress:
+class ProgressBar:
     """A pass over a loader: a bar on a terminal, log lines elsewhere, nothing on secondary processes.
 
     Args:
@@ -81,9 +81,9 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, title: str, enabled: bool, interval: int, done: int = 0) -> Iterator[Progress]:
-    """A `Progress` that is closed whatever happens; `done` batches count as passed."""
-    shown = Progress(total, title, enabled, interval)
+def progress_bar(total: int, title: str, enabled: bool, interval: int, done: int = 0) -> Iterator[ProgressBar]:
+    """A `ProgressBar` that is closed whatever happens; `done` batches count as passed."""
+    shown = ProgressBar(total, title, enabled, interval)
     for _ in range(done):
         shown.advance()
     try:

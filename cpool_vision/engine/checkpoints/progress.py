@@ -1,4 +1,4 @@
-"""Where a run stands within its epochs."""
+"""The progress of a training run. Checkpoints store it under the key `position`."""
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,14 +9,14 @@ from ..settings.train import TrainSettings
 
 
 @dataclass(frozen=True)
-class Position:
-    """A boundary between two updates.
+class Progress:
+    """How far a training run is, always between two updates.
 
     Attributes:
         epoch: current epoch, from 0.
-        batch: batches of it that this process has trained on; the same on all processes.
-        skipped: updates of it that were left out, see `--nonfinite`.
-        skipped_before: updates left out in earlier epochs.
+        batch: batches of this epoch that each process has trained on.
+        skipped: skipped updates of this epoch, see `--nonfinite`.
+        skipped_before: skipped updates of earlier epochs.
     """
 
     epoch: int = 0
@@ -24,13 +24,13 @@ class Position:
     skipped: int = 0
     skipped_before: int = 0
 
-    def next_epoch(self) -> 'Position':
+    def next_epoch(self) -> 'Progress':
         """The start of the next epoch."""
-        return Position(self.epoch + 1, 0, 0, self.skipped_before + self.skipped)
+        return Progress(self.epoch + 1, 0, 0, self.skipped_before + self.skipped)
 
 
-def read_position(content: Mapping[str, Any], path: str) -> Position | None:
-    """Position in a checkpoint, None if it stores none.
+def read_progress(content: Mapping[str, Any], path: str) -> Progress | None:
+    """Progress in a checkpoint, None if it stores none.
 
     Raises:
         CheckpointError: unusable.
@@ -39,9 +39,9 @@ def read_position(content: Mapping[str, Any], path: str) -> Position | None:
     if stored is None:
         return None
     try:
-        return Position(**{name: int(stored[name]) for name in Position.__dataclass_fields__})
+        return Progress(**{name: int(stored[name]) for name in Progress.__dataclass_fields__})
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f'{path!r} holds no usable position ({stored!r}): use another checkpoint') from error
+        raise CheckpointError(f'{path!r} holds no usable progress ({stored!r}): use another checkpoint') from error
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class BatchFacts:
             'number of batches per epoch': self.batches}
         return {**facts, '--workers': self.settings.workers} if self.streamed else facts
 
-    def describe(self, position: Position) -> dict[str, Any]:
-        """What a checkpoint stores of a position."""
-        return {**asdict(position), 'facts': self.as_dict()}
+    def describe(self, progress: Progress) -> dict[str, Any]:
+        """What a checkpoint stores of a progress."""
+        return {**asdict(progress), 'facts': self.as_dict()}
 
     def check(self, content: Mapping[str, Any], path: str) -> None:
         """Refuses to continue inside an epoch if its batches would differ from those of the earlier run.
