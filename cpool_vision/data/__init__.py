@@ -1,4 +1,4 @@
-"""Datasets and the factory that finds them."""
+"""Generated datasets, the dataset factory, and augmentation pipelines."""
 from .factory import create_dataset, list_datasets
 from .shapes import ShapesDataset
 from .shapes_seg import ShapesSegDataset

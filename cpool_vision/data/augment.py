@@ -1,4 +1,4 @@
-"""albumentations instead of timm's training transforms: `Pipeline` is read, `Augmentation` is applied to images."""
+"""albumentations instead of timm's training transforms: `Pipeline` reads a file, `Augmentation` transforms images."""
 import functools
 import importlib.metadata
 import inspect
@@ -161,7 +161,7 @@ class _Builder:
 
 
 class Pipeline:
-    """A pipeline as it is written: a file or a preset, checked.
+    """A checked pipeline from a file or a preset.
 
     A file lists transforms, or maps `transforms` to that list and `p` to the probability of the whole; files that
     albumentations writes (`albumentations.save`) and the records of runs are read as well. In place of a size,
@@ -223,7 +223,7 @@ class Pipeline:
 class Augmentation:
     """Maps a PIL image to a tensor `(channels, height, width)`: uint8, or float32 if it normalizes.
 
-    What it draws follows from the last seed alone; without a seed it draws from its own generator.
+    Its random numbers depend only on the last seed; without a seed it uses its own generator.
 
     Args:
         compose: albumentations pipeline.

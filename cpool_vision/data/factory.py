@@ -1,4 +1,4 @@
-"""`create_dataset`: timm's, plus the sets that the package makes itself."""
+"""`create_dataset`: timm's, plus the datasets that the package generates."""
 import re
 from typing import Any
 
@@ -33,18 +33,18 @@ def create_dataset(
     Args:
         name: 'cpool/shapes' (32 pixels), 'cpool/shapes64' (any side), 'cpool/shapes-seg' (64 pixels) and
             'cpool/shapes-seg128' with a mask as the target, or a name that timm knows ('' for a folder).
-        root: folder of the data; ours need none and ignore it.
+        root: folder of the data; ignored by generated datasets.
         split: name of the split.
-        **kwargs: timm's arguments. Ours take `num_samples`, `transform`, `target_transform`, `input_img_mode`,
-            `image_size` and `data_seed`; loader settings of timm's factory (`batch_size`, `is_training`, `seed`, ...)
-            change nothing in them, so that every training seed sees the same pictures. 'cpool/shapes-seg' takes
-            `mean_radius`, `size_range` and `objects` too, and no `input_img_mode`.
+        **kwargs: timm's arguments. Generated datasets take `num_samples`, `transform`, `target_transform`,
+            `input_img_mode`, `image_size` and `data_seed`, and ignore loader settings of timm's factory (`batch_size`,
+            `is_training`, `seed`, ...), so every training seed sees the same images. 'cpool/shapes-seg' also takes
+            `mean_radius`, `size_range` and `objects`, but not `input_img_mode`.
 
     Returns:
         A dataset whose items are `(image, class index)`, or `(image, mask)`.
 
     Raises:
-        ValueError: unknown name under `cpool/`, unknown split, `num_samples` < 1, or a `class_map` for a set of ours.
+        ValueError: unknown name under `cpool/`, unknown split, `num_samples` < 1, or a `class_map` for a generated one.
         TypeError: an argument that neither timm's factory nor the set knows.
     """
     if not name.lower().startswith(PREFIX):

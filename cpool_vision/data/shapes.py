@@ -1,4 +1,4 @@
-"""`cpool/shapes`: an image set that the package makes itself, for first runs and tests without a download."""
+"""`cpool/shapes`: a generated dataset for first runs and tests without a download."""
 from collections.abc import Callable
 from typing import Any
 
@@ -22,16 +22,16 @@ _CACHE_BYTES = 1 << 28
 
 
 class ShapesDataset(torch.utils.data.Dataset):
-    """Textured objects of widely varying size on cluttered ground, 10 classes: five outlines times two textures.
+    """Textured objects of widely varying size on cluttered backgrounds, 10 classes: five outlines times two textures.
 
-    To name the class a model must see the texture (a matter of 4 to 6 pixels at size 32) and the outline that bounds
-    it (8 to 32 pixels); flat objects and patches of texture without an outline, which every picture holds too, must
-    not count. Color, place, orientation and light tell nothing. Sample i of a split is a function of (`data_seed`,
-    split, i) alone: the same on every machine, in every worker and for any `num_samples`. Splits share no sample.
-    The label of sample i is `i % 10`.
+    To recognize the class, a model must see the texture (4 to 6 pixels at size 32) and the outline around it (8 to 32
+    pixels), and ignore flat objects and patches of texture without an outline, which every image also contains. Color,
+    location, orientation and light carry no information. Sample i of a split depends only on (`data_seed`, split, i):
+    it is the same on every machine, in every worker and for any `num_samples`. Splits share no samples. The label of
+    sample i is `i % 10`.
 
-    Up to 256 MiB of pixels are made once, on first use or by `preload`, and kept as one uint8 array; a larger set is
-    made picture by picture.
+    Up to 256 MiB of pixels are rendered once, on first use or by `preload`, and kept as one uint8 array; larger
+    datasets are rendered image by image.
 
     Args:
         split: 'train', 'validation' or 'test' (or a synonym that timm knows).
@@ -40,7 +40,7 @@ class ShapesDataset(torch.utils.data.Dataset):
         transform: applied to the PIL image; timm's `create_loader` assigns it.
         target_transform: applied to the class index.
         input_img_mode: PIL mode of the image, 'RGB' or 'L'.
-        data_seed: another seed is another set of pictures of the same kind.
+        data_seed: another seed gives other images of the same kind.
 
     Raises:
         ValueError: unknown split, or `num_samples`, `image_size` or `data_seed` out of range.

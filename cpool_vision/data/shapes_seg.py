@@ -1,4 +1,4 @@
-"""`cpool/shapes-seg`: pictures of several objects of many sizes and the class of every pixel, made by the package."""
+"""`cpool/shapes-seg`: generated images with several objects of many sizes, and the class of every pixel."""
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +17,11 @@ _TEXTURES = 3
 
 
 class ShapesSegDataset(torch.utils.data.Dataset):
-    """Segmentation of textured objects of widely varying size on cluttered ground: 6 classes and the ground.
+    """Segmentation of textured objects of widely varying size on cluttered backgrounds: 6 classes and the background.
 
-    A class is one of two outlines times one of three textures. The textures grow with their objects, so that an object
-    twice as large is the same picture, magnified; to name it a model must look as far as the object reaches. Flat
-    objects and patches of texture without an outline belong to the ground. Sample i of a split is a function of
+    A class is one of two outlines times one of three textures. The textures grow with their objects: an object twice as
+    large looks the same, magnified, so a model must look as far as the object reaches to recognize it. Flat objects and
+    patches of texture without an outline belong to the background. Sample i of a split is a function of
     (`data_seed`, split, i) and the sizes asked for: the same on every machine, in every worker and for any
     `num_samples`. Items are the image and its mask, a PIL image of mode 'L' that holds class indices, 0 for the ground.
 

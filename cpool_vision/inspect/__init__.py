@@ -1,4 +1,4 @@
-"""Looking into trained models."""
+"""Inspecting trained models: supports, pooling weights, footprints and receptive fields."""
 from .footprints import Footprints, gaussian_footprints, grid_points
 from .maps import ContextMaps, context_maps
 from .receptive_field import ReceptiveField, effective_receptive_field, without_pools

@@ -51,7 +51,7 @@ def relative_weight(maps: 'ContextMaps', group: int | None = None) -> Tensor:
 
 
 def pick_layers(names: Sequence[str], wanted: Sequence[str] | int = 2) -> list[str]:
-    """Layers to draw: those named, or so many spread evenly from the first to the last.
+    """Layers to draw: the named ones, or a number of them spread evenly from the first to the last.
 
     Raises:
         ValueError: a name that is not among `names`, or a number below 1.
@@ -125,19 +125,19 @@ def supports_figure(
 ) -> 'Figure':
     """Draws a sheet: a row per image; per layer the supports over the image, the support map and the weight map.
 
-    The circles have a radius of one standard deviation of the pooling mask and the color of the support map beside
-    them. Supports are in pixels of the image; the weight map shows the binary logarithm of the weight over a uniform
-    one. Color scales are those of the layer, over all rows, without the outermost 2 % of values at either end.
+    The circles have a radius of one support and the color of the support map next to them. Supports are in pixels of
+    the image; the weight map shows log2 of the weight relative to a uniform map. Color scales are shared by all rows of
+    a layer, without the outermost 2 % of values at either end.
 
     Args:
         images: `(B, H, W, 3)` uint8.
         maps: `context_maps` of the same B images.
-        layers: names of layers, or how many of them, spread over the model.
+        layers: names of layers, or a number of them to spread over the model.
         row_labels: B labels.
         group: group of channels to draw; the mean over groups of supports and of weights if None.
 
     Returns:
-        A figure, to be written by `save_figure`.
+        A figure for `save_figure`.
 
     Raises:
         PlotDependencyError: matplotlib is not installed.
@@ -204,7 +204,7 @@ def groups_figure(
         name: str,
         row_labels: Sequence[str] | None = None,
 ) -> 'Figure':
-    """Draws every group of channels of one context pool: a row per image; its support maps and weight maps as tiles.
+    """Draws every group of channels of one context pool: a row per image with support maps and weight maps as tiles.
 
     Tiles are numbered row by row from 0. Units and color scales are those of `supports_figure`.
 

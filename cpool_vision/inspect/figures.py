@@ -33,17 +33,17 @@ def footprints_figure(
         row_labels: Sequence[str] | None = None,
         group: int | None = None,
 ) -> 'Figure':
-    """Draws a row per image: the image with the points, then per layer the footprints of the cells that hold them.
+    """Draws a row per image: the image with the points, then per layer the footprints of the cells at the points.
 
-    The weights of one footprint sum to one. Colors cover two decades, or what reaches one decade below the largest
-    weight of the flattest footprint; smaller weights are left out, and where footprints overlap the larger weight
-    shows. The dashed circle around a cell's center has the radius of its support, one standard deviation.
+    The weights of one footprint sum to one. Colors cover two decades, or down to one decade below the largest weight of
+    the flattest footprint. Smaller weights are not drawn; where footprints overlap, the larger weight is shown. The
+    dashed circle around a cell's center has the radius of its support.
 
     Args:
         images: `(B, H, W, 3)` uint8.
         footprints: `gaussian_footprints` of the same B images.
         points: (y, x) for which they were taken.
-        layers: names of layers, or how many of them, spread over the model.
+        layers: names of layers, or a number of them to spread over the model.
         row_labels: B labels.
         group: group of channels to draw; the mean over groups if None.
 
@@ -117,7 +117,7 @@ def depth_figure(maps: Mapping[str, 'ContextMaps'], image_size: tuple[int, int])
     dot is the median. Short gray lines are the smallest and the largest support that the layer can have.
 
     Args:
-        maps: what `context_maps` found.
+        maps: result of `context_maps`.
         image_size: (height, width) of the images.
 
     Raises:
@@ -160,7 +160,7 @@ def depth_figure(maps: Mapping[str, 'ContextMaps'], image_size: tuple[int, int])
 
 
 def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') -> 'Figure':
-    """Draws effective receptive fields with the pools off and as they are, and their mass within a radius.
+    """Draws effective receptive fields with the pools off and on, and their mass within a radius.
 
     Maps show the decimal logarithm of the gradient relative to its largest value, over three decades. The solid
     circle holds half of the mass, the dashed one nine tenths.

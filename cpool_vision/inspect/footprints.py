@@ -104,14 +104,14 @@ def footprints_of(
 def gaussian_footprints(
         model: nn.Module, images: Tensor, points: Sequence[Sequence[float]], layers: Sequence[str] | None = None,
 ) -> dict[str, Footprints]:
-    """The pooling weights with which the output cells at chosen points read the map, for every context pool.
+    """The pooling weights of the output cells at chosen points, for every context pool.
 
-    These are the weights of the operator, `softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2))` over all pixels j: they sum
-    to one, and the pool's output at the cell is the mean of its input under them. The gate of a pool with
-    `init='identity'`, which blends that with the input, is not part of them.
+    These are the weights of the operator, `softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2))` over all pixels j. They sum
+    to one, and the pool's output at the cell is the mean of its input with these weights. They do not include the gate
+    of a pool with `init='identity'`, which blends the output with the input.
 
     Args:
-        model: any eager model that holds context pools; see `context_maps`.
+        model: any eager model with context pools; see `context_maps`.
         images: `(B, C, H, W)`, input of the model, on its device.
         points: (y, x) in pixels of the images, whose first pixel reaches from 0 to 1.
         layers: names of pools; all if None.
@@ -120,8 +120,8 @@ def gaussian_footprints(
         Footprints by the name of the pool, in order of execution.
 
     Raises:
-        ValueError: the model has no context pool, or none of a wanted name; a point lies outside the images; or a
-            wanted pool reads windows and not whole maps.
+        ValueError: the model has no context pool, or none with a requested name; a point lies outside the images; or a
+            requested pool reads windows instead of whole maps.
     """
     maps = context_maps(model, images)
     size = images.shape[-2], images.shape[-1]

@@ -1,4 +1,4 @@
-"""What a model pooled with: weight logits and supports of every context pool for a batch of images."""
+"""Weight logits and supports of every context pool of a model for a batch of images."""
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +14,13 @@ class ContextMaps(NamedTuple):
     """Maps of one context pool for one batch.
 
     Attributes:
-        weight_logits: `(B, G, H, W)`, up to a constant per map the log of how much a pixel counts wherever it is seen.
+        weight_logits: `(B, G, H, W)`, the log of each pixel's pooling weight, up to a constant per map.
         sigma: `(B, G, Ho, Wo)`, supports in pixels (or tokens) of the map that was pooled.
         grid: `(H, W)` of the map that was pooled.
         stride: Output cells are `stride` pixels apart.
-        windows: Maps per image: B is that many times the number of images where windows are pooled, not whole maps.
+        windows: Maps per image: more than one for pools of windows, where B is the number of images times `windows`.
         limits: Smallest and largest support that the pool can have on this grid; None if not known.
-        gate: Mean over channels of the absolute gate of a pool with `init='identity'`, None without: 0 blends nothing
-            of the pool into its input, 1 replaces the input.
+        gate: Mean over channels of the absolute gate, None without a gate: 0 returns the input, 1 the pooled map.
     """
     weight_logits: Tensor
     sigma: Tensor
@@ -51,15 +50,15 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
     """Weight logits and supports of every context pool of `model` for `images`, by module name in order of execution.
 
-    The model runs once, in eval mode and without gradients. Nothing is stored on it: hooks are removed and the mode of
-    every module is restored, also when the model raises. Maps of token pools come on their grid.
+    The model runs once, in eval mode and without gradients. Hooks are removed and the mode of every module is restored,
+    also when the model raises. Maps of token pools have the shape of their grid.
 
     Args:
-        model: Any eager model that holds `ContextPool2d` or `TokenContextPool` layers (not scripted, not compiled).
+        model: Any eager model with `ContextPool2d` or `TokenContextPool` layers (not scripted, not compiled).
         images: Input of the model, on its device.
 
     Returns:
-        One `ContextMaps` per pool that ran. A pool that ran several times gives its last maps.
+        One `ContextMaps` per pool that ran; the last one if it ran several times.
 
     Raises:
         ValueError: The model has no context pool.

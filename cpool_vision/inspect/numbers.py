@@ -1,4 +1,4 @@
-"""The numbers behind the pictures, as plain values that JSON can hold."""
+"""The numbers behind the figures, as plain values for JSON."""
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

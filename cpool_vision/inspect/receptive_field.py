@@ -18,7 +18,7 @@ class ReceptiveField(NamedTuple):
         unit: (row, column) of the unit in the feature map.
         grid: (rows, columns) of the feature map.
         center: (y, x) of the field in pixels of the input, whose first pixel reaches from 0 to 1: the center of mass of
-            the mean square gradient. Strided and padded convolutions put it off the middle of the unit's cell.
+            the mean square gradient. Strided and padded convolutions move it away from the middle of the unit's cell.
     """
 
     map: Tensor
@@ -53,10 +53,10 @@ class ReceptiveField(NamedTuple):
 
 @contextmanager
 def without_pools(model: nn.Module) -> Iterator[None]:
-    """Switches every context pool of a model off: each returns what it started from.
+    """Context manager that switches every context pool of a model off.
 
-    That is `base(x)` where the pool has a gate (`init='identity'`), else its input, of which a strided pool keeps every
-    `stride`-th pixel. Nothing is left behind, also when the body raises.
+    A pool with a gate (`init='identity'`) then returns `base(x)`, any other pool its input, of which a strided pool
+    keeps every `stride`-th pixel. The pools are restored also when the body raises.
 
     Raises:
         ValueError: the model has no context pool.
@@ -133,13 +133,13 @@ def effective_receptive_field(
 ) -> ReceptiveField:
     """The input pixels that one unit of a feature map depends on, averaged over images and channels.
 
-    At each pixel stands the root mean square, over images, input channels and channels of the unit, of the gradient of
-    the unit with respect to the pixel (after Luo et al., 2016, https://arxiv.org/abs/1701.04128). The mean over the
-    unit's channels is taken with random signs: the gradient of `sum_c v_c f_c` with independent `v_c` of +1 and -1 has
-    the sum of squared channel gradients as its expected square, while without signs channels would cancel each other.
-    With one channel the map is exact. Gradients through weights and supports count: they too depend on the input.
+    Each pixel of the result is the root mean square, over images, input channels and channels of the unit, of the
+    gradient of the unit with respect to the pixel (after Luo et al., 2016, https://arxiv.org/abs/1701.04128). The mean
+    over the unit's channels is estimated with random signs: the squared gradient of `sum_c v_c f_c` with independent
+    `v_c` of +1 and -1 has the sum of squared channel gradients as its expectation; without signs, channels would
+    cancel. With one channel the map is exact. Gradients through weights and supports count.
 
-    The model runs in eval mode; its modes, parameters and gradients are left as they were.
+    The model runs in eval mode; its modes, parameters and gradients do not change.
 
     Args:
         model: an eager model.
@@ -149,8 +149,8 @@ def effective_receptive_field(
         point: (y, x) in pixels of the images, whose first pixel reaches from 0 to 1; the unit that holds it is taken.
             None is the middle unit, `(h // 2, w // 2)`.
         pools: False switches the context pools off for the measurement; see `without_pools`.
-        probes: random vectors of signs per image.
-        seed: of the signs.
+        probes: number of random sign vectors per image.
+        seed: seed of the signs.
 
     Raises:
         ValueError: no such layer, its output is not a map, the point is outside, `probes` below 1, no images, the unit

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: pictures inside it, no scripts, no addresses."""
+"""A report as one self-contained HTML file: figures inside, no scripts, no external links."""
 import base64
 import html
 import io

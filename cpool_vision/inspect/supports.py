@@ -35,11 +35,11 @@ def support_statistics(maps: Mapping[str, ContextMaps], image_size: tuple[int, i
     """Statistics of the supports of each pool, in order of execution.
 
     Args:
-        maps: what `context_maps` found.
+        maps: result of `context_maps`.
         image_size: (height, width) of the images.
 
     Returns:
-        One entry per pool; NaN where a support is.
+        One entry per pool; NaN if a support is NaN.
     """
     found = []
     for layer, each in maps.items():
@@ -68,7 +68,7 @@ def support_histogram(
     """Histogram of the supports of every context pool by depth, over images, groups and output cells.
 
     Args:
-        maps: what `context_maps` found.
+        maps: result of `context_maps`.
         image_size: (height, width) of the images.
         bins: number of equal bins from 0 to the largest support of all layers.
 

@@ -29,8 +29,7 @@ def as_fractions(support_init: float | Sequence[float], groups: int) -> tuple[fl
 
 @torch.jit.unused
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` does what `kind` does: it is no subclass (as parametrized modules are) nor wrapper, and
-    has neither hooks nor a `forward` of its own."""
+    """Whether `module` is exactly a `kind`, without hooks: not a subclass, as parametrized modules are, nor wrapped."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks) and 'forward' not in module.__dict__
 
@@ -61,10 +60,9 @@ class ContextPool2d(Mixer2d):
     `G + S`); its predictor costs `H * W * (dim * h + 18 * h * G)`
     multiply-adds, the pool itself at most `dim * (H * W) * (Ho * Wo)`, and fewer if supports are small.
 
-    The layer runs as one operator, predictor, pool and gate together, without calling `reduce`, `act` and `predict`. It
-    calls them where this makes a difference: where one of them has hooks or a parametrization, or was replaced, for
-    instance by a wrapper with low-rank adapters. Hooks for all modules of a process do not count. Setting `fused` to
-    False has them called always.
+    The layer runs as one operator (predictor, pool and gate) without calling the modules `reduce`, `act` and `predict`.
+    It calls them if one of them has hooks or a parametrization, or was replaced, for example by a wrapper with low-rank
+    adapters. Global module hooks do not count. Set `fused` to False to always call them.
 
     Weight logits and supports are handed to the operator in fp32, or fp64 where the parameters have it; the output has
     the dtype of the input. Under autocast the features are pooled in the autocast dtype, with
@@ -177,7 +175,7 @@ class ContextPool2d(Mixer2d):
         self.reset_parameters()
 
     def may_fuse(self) -> bool:
-        """Whether one operator can do all the predictor's work: none of its modules does more than its weights say."""
+        """Whether one operator can replace the predictor's modules, see the class."""
         if torch.jit.is_scripting():
             return self.scripts_fused
         rows, act = self.groups + self.support_groups, self.act
@@ -282,7 +280,7 @@ class ContextPool2d(Mixer2d):
         return y
 
     def mix_and_blend(self, x: Tensor, present: Tensor | None = None) -> Tensor:
-        """As in `Mixer2d`; the gate is a part of the one operator where that can be."""
+        """As in `Mixer2d`; one operator includes the gate if possible."""
         if present is None and self.gamma is not None and self.offset is None and self.depthwise is None:
             if self.may_fuse():
                 features = torch.ops.cpool_vision.to_autocast(x)

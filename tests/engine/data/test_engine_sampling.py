@@ -15,7 +15,7 @@ from cpool_vision.errors import ConfigError
 
 
 class Sized:
-    """What timm's samplers want of a data set."""
+    """What timm's samplers want of a dataset."""
 
     def __init__(self, size: int) -> None:
         self.size = size
