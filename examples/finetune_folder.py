@@ -1,7 +1,7 @@
 """Fine-tuning a retrofitted model on an image folder: `python examples/finetune_folder.py [FOLDER]`.
 
-FOLDER holds `CLASS/*.jpg`. Without it a folder of 200 made-up images is written to a temporary place. The base keeps
-its weights (load yours, or pass `--pretrained` where there is a network); the pools learn ten times faster.
+FOLDER holds `CLASS/*.jpg`. Without it, 200 generated images are written to a temporary folder. The base keeps its
+weights (load yours, or pass `--pretrained` to download them); the pools have ten times its learning rate.
 """
 import argparse
 import tempfile

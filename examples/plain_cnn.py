@@ -1,8 +1,8 @@
 """A pool in a plain PyTorch network: `python examples/plain_cnn.py`.
 
-Shows where the layer goes and how to read what it has learned: trains a small network on images that the package makes
-itself, and prints its accuracy, its supports and its gate. It is no comparison: in a network and a run as small as
-this, a pool and none score alike within the noise of a seed; docs/evidence.md compares, with controls and seeds.
+Shows how to use the layer and how to read what it has learned: trains a small network on generated images, and prints
+its accuracy, supports and gate. This is not a comparison: in such a small network and run, the effect of a pool is
+within the noise of the seed. docs/evidence.md compares with controls and several seeds.
 """
 import argparse
 

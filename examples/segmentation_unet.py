@@ -1,6 +1,6 @@
 """A U-Net on a pooled encoder: `python examples/segmentation_unet.py`.
 
-The encoder is `resnet18_cpool` through timm's `features_only`; the masks are discs on noise, made on the spot.
+The encoder is `resnet18_cpool` with timm's `features_only`; images are generated discs on noise.
 """
 import argparse
 

@@ -32,9 +32,9 @@ class Footprints(NamedTuple):
         return (torch.tensor(self.cells, dtype=torch.float64).view(-1, 2) + 0.5) * self.stride
 
     def reach(self) -> Tensor:
-        """Root of the weighted mean of squared distances from the cell's center, `(B, G, P)`, per axis, in map pixels.
+        """Weighted root mean square distance from the cell's center, `(B, G, P)`, per axis, in map pixels.
 
-        That of an unbounded Gaussian under equal weights is sigma, so the two show what weights and borders change.
+        An unbounded Gaussian with equal weights has sigma here: the difference shows the effect of weights and borders.
         """
         height, width = self.grid
         centers = self.centers().to(self.weights)
