@@ -45,8 +45,8 @@ def check_task(settings: DataSettings) -> None:
             raise ConfigError(f'{idle[0]} has no effect without --task multi_label: add it, or leave {idle[0]} out')
         return
     for name, reason in (
-            ('kd_model_name', 'distillation compares distributions over classes that cannot be combined'),
-            ('jsd_loss', 'it compares distributions over classes that cannot be combined'),
+            ('kd_model_name', 'distillation compares distributions over exclusive classes'),
+            ('jsd_loss', 'it compares distributions over exclusive classes'),
             ('real_labels', 'it replaces one label by several; write them into the label file'),
             ('valid_labels', 'labels do not compete'), ('class_subset', 'labels do not compete'),
             ('metrics_avg', 'precision, recall and F1 are reported anyway'),
