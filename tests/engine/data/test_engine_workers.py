@@ -198,7 +198,7 @@ def test_streamed_sets_without_workers_go_on_from_epoch_to_epoch_only(
     with pytest.raises(ConfigError, match=f'batch {place[1]} of epoch {place[0]}: start the run with --workers 1'):
         prepared.take(*place)
     assert len(prepared.take(0)) == len(prepared.take(1)) == 6
-    with pytest.raises(ConfigError, match='--aug-repeats needs a set with an index'):
+    with pytest.raises(ConfigError, match='--aug-repeats needs an indexed dataset'):
         build('--aug-repeats', '2', world_size=2)
 
 
