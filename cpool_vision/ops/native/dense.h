@@ -3,6 +3,7 @@
 #include "tile.h"
 
 #define BLOCK (LANES == 16 ? 24 : 8) /* channels of a product kept in registers */
+#define DOT_KEYS (LANES == 16 ? 6 : 4) /* whose dot products are made at once */
 #define CHUNK 128 /* keys whose weights stay in the cache while all channels read them */
 
 /* columns[c] += sum over keys of weight * feature. */
@@ -21,109 +22,108 @@ INLINE void pool_block(Tile *t, const Shape *p, const float *x, int64_t pixel, i
     for (int c = 0; c < n; ++c) t->columns[c0 + c] += acc[c];
 }
 
-/* dots[key] += sum over channels of feature * columns. */
-INLINE void dot_block(Tile *t, const Shape *p, const float *x, int64_t pixel, int c0, int n, int i0, int i1, int k) {
+/* Pixels of the keys of a chunk. */
+static void place_keys(Tile *t, const Shape *p, int i0, int i1) {
+    int n = 0;
+    for (int i = i0; i < i1; ++i) {
+        const Segment s = t->segments[i];
+        for (int x = s.x0; x < s.x1; ++x) t->places[n++] = s.y * (int)p->width + x;
+    }
+}
+
+/* dots[key] += sum over n channels of feature * g, for `keys` keys, whose sums do not wait for one another. */
+INLINE void dot_keys(vf *dots, const float *x, const int *places, int64_t pixel, const vf *g, int n, int keys) {
+    vf a[DOT_KEYS];
+    const float *f[DOT_KEYS];
+    for (int j = 0; j < keys; ++j) {
+        a[j] = dots[j];
+        f[j] = x + places[j] * pixel;
+    }
+#pragma GCC unroll 24
+    for (int c = 0; c < n; ++c)
+#pragma GCC unroll 6
+        for (int j = 0; j < keys; ++j) a[j] += g[c] * f[j][c];
+    for (int j = 0; j < keys; ++j) dots[j] = a[j];
+}
+
+INLINE void dot_block(Tile *t, const float *x, int64_t pixel, int c0, int n, int count, int k) {
     vf g[BLOCK];
     for (int c = 0; c < n; ++c) g[c] = t->columns[c0 + c];
-    for (int i = i0; i < i1; ++i) {
-        const Segment s = t->segments[i];
-        const float *f = x + ((int64_t)s.y * p->width + s.x0) * pixel + c0;
-        int at = s.x0;
-        for (; at + 4 <= s.x1; at += 4, f += 4 * pixel, k += 4) {
-            vf a0 = t->dots[k], a1 = t->dots[k + 1], a2 = t->dots[k + 2], a3 = t->dots[k + 3];
-#pragma GCC unroll 24
-            for (int c = 0; c < n; ++c) {
-                a0 += g[c] * f[c];
-                a1 += g[c] * f[pixel + c];
-                a2 += g[c] * f[2 * pixel + c];
-                a3 += g[c] * f[3 * pixel + c];
-            }
-            t->dots[k] = a0; t->dots[k + 1] = a1; t->dots[k + 2] = a2; t->dots[k + 3] = a3;
+    int at = 0;
+    for (; at + DOT_KEYS <= count; at += DOT_KEYS) dot_keys(t->dots + k + at, x + c0, t->places + at, pixel, g, n, DOT_KEYS);
+    for (; at < count; ++at) dot_keys(t->dots + k + at, x + c0, t->places + at, pixel, g, n, 1);
+}
+
+/* dx[key] += sum over queries of weight * rows, for `keys` keys and n vectors of channels from c0, of which the last
+ * has `some` lanes. */
+INLINE void spread_keys_all(Tile *t, float *dx, const int *places, int64_t pixel, int c0, int n, int some, int k,
+                            int keys) {
+    vf acc[4][4];
+    float *f[4];
+    const float *a = (const float *)(t->weights + k), *rows = t->rows + c0;
+    for (int j = 0; j < keys; ++j) {
+        f[j] = dx + places[j] * pixel + c0;
+        for (int v = 0; v < n - 1; ++v) acc[j][v] = *(const vf *)(f[j] + v * LANES);
+        const float *last = f[j] + (n - 1) * LANES;
+        acc[j][n - 1] = some == LANES ? *(const vf *)last : load_some(last, some);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < LANES; ++q) {
+#pragma GCC unroll 4
+        for (int v = 0; v < n; ++v) {
+            const vf r = *(const vf *)(rows + q * t->row + v * LANES);
+#pragma GCC unroll 4
+            for (int j = 0; j < keys; ++j) acc[j][v] += r * a[j * LANES + q];
         }
-        for (; at < s.x1; ++at, f += pixel, ++k) {
-            vf a = t->dots[k];
-#pragma GCC unroll 24
-            for (int c = 0; c < n; ++c) a += g[c] * f[c];
-            t->dots[k] = a;
-        }
+    }
+    for (int j = 0; j < keys; ++j) {
+        for (int v = 0; v < n - 1; ++v) *(vf *)(f[j] + v * LANES) = acc[j][v];
+        float *last = f[j] + (n - 1) * LANES;
+        if (some == LANES) *(vf *)last = acc[j][n - 1];
+        else store_some(last, acc[j][n - 1], some);
     }
 }
 
-/* dx[key] += sum over queries of weight * rows, for n vectors of channels from c0. */
-INLINE void spread_block(Tile *t, const Shape *p, float *dx, int64_t pixel, int c0, int n, int i0, int i1, int k) {
-    const float *rows = t->rows + c0;
-    const int64_t stride = p->channels;
-    for (int i = i0; i < i1; ++i) {
-        const Segment s = t->segments[i];
-        float *f = dx + ((int64_t)s.y * p->width + s.x0) * pixel + c0;
-        int at = s.x0;
-        for (; at + 4 <= s.x1; at += 4, f += 4 * pixel, k += 4) {
-            vf acc[4][4];
-            const float *a = (const float *)(t->weights + k);
-            for (int j = 0; j < 4; ++j)
-                for (int v = 0; v < n; ++v) acc[j][v] = *(vf *)(f + j * pixel + v * LANES);
-#pragma GCC unroll 4
-            for (int q = 0; q < LANES; ++q) {
-#pragma GCC unroll 4
-                for (int v = 0; v < n; ++v) {
-                    const vf r = *(const vf *)(rows + q * stride + v * LANES);
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; ++j) acc[j][v] += r * a[j * LANES + q];
-                }
-            }
-            for (int j = 0; j < 4; ++j)
-                for (int v = 0; v < n; ++v) *(vf *)(f + j * pixel + v * LANES) = acc[j][v];
-        }
-        for (; at < s.x1; ++at, f += pixel, ++k) {
-            const float *a = (const float *)(t->weights + k);
-            for (int v = 0; v < n; ++v) {
-                vf acc = *(vf *)(f + v * LANES);
-#pragma GCC unroll 16
-                for (int q = 0; q < LANES; ++q) acc += *(const vf *)(rows + q * stride + v * LANES) * a[q];
-                *(vf *)(f + v * LANES) = acc;
-            }
-        }
-    }
-}
-
-static void spread_rest(Tile *t, const Shape *p, float *dx, int64_t pixel, int c0, int i0, int i1, int k) {
-    for (int i = i0; i < i1; ++i) {
-        const Segment s = t->segments[i];
-        float *f = dx + ((int64_t)s.y * p->width + s.x0) * pixel;
-        for (int at = s.x0; at < s.x1; ++at, f += pixel, ++k) {
-            const float *a = (const float *)(t->weights + k);
-            for (int64_t c = c0; c < p->channels; ++c) {
-                float sum = f[c];
-                for (int q = 0; q < LANES; ++q) sum += a[q] * t->rows[q * p->channels + c];
-                f[c] = sum;
-            }
-        }
-    }
+INLINE void spread_block(Tile *t, float *dx, int64_t pixel, int c0, int n, int some, int count, int k) {
+    int at = 0;
+    for (; at + 4 <= count; at += 4) spread_keys_all(t, dx, t->places + at, pixel, c0, n, some, k + at, 4);
+    for (; at < count; ++at) spread_keys_all(t, dx, t->places + at, pixel, c0, n, some, k + at, 1);
 }
 
 /* Runs a block function over all channels, with block sizes known to the compiler. */
-#define OVER_CHANNELS(function, data)                                                             \
-    do {                                                                                          \
-        int c = 0, left = (int)p->channels;                                                       \
-        for (; left >= BLOCK; left -= BLOCK, c += BLOCK) function(t, p, data, pixel, c, BLOCK, i0, i1, k); \
-        if (BLOCK > 16 && left >= 16) { function(t, p, data, pixel, c, 16 < BLOCK ? 16 : BLOCK, i0, i1, k); c += 16; left -= 16; } \
-        if (left >= 8) { function(t, p, data, pixel, c, 8, i0, i1, k); c += 8; left -= 8; }       \
-        if (left >= 4) { function(t, p, data, pixel, c, 4, i0, i1, k); c += 4; left -= 4; }       \
-        for (; left > 0; --left, ++c) function(t, p, data, pixel, c, 1, i0, i1, k);               \
+#define OVER_CHANNELS(call)                                                            \
+    do {                                                                               \
+        int c = 0, left = (int)p->channels;                                            \
+        for (; left >= BLOCK; left -= BLOCK, c += BLOCK) call(BLOCK);                  \
+        if (BLOCK > 16 && left >= 16) { call(16 < BLOCK ? 16 : BLOCK); c += 16; left -= 16; } \
+        if (left >= 8) { call(8); c += 8; left -= 8; }                                 \
+        if (left >= 4) { call(4); c += 4; left -= 4; }                                 \
+        for (; left > 0; --left, ++c) call(1);                                         \
     } while (0)
 
 static void pool_all(Tile *t, const Shape *p, const float *x, int64_t pixel, int i0, int i1, int k) {
-    OVER_CHANNELS(pool_block, x);
+#define CALL(n) pool_block(t, p, x, pixel, c, n, i0, i1, k)
+    OVER_CHANNELS(CALL);
+#undef CALL
 }
 
-static void dot_all(Tile *t, const Shape *p, const float *x, int64_t pixel, int i0, int i1, int k) {
-    OVER_CHANNELS(dot_block, x);
+static void dot_all(Tile *t, const Shape *p, const float *x, int64_t pixel, int count, int k) {
+#define CALL(n) dot_block(t, x, pixel, c, n, count, k)
+    OVER_CHANNELS(CALL);
+#undef CALL
 }
 
-static void spread_all(Tile *t, const Shape *p, float *dx, int64_t pixel, int i0, int i1, int k) {
+static void spread_all(Tile *t, const Shape *p, float *dx, int64_t pixel, int count, int k) {
     int c = 0, left = (int)p->channels / LANES;
-    for (; left >= 4; left -= 4, c += 4 * LANES) spread_block(t, p, dx, pixel, c, 4, i0, i1, k);
-    if (left >= 2) { spread_block(t, p, dx, pixel, c, 2, i0, i1, k); c += 2 * LANES; left -= 2; }
-    if (left) { spread_block(t, p, dx, pixel, c, 1, i0, i1, k); c += LANES; }
-    if (c < p->channels) spread_rest(t, p, dx, pixel, c, i0, i1, k);
+    const int rest = (int)p->channels % LANES;
+    for (; left >= 4; left -= 4, c += 4 * LANES) spread_block(t, dx, pixel, c, 4, LANES, count, k);
+    if (rest) {
+        if (left == 3) spread_block(t, dx, pixel, c, 4, rest, count, k);
+        else if (left == 2) spread_block(t, dx, pixel, c, 3, rest, count, k);
+        else if (left) spread_block(t, dx, pixel, c, 2, rest, count, k);
+        else spread_block(t, dx, pixel, c, 1, rest, count, k);
+        return;
+    }
+    if (left >= 2) { spread_block(t, dx, pixel, c, 2, LANES, count, k); c += 2 * LANES; left -= 2; }
+    if (left) spread_block(t, dx, pixel, c, 1, LANES, count, k);
 }

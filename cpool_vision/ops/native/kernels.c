@@ -88,7 +88,7 @@ static void pool_tile(Tile *t, const Shape *p, const Facts *facts, int64_t m, co
     sum_features(t, p, in, narrow);
     if (narrow)
         for (int q = 0; q < LANES; ++q)
-            for (int64_t k = 0; k < c; ++k) t->rows[q * c + k] *= inverse[q];
+            for (int64_t k = 0; k < c; ++k) t->rows[q * t->row + k] *= inverse[q];
     else
         for (int64_t k = 0; k < c; ++k) t->columns[k] *= inverse;
     store_output(t, p, out, narrow);

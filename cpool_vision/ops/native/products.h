@@ -5,7 +5,7 @@
 
 /* Weighted sums of the features over the keys: in rows by query where narrow, else in columns. */
 static void sum_features(Tile *t, const Shape *p, const float *in, int narrow) {
-    memset(narrow ? (vf *)t->rows : t->columns, 0, p->channels * sizeof(vf));
+    memset(narrow ? (vf *)t->rows : t->columns, 0, t->row * sizeof(vf));
     for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
         int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
         if (narrow) {
@@ -27,8 +27,9 @@ static void spread_gradients(Tile *t, const Shape *p, const float *in, float *di
             dot_lists(t, p, in, p->x_pixel);
             spread_lists(t, p, din, p->dx_pixel, i, end, k);
         } else {
-            dot_all(t, p, in, p->x_pixel, i, end, k);
-            spread_all(t, p, din, p->dx_pixel, i, end, k);
+            place_keys(t, p, i, end);
+            dot_all(t, p, in, p->x_pixel, keys, k);
+            spread_all(t, p, din, p->dx_pixel, keys, k);
         }
         i = end;
     }

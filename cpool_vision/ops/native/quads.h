@@ -7,7 +7,7 @@
 
 /* Whether lists by quad, with channels in the lanes, take less work than every key for every query. */
 static int is_narrow(const Tile *t, const Shape *p, int64_t read) {
-    return p->channels % LANES == 0 && 5 * read < 4 * QUADS * (int64_t)t->key_count;
+    return may_list(p) && 5 * read < 4 * QUADS * (int64_t)t->key_count;
 }
 
 static void list_keys(Tile *t, const Shape *p, int i0, int i1, int k) {
@@ -43,7 +43,7 @@ INLINE void pool_list(Tile *t, const Shape *p, const float *x, int64_t pixel, in
             }
         }
         for (int i = 0; i < 4; ++i) {
-            vf *row = (vf *)(t->rows + lane_of(j, i) * p->channels + c0);
+            vf *row = (vf *)(t->rows + lane_of(j, i) * t->row + c0);
             for (int v = 0; v < n; ++v) row[v] += acc[i][v];
         }
     }
@@ -58,7 +58,7 @@ INLINE void dot_list(Tile *t, const Shape *p, const float *x, int64_t pixel, int
         float *dots = (float *)t->dots + lane_of(j, 0);
         vf g[4][QUAD_BLOCK];
         for (int i = 0; i < 4; ++i)
-            for (int v = 0; v < n; ++v) g[i][v] = *(const vf *)(t->rows + lane_of(j, i) * p->channels + c0 + v * LANES);
+            for (int v = 0; v < n; ++v) g[i][v] = *(const vf *)(t->rows + lane_of(j, i) * t->row + c0 + v * LANES);
         for (int e = 0; e < count; e += KEYS, at += KEYS) {
             vf part[LANES];
 #pragma GCC unroll 4
@@ -89,13 +89,13 @@ INLINE void spread_keys(Tile *t, const Shape *p, float *f, int64_t pixel, int c0
         for (int v = 0; v < n; ++v) acc[m][v] = *(const vf *)(f + m * pixel + v * LANES);
     for (int j = 0; j < QUADS; ++j) {
         if (x + keys <= spans[j].x0 || x >= spans[j].x1) continue;
-        const float *a = weights + lane_of(j, 0), *rows = t->rows + lane_of(j, 0) * p->channels + c0;
+        const float *a = weights + lane_of(j, 0), *rows = t->rows + lane_of(j, 0) * t->row + c0;
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const int lane = i % 2 + i / 2 * TILE_W;
 #pragma GCC unroll 12
             for (int v = 0; v < n; ++v) {
-                const vf row = *(const vf *)(rows + lane * p->channels + v * LANES);
+                const vf row = *(const vf *)(rows + lane * t->row + v * LANES);
 #pragma GCC unroll 2
                 for (int m = 0; m < keys; ++m) acc[m][v] += a[m * LANES + lane] * row;
             }

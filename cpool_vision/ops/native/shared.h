@@ -76,9 +76,9 @@ static void pool_share(Tile *t, const Shape *p, const float *pixel, const float 
     if (narrow)
         for (int i = 0; i < LANES; ++i)
             for (int64_t g = 0; g < p->shared; ++g) {
-                const float *from = t->rows + i * q.channels;
+                const float *from = t->rows + i * t->row;
                 const float inverse = 1 / from[ratios + g];
-                for (int64_t k = g * c; k < (g + 1) * c; ++k) t->rows[i * ratios + k] = from[k] * inverse;
+                for (int64_t k = g * c; k < (g + 1) * c; ++k) t->rows[i * t->row + k] = from[k] * inverse;
             }
     else
         for (int64_t g = 0; g < p->shared; ++g) {
@@ -95,7 +95,7 @@ static vf differentiate_share(Tile *t, const Shape *p, const float *pixel, const
     const int64_t c = p->channels, ratios = own.channels;
     const int narrow = weigh_share(t, &q, pixel, common);
     sum_features(t, &q, folded, narrow);
-    if (narrow) to_columns(t, &q);
+    if (narrow) to_columns(t);
     vf *sums = t->columns;
     t->columns = t->spare;
     t->spare = sums;
@@ -111,7 +111,7 @@ static vf differentiate_share(Tile *t, const Shape *p, const float *pixel, const
         }
         t->columns[ratios + g] = -mean * inverse;
     }
-    to_rows(t, &q);
+    to_rows(t);
     memset(t->dots, 0, t->key_count * sizeof(vf));
     spread_gradients(t, &q, folded, dfolded, narrow);
     vf dscale = splat(0);

@@ -42,8 +42,10 @@ typedef struct {
     Entry *entries;      /* (QUADS, list_size): keys of each quad in a chunk */
     int64_t list_size;
     int entry_count[QUADS];
-    float *rows;         /* (LANES, channels): output or its gradient */
-    vf *columns;         /* (channels, LANES): the same, queries in lanes */
+    int *places;         /* by key of a chunk: its pixel */
+    int64_t row;         /* channels, rounded up to whole vectors */
+    float *rows;         /* (LANES, row): output or its gradient */
+    vf *columns;         /* (row, LANES): the same, queries in lanes */
     vf *spare;           /* of the same size, where groups share supports */
     vf scale, center_y, center_x, near_y, near_x;
     vf tolerance;        /* share of a query's weight that reach2 and trim may each leave out */
@@ -195,6 +197,9 @@ static vf make_weights(Tile *t, const Shape *p, const float *logits, const float
     return total;
 }
 
+/* Whether products may go by lists of the keys of each quad: their vectors hold channels. */
+INLINE int may_list(const Shape *p) { return p->channels % LANES == 0; }
+
 /* Lane of query i in quad j. */
 INLINE int lane_of(int j, int i) {
     return j % (TILE_W / 2) * 2 + j / (TILE_W / 2) * 2 * TILE_W + i % 2 + i / 2 * TILE_W;
@@ -203,7 +208,7 @@ INLINE int lane_of(int j, int i) {
 /* Leaves out pairs at the ends of rows that, all together, weigh at most t->tolerance in every query;
  * reach2, which knows no more of the logits than the largest, leaves out as much. Takes them off the sums.
  * Far pixels count most in dsigma: cuts that spend the whole tolerance would exceed its error bound.
- * Returns how many keys the quads read. */
+ * Returns how many keys the quads read, where that matters. */
 static int64_t trim(Tile *t, const Shape *p, vf *total) {
     const vf least = *total * t->tolerance / (float)t->key_count;
     const vf own_least = 0.125f * least; /* unlike the ends of rows, where most queries leave out far less */
@@ -238,7 +243,7 @@ static int64_t trim(Tile *t, const Shape *p, vf *total) {
                 last += out;
             }
             to += b - a;
-            for (int j = 0; j < QUADS; ++j) {
+            for (int j = 0; may_list(p) && j < QUADS; ++j) {
                 Span *span = &t->spans[count][j];
                 *span = (Span){s.x1, 0};
                 for (int i = 0; i < 4; ++i) {
@@ -260,22 +265,14 @@ static int64_t trim(Tile *t, const Shape *p, vf *total) {
 }
 
 /* Rows of queries from columns of channels, and back. */
-static void to_rows(Tile *t, const Shape *p) {
-    const int64_t c = p->channels;
+static void to_rows(Tile *t) {
     const float *columns = (const float *)t->columns;
-    int64_t k = 0;
-    for (; k + LANES <= c; k += LANES) transpose_lanes(columns + k * LANES, LANES, t->rows + k, c);
-    for (; k < c; ++k)
-        for (int q = 0; q < LANES; ++q) t->rows[q * c + k] = columns[k * LANES + q];
+    for (int64_t k = 0; k < t->row; k += LANES) transpose_lanes(columns + k * LANES, LANES, t->rows + k, t->row);
 }
 
-static void to_columns(Tile *t, const Shape *p) {
-    const int64_t c = p->channels;
+static void to_columns(Tile *t) {
     float *columns = (float *)t->columns;
-    int64_t k = 0;
-    for (; k + LANES <= c; k += LANES) transpose_lanes(t->rows + k, c, columns + k * LANES, LANES);
-    for (; k < c; ++k)
-        for (int q = 0; q < LANES; ++q) columns[k * LANES + q] = t->rows[q * c + k];
+    for (int64_t k = 0; k < t->row; k += LANES) transpose_lanes(t->rows + k, t->row, columns + k * LANES, LANES);
 }
 
 /* Whether the queries lie TILE_W to a row of memory: those of full tiles, where pixels are adjacent. */
@@ -287,17 +284,17 @@ static int in_rows(const Tile *t, const Shape *p) {
 
 static void store_output(Tile *t, const Shape *p, float *y, int from_rows) {
     if (in_rows(t, p)) {
-        if (from_rows) to_columns(t, p);
+        if (from_rows) to_columns(t);
         const float *columns = (const float *)t->columns;
         for (int64_t k = 0; k < p->channels; ++k)
             for (int r = 0; r < TILE_H; ++r)
                 memcpy(y + k * p->y_channel + t->index[r * TILE_W], columns + k * LANES + r * TILE_W, TILE_W * sizeof(float));
         return;
     }
-    if (!from_rows) to_rows(t, p);
+    if (!from_rows) to_rows(t);
     for (int q = 0; q < LANES; ++q) {
         if (t->index[q] < 0) continue;
-        const float *row = t->rows + q * p->channels;
+        const float *row = t->rows + q * t->row;
         float *to = y + t->index[q] * p->y_pixel;
         if (p->y_channel == 1) memcpy(to, row, p->channels * sizeof(float));
         else for (int64_t k = 0; k < p->channels; ++k) to[k * p->y_channel] = row[k];
@@ -312,11 +309,11 @@ static void load_gradient(Tile *t, const Shape *p, const float *dy, int by_chann
         for (int64_t k = 0; k < c; ++k)
             for (int r = 0; r < TILE_H; ++r)
                 memcpy(columns + k * LANES + r * TILE_W, dy + k * p->y_channel + t->index[r * TILE_W], TILE_W * sizeof(float));
-        to_rows(t, p);
+        to_rows(t);
         return;
     }
     for (int q = 0; q < LANES; ++q) {
-        float *row = t->rows + q * c;
+        float *row = t->rows + q * t->row;
         if (t->index[q] < 0) {
             memset(row, 0, c * sizeof(float));
             continue;
@@ -325,15 +322,16 @@ static void load_gradient(Tile *t, const Shape *p, const float *dy, int by_chann
         if (p->y_channel == 1) memcpy(row, from, c * sizeof(float));
         else for (int64_t k = 0; k < c; ++k) row[k] = from[k * p->y_channel];
     }
-    if (by_channel) to_columns(t, p);
+    if (by_channel) to_columns(t);
 }
 
 static int open_tile(Tile *t, const Shape *p, int backward) {
     size_t keys = (size_t)(p->height * p->width), line = (size_t)(p->height + p->width);
     const size_t segments = p->height * (sizeof(Segment) * 2 + sizeof(Span[QUADS]));
     const size_t list = (size_t)(NARROW_CHUNK + p->width + LANES), lists = QUADS * list;
-    size_t vectors = keys * (backward ? 2 : 1) + line + (p->shared > 1 ? 3 : 2) * p->channels;
-    size_t bytes = vectors * sizeof(vf) + lists * sizeof(Entry) + segments + 128;
+    const size_t row = (size_t)(p->channels + LANES - 1) / LANES * LANES;
+    size_t vectors = keys * (backward ? 2 : 1) + line + (p->shared > 1 ? 3 : 2) * row;
+    size_t bytes = vectors * sizeof(vf) + lists * sizeof(Entry) + segments + keys * sizeof(int) + 128;
     t->memory = malloc(bytes);
     if (!t->memory) return 0;
     vf *at = (vf *)(((uintptr_t)t->memory + 63) & ~(uintptr_t)63);
@@ -341,14 +339,17 @@ static int open_tile(Tile *t, const Shape *p, int backward) {
     t->gx = at; at += p->width;
     t->weights = at; at += keys;
     t->dots = at; at += backward ? keys : 0;
-    t->columns = at; at += p->channels;
-    t->rows = (float *)at; at += p->channels;
-    t->spare = at; at += p->shared > 1 ? p->channels : 0;
+    t->row = (int64_t)row;
+    t->columns = at; at += row;
+    t->rows = (float *)at; at += row;
+    t->spare = at; at += p->shared > 1 ? row : 0;
+    memset(t->columns, 0, (size_t)((char *)at - (char *)t->columns)); /* what lies behind the channels is never set */
     t->list_size = (int64_t)list;
     t->entries = (Entry *)at;
     t->spans = (Span(*)[QUADS])(t->entries + lists);
     t->segments = (Segment *)(t->spans + p->height);
     t->all = t->segments + p->height;
+    t->places = (int *)(t->all + p->height);
     return 1;
 }
 

@@ -49,6 +49,9 @@ INLINE int any_of(vi mask) {
 }
 
 INLINE vf vsqrt(vf a) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_sqrt_ps((__m512)a); /* the loop would go by half vectors through memory */
+#endif
     for (int q = 0; q < LANES; ++q) a[q] = sqrtf(a[q]);
     return a;
 }
@@ -92,6 +95,25 @@ INLINE vf vexp(vf x) {
     p = p * r + 1.0f;
     vf result = (vf)((vu)p + ((vu)shifted << 23)); /* the exponent of a power of 2; unsigned, for it may wrap */
     return pick(tiny, splat(0), pick(x != x, x, result));
+}
+
+/* The first n lanes, fewer than all, from memory that ends behind them; the others are zero. And back. */
+INLINE vf load_some(const float *from, int n) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), from);
+#else
+    vf v = splat(0);
+    for (int q = 0; q < n; ++q) v[q] = from[q];
+    return v;
+#endif
+}
+
+INLINE void store_some(float *to, vf v, int n) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+    for (int q = 0; q < n; ++q) to[q] = v[q];
+#endif
 }
 
 /* Lanes with the bit `d` of their number clear and set, of a and b in turn: the two halves of a butterfly of rows. */
@@ -146,6 +168,9 @@ INLINE void transpose_lanes(const float *from, int64_t from_stride, float *to, i
 }
 
 INLINE int least_of(vi v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_min_epi32((__m512i)v);
+#endif
     int low = v[0];
     for (int q = 1; q < LANES; ++q) low = v[q] < low ? v[q] : low;
     return low;
