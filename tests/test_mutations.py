@@ -61,14 +61,14 @@ FAULTS = {
         'layers/context_pool.py', 'weight_logits.masked_fill(~present, -float(\'inf\'))', 'weight_logits',
         'layers/test_naflex_context_pool.py::test_missing_tokens_are_as_the_border'),
     'gate the wrong way round': Fault(
-        'layers/mixer.py', 'torch.lerp(base, y.type_as(base), self.', 'torch.lerp(y.type_as(base), base, self.',
+        'ops/layer.py', 'torch.lerp(base, y, gate, out=y)', 'torch.lerp(y, base, gate, out=y)',
         LAYER + '::test_identity_returns_its_base_bit_for_bit_until_the_gate_opens'),
     'gate of tokens the wrong way round': Fault(
-        'layers/token_context_pool.py', 'torch.lerp(x, y.type_as(x), self.', 'torch.lerp(y.type_as(x), x, self.',
+        'ops/layer.py', 'torch.lerp(base, y, gate, out=y)', 'torch.lerp(y, base, gate, out=y)',
         TOKENS + '::test_identity_returns_its_input'),
     'prefix tokens are pooled': Fault(
-        'layers/token_context_pool.py', 'x, weight_logits, sigma, self.num_prefix_tokens, self.backend',
-        'x.roll(1, 1), weight_logits, sigma, self.num_prefix_tokens, self.backend',
+        'layers/token_context_pool.py', 'features = torch.ops.cpool_vision.to_autocast(x)',
+        'features = torch.ops.cpool_vision.to_autocast(x.roll(1, 1))',
         TOKENS + '::test_tokens_are_pooled_as_a_map_and_prefix_tokens_pass'),
     # the engine
     'gradients are summed, not averaged': Fault(
