@@ -46,14 +46,16 @@ def make_step(name: str, batch: int, num_classes: int = 1000, **kwargs: Any) -> 
     return step
 
 
-def run_case(name: str, target: float, batch: int, repeats: int) -> dict[str, Any]:
+def run_case(
+        name: str, target: float, batch: int, repeats: int, clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     steps = {'base': make_step(name, batch, cpool_positions=[]), 'variant': make_step(name, batch)}
     times: dict[str, list[float]] = {arm: [] for arm in steps}
     for _ in range(repeats + 1):
         for arm, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            times[arm].append(time.perf_counter() - start)
+            times[arm].append(clock() - start)
     base, variant = (statistics.median(times[arm][1:]) for arm in ('base', 'variant'))
     _, base_params, base_macs = count(name, cpool_positions=[])
     _, params, macs = count(name)
@@ -83,9 +85,14 @@ def main() -> None:
     parser.add_argument('-o', '--output', type=Path, help='JSON file for the figures')
     parser.add_argument('-b', '--batch', type=int, default=8, help='images per step')
     parser.add_argument('-r', '--repeats', type=int, default=7, help='counted steps of each arm')
+    parser.add_argument('--models', nargs='+', choices=[name for name, _ in CASES], help='only these')
+    parser.add_argument('--processor-time', action='store_true',
+                        help='count the time of the processors instead of what passes: for a busy machine, one thread')
     parser.add_argument('--write', type=Path, help='Markdown file with the markers')
     args = parser.parse_args()
-    rows = [run_case(name, target, args.batch, args.repeats) for name, target in CASES]
+    clock = time.process_time if args.processor_time else time.perf_counter
+    rows = [run_case(name, target, args.batch, args.repeats, clock) for name, target in CASES
+            if not args.models or name in args.models]
     print(table(rows))
     if args.write:
         write_between(args.write, BEGIN, END, table(rows))
