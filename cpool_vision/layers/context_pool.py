@@ -167,6 +167,7 @@ class ContextPool2d(Mixer2d):
             raise TypeError(f'act_layer must make a module, such as nn.GELU, got {act_layer!r}')
         outputs = groups + support_groups + (2 * groups if offset == 'cell' else 0)
         self.predict = nn.Conv2d(hidden_dim, outputs, 3, padding=1, **dd)
+        self.offset_per_cell = offset == 'cell'
         self.fused = self.scripts_fused = True
         self.offset = nn.Parameter(torch.empty(groups, 2, **dd)) if offset == 'group' else None
         self.register_buffer('logit_bound', torch.tensor(self.bound, device=device))
@@ -255,7 +256,7 @@ class ContextPool2d(Mixer2d):
         reach = self.ratio * (height * width) ** .5
         if self.offset is not None:
             return reach * self.offset.tanh().view(1, -1, 2, 1, 1)
-        if self.predict.out_channels == self.groups + self.support_groups:
+        if not self.offset_per_cell:
             return None
         cells = raw[:, self.groups + self.support_groups:, ::self.stride, ::self.stride]
         return reach * cells.type_as(self.predict.weight).tanh().unflatten(1, (self.groups, 2))

@@ -27,7 +27,6 @@ class Adapter(nn.Module):
 
     weight = property(lambda self: self.base_layer.weight)
     bias = property(lambda self: self.base_layer.bias)
-    out_channels = property(lambda self: self.base_layer.out_channels)
 
     def forward(self, x):
         return self.base_layer(x) + self.up(self.down(x))
