@@ -413,7 +413,8 @@ def test_wheel_installs_into_an_empty_environment(tmp_path: pathlib.Path) -> Non
     sdist, = (tmp_path / 'dist').glob('*.tar.gz')
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split('/')[0] for name in names} == {'cpool_vision', wheel.name.rsplit('-', 3)[0] + '.dist-info'}
-    assert {f'cpool_vision/{each}' for each in ('py.typed', 'models/swin.py', 'configs/quickstart.yaml')} <= set(names)
+    assert {f'cpool_vision/{each}' for each in ('py.typed', 'models/resnet.py', 'configs/quickstart.yaml')} \
+        <= set(names)
     members = run('tar', 'tzf', str(sdist)).splitlines()
     inside = {name.split('/', 1)[-1] for name in members}
     assert {'CHANGELOG.md', 'tests/test_house.py', 'docs/index.md', 'examples/plain_cnn.py', 'train.py'} <= inside
