@@ -23,11 +23,13 @@ from .model_table import count
 from .op import machine
 
 BEGIN, END = '<!-- train-step -->', '<!-- /train-step -->'
-# Model, and the ratio of times aimed at.
-CASES = (
-    ('vit_small_cpool_patch16_224', 1.10),
-    ('resnet50_cpool', 1.20),
-    ('convnext_tiny_cpool', 1.15),
+# Model, its settings, and the ratio of times aimed at.
+CASES: tuple[tuple[str, dict[str, Any], float], ...] = (
+    ('vit_small_cpool_patch16_224', {}, 1.10),
+    ('vit_small_cpool_patch16_224', {'cpool_support_groups': 1}, 1.10),
+    ('vit_small_cpool_patch16_224', {'cpool_groups': 1}, 1.04),
+    ('resnet50_cpool', {}, 1.20),
+    ('convnext_tiny_cpool', {}, 1.15),
 )
 
 
@@ -47,9 +49,10 @@ def make_step(name: str, batch: int, num_classes: int = 1000, **kwargs: Any) -> 
 
 
 def run_case(
-        name: str, target: float, batch: int, repeats: int, clock: Callable[[], float] = time.perf_counter,
+        name: str, settings: dict[str, Any], target: float, batch: int, repeats: int,
+        clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    steps = {'base': make_step(name, batch, cpool_positions=[]), 'variant': make_step(name, batch)}
+    steps = {'base': make_step(name, batch, cpool_positions=[]), 'variant': make_step(name, batch, **settings)}
     times: dict[str, list[float]] = {arm: [] for arm in steps}
     for _ in range(repeats + 1):
         for arm, step in steps.items():
@@ -58,9 +61,10 @@ def run_case(
             times[arm].append(clock() - start)
     base, variant = (statistics.median(times[arm][1:]) for arm in ('base', 'variant'))
     _, base_params, base_macs = count(name, cpool_positions=[])
-    _, params, macs = count(name)
+    _, params, macs = count(name, **settings)
     return {
         'model': name,
+        'settings': settings,
         'batch': batch,
         'base_ms': base * 1e3,
         'variant_ms': variant * 1e3,
@@ -71,10 +75,14 @@ def run_case(
     }
 
 
+def _label(row: dict[str, Any]) -> str:
+    return ', '.join([f'`{row["model"]}`', *(f'`{name}={value}`' for name, value in row['settings'].items())])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ['| model | training step, variant / base | target | parameters | MACs |', '|---|---|---|---|---|']
     lines += [
-        f'| `{r["model"]}` | {r["ratio"]:.2f} | {r["target_ratio"]:.2f} | {100 * r["params_change"]:+.1f} % '
+        f'| {_label(r)} | {r["ratio"]:.2f} | {r["target_ratio"]:.2f} | {100 * r["params_change"]:+.1f} % '
         f'| {100 * r["macs_change"]:+.1f} % |' for r in rows
     ]
     return '\n'.join(lines)
@@ -85,14 +93,14 @@ def main() -> None:
     parser.add_argument('-o', '--output', type=Path, help='JSON file for the figures')
     parser.add_argument('-b', '--batch', type=int, default=8, help='images per step')
     parser.add_argument('-r', '--repeats', type=int, default=7, help='counted steps of each arm')
-    parser.add_argument('--models', nargs='+', choices=[name for name, _ in CASES], help='only these')
+    parser.add_argument('--models', nargs='+', choices=sorted({name for name, *_ in CASES}), help='only these')
     parser.add_argument('--processor-time', action='store_true',
                         help='count the time of the processors instead of what passes: for a busy machine, one thread')
     parser.add_argument('--write', type=Path, help='Markdown file with the markers')
     args = parser.parse_args()
     clock = time.process_time if args.processor_time else time.perf_counter
-    rows = [run_case(name, target, args.batch, args.repeats, clock) for name, target in CASES
-            if not args.models or name in args.models]
+    rows = [run_case(*case, args.batch, args.repeats, clock) for case in CASES
+            if not args.models or case[0] in args.models]
     print(table(rows))
     if args.write:
         write_between(args.write, BEGIN, END, table(rows))
