@@ -61,8 +61,8 @@ def _fuzz(index: int) -> None:
         return context_pool2d_reference(_in_some_layout(random.Random(index), x), logits, each, stride)  # noqa: S311
 
     case = (x, logits, sigma, grad)
-    # eager sums few outputs in halves, the kernels as the keys come: up to five units, in a build that optimises less
-    assert_close_to_definition(kernels, definition, case, stride, 4 * torch.finfo(torch.float32).eps)
+    # eager sums few outputs in halves, the kernels as the keys come
+    assert_close_to_definition(kernels, definition, case, stride, 2 * torch.finfo(torch.float32).eps)
     x, grad = _in_some_layout(rng, x), _in_some_layout(rng, grad)
     results = (torch.empty_like(grad, dtype=rng.choice((torch.float32, dtype))),
                torch.empty_like(x, dtype=rng.choice((torch.float32, dtype))))
@@ -89,13 +89,13 @@ def test_random_calls(first):
         torch.set_num_threads(threads)
 
 
-# What the subprocess runs. Optimized less, compiling takes seconds; the compiler itself goes without the runtime.
+# What the subprocess runs. The compiler itself goes without the runtime.
 SANITIZED = """
 import os, sys
 del os.environ['LD_PRELOAD']
 import pytest
 from cpool_vision.ops.native import build
-build.FLAGS = ('-O1', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', *build.FLAGS[1:])
+build.FLAGS = ('-O2', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined', *build.FLAGS[1:])
 build.TIMEOUT_S = 1200
 reason = build.prepare()
 sys.exit(reason or pytest.main(sys.argv[1:]))
