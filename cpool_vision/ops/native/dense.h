@@ -63,9 +63,7 @@ INLINE void spread_keys_all(Tile *t, float *dx, const int *places, int64_t pixel
     const float *a = (const float *)(t->weights + k), *rows = t->rows + c0;
     for (int j = 0; j < keys; ++j) {
         f[j] = dx + places[j] * pixel + c0;
-        for (int v = 0; v < n - 1; ++v) acc[j][v] = *(const vf *)(f[j] + v * LANES);
-        const float *last = f[j] + (n - 1) * LANES;
-        acc[j][n - 1] = some == LANES ? *(const vf *)last : load_some(last, some);
+        for (int v = 0; v < n; ++v) acc[j][v] = splat(0); /* a tile apart, for less rounding */
     }
 #pragma GCC unroll 4
     for (int q = 0; q < LANES; ++q) {
@@ -77,10 +75,10 @@ INLINE void spread_keys_all(Tile *t, float *dx, const int *places, int64_t pixel
         }
     }
     for (int j = 0; j < keys; ++j) {
-        for (int v = 0; v < n - 1; ++v) *(vf *)(f[j] + v * LANES) = acc[j][v];
+        for (int v = 0; v < n - 1; ++v) *(vf *)(f[j] + v * LANES) += acc[j][v];
         float *last = f[j] + (n - 1) * LANES;
-        if (some == LANES) *(vf *)last = acc[j][n - 1];
-        else store_some(last, acc[j][n - 1], some);
+        if (some == LANES) *(vf *)last += acc[j][n - 1];
+        else store_some(last, load_some(last, some) + acc[j][n - 1], some);
     }
 }
 

@@ -86,7 +86,7 @@ INLINE void spread_keys(Tile *t, const Shape *p, float *f, int64_t pixel, int c0
     const float *weights = (const float *)(t->weights + k);
     vf acc[2][SPREAD_BLOCK];
     for (int m = 0; m < keys; ++m)
-        for (int v = 0; v < n; ++v) acc[m][v] = *(const vf *)(f + m * pixel + v * LANES);
+        for (int v = 0; v < n; ++v) acc[m][v] = splat(0); /* a tile apart, for less rounding */
     for (int j = 0; j < QUADS; ++j) {
         if (x + keys <= spans[j].x0 || x >= spans[j].x1) continue;
         const float *a = weights + lane_of(j, 0), *rows = t->rows + lane_of(j, 0) * t->row + c0;
@@ -102,7 +102,7 @@ INLINE void spread_keys(Tile *t, const Shape *p, float *f, int64_t pixel, int c0
         }
     }
     for (int m = 0; m < keys; ++m)
-        for (int v = 0; v < n; ++v) *(vf *)(f + m * pixel + v * LANES) = acc[m][v];
+        for (int v = 0; v < n; ++v) *(vf *)(f + m * pixel + v * LANES) += acc[m][v];
 }
 
 INLINE void spread_list(Tile *t, const Shape *p, float *dx, int64_t pixel, int c0, int n, int i0, int i1, int k) {
