@@ -19,7 +19,7 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..', '..')
 def torchrun(flags: list[str], script: str = os.path.join(ROOT, 'train.py')) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # noqa: S603
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script, *flags],
-        capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT})
 
 
 # lists the threads before and after the last step of main
