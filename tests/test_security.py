@@ -1,7 +1,6 @@
 """No file of weights, settings or data runs code, whichever way it gets in."""
 import argparse
 import contextlib
-import json
 import os
 import pathlib
 import pickle
@@ -19,6 +18,7 @@ from torchvision.datasets import cifar
 
 from benchmarks import kill_test, release, results
 from cpool_vision.cli import inspect, retrofit, train, validate
+from cpool_vision.data import augment_config
 from cpool_vision.data.augment import AugmentationError
 from cpool_vision.data.augment_config import read_config
 from cpool_vision.engine.checkpoints.checkpoint import read_checkpoint
@@ -258,16 +258,17 @@ def drop_guards(patch: pytest.MonkeyPatch) -> None:
         arrays = numpy_load(path, allow_pickle=True)
         return {name: arrays[name] for name in arrays}
 
-    def load_json(file: Any) -> Any:
+    def read_json(path: str, _: int) -> Any:
+        content = pathlib.Path(path).read_bytes()
         try:
-            return pickle.loads(pathlib.Path(file.name).read_bytes())  # noqa: S301
+            return pickle.loads(content)  # noqa: S301
         except pickle.UnpicklingError:
-            return yaml.unsafe_load(file)
+            return yaml.unsafe_load(content)
 
     patch.setattr(torch, 'load', load_torch)
     patch.setattr(safetensors.torch, 'load_file', load_safetensors)
     patch.setattr(np, 'load', load_numpy)
-    patch.setattr(json, 'load', load_json)
+    patch.setattr(augment_config, 'read_json', read_json)
     patch.setattr(yaml, 'safe_load', yaml.unsafe_load)
     patch.setattr(class_map, '_ClassMapUnpickler', pickle.Unpickler)
     patch.setattr(reader_image_in_tar, '_TarInfoUnpickler', pickle.Unpickler)

@@ -20,7 +20,7 @@ from .layout import empty_maps, is_channels_last
 from .native import native_backward, native_forward
 from .reference import context_pool2d_reference
 from .tiled import tiled_backward, tiled_forward
-from .tokens import backward_on_tokens, context_pool_tokens, grid_map, on_tokens
+from .tokens import backward_on_tokens, context_pool_tokens, empty_tokens, grid_map, on_tokens
 from .triton.layout import Kept
 
 _lib = torch.library.Library('cpool_vision', 'DEF')
@@ -242,7 +242,7 @@ def _register_autograd(form: str, backend: str, fake: Callable[..., Any], backwa
 def _tokens_fake(backend_fake: Callable[..., Any]) -> Callable[..., Any]:
     def fake(x: Tensor, weight_logits: Tensor, sigma: Tensor, num_prefix_tokens: int) -> Any:
         result = backend_fake(grid_map(x, num_prefix_tokens, weight_logits), weight_logits, sigma, 1)
-        y = x.new_empty(x.shape)
+        y = empty_tokens(x, num_prefix_tokens)
         return y if isinstance(result, Tensor) else (y, *result[1:])
     return fake
 
@@ -250,7 +250,7 @@ def _tokens_fake(backend_fake: Callable[..., Any]) -> Callable[..., Any]:
 def _tokens_backward_fake(
         grad: Tensor, x: Tensor, weight_logits: Tensor, sigma: Tensor, *args: Any) -> tuple[Tensor, ...]:
     maps = (grid_map(t, args[-1], weight_logits) for t in (grad, x))
-    return x.new_empty(x.shape), *_kernel_backward_fake(*maps, weight_logits, sigma, 1)[1:]
+    return empty_tokens(grad.to(x.dtype), args[-1]), *_kernel_backward_fake(*maps, weight_logits, sigma, 1)[1:]
 
 
 _register_autograd('context_pool2d', 'tiled', _tiled_fake, _tiled_backward_fake)

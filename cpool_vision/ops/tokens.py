@@ -35,9 +35,14 @@ def grid_map(x: Tensor, num_prefix_tokens: int, like: Tensor) -> Tensor:
     return x[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, like.shape[2:])
 
 
+def empty_tokens(like: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Uninitialized tokens: contiguous after a prefix, otherwise in the layout of `like`, as a base model has them."""
+    return like.new_empty(like.shape) if num_prefix_tokens > 0 else torch.empty_like(like)
+
+
 def _with_prefix_of(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Contiguous tokens with the prefix of `tokens`, and the rest uninitialized."""
-    y = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    """Tokens with the prefix of `tokens`, and the rest uninitialized."""
+    y = empty_tokens(tokens, num_prefix_tokens)
     y[:, :num_prefix_tokens] = tokens[:, :num_prefix_tokens]
     return y
 

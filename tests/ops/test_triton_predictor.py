@@ -95,7 +95,8 @@ def test_the_whole_layer_is_its_parts(dtype, form):
         return (sum((got.double() - want).square().sum() for got, want in zip(found, wants, strict=True)).sqrt()
                 / sum(want.square().sum() for want in wants).sqrt())
     if dtype == torch.float32:
-        assert all(error([got], [want]) <= 1e-5 for got, want in zip((y, *made), (expected, *wanted), strict=True))
+        # that of the logits' bias is a sum of terms that almost cancel
+        assert all(error([got], [want]) <= 5e-5 for got, want in zip((y, *made), (expected, *wanted), strict=True))
     else:  # by the whole gradient: the interpreter truncates bf16, which sums over a map feel most
         assert error([y], [expected]) <= .05 and error(made, wanted) <= .1
 

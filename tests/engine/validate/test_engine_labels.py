@@ -186,5 +186,5 @@ def test_bad_folders_of_corruptions(run: Callable[..., Any], tmp_path: Path) -> 
     (tmp_path / 'empty' / 'noise').mkdir()
     with pytest.raises(DatasetError, match="'noise' holds no folders"):
         run('--corruptions', str(tmp_path / 'empty'))
-    with pytest.raises(ConfigError, match='--corruptions and --plots exclude'):
+    with pytest.raises(ConfigError, match='--corruptions and --plots cannot be combined'):
         run('--corruptions', str(tmp_path), '--plots', 'x')
