@@ -11,8 +11,8 @@ _PERIOD, _PATIENCE = 1., 30.  # seconds between looks; and to save, as long as t
 class AgentWatch:
     """While entered, a thread looks whether the parent of this process is still there.
 
-    When it is gone, SIGTERM asks the run to save and stop, see `signals.StopSignals`; what is still there after 30
-    seconds is ended. Does nothing without torchrun.
+    When it is gone, SIGTERM asks the run to save and stop, see `signals.StopSignals`, or ends a process that still
+    waits for the others; what is still there after 30 seconds is ended. Does nothing without torchrun.
     """
 
     def __init__(self, period: float = _PERIOD, patience: float = _PATIENCE) -> None:

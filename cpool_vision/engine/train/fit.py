@@ -57,15 +57,17 @@ def train(settings: TrainSettings) -> RunResult:
         UserError: bad input; see `cpool_vision.errors`.
         StopRequested: a signal asked to stop, and the run is saved.
     """
-    runtime = start_runtime(settings)
-    if not runtime.primary:
-        silence_logging()
-    try:
-        # a signal that comes before the first update would leave the lock behind
-        with AgentWatch(), explained_deaths(), StopSignals() as signals, RunLock() as lock:
-            return fit(build(settings, runtime, lock, signals))
-    finally:
-        leave_processes()
+    # from the start: a process whose torchrun is gone would wait for the others until the timeout
+    with AgentWatch():
+        runtime = start_runtime(settings)
+        if not runtime.primary:
+            silence_logging()
+        try:
+            # a signal that comes before the first update would leave the lock behind
+            with explained_deaths(), StopSignals() as signals, RunLock() as lock:
+                return fit(build(settings, runtime, lock, signals))
+        finally:
+            leave_processes()
 
 
 def fit(run: Run) -> RunResult:

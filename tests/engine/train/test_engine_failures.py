@@ -120,6 +120,20 @@ def test_a_run_without_torchrun_is_asked_to_stop_and_ended(tmp_path: pathlib.Pat
     assert 'torchrun is gone' in said and 'asked to stop' in said and not (tmp_path / 'nothing').read_text()
 
 
+def _wait_for_another_process(argv: list[str]) -> None:
+    os.environ.update(TORCHELASTIC_RUN_ID='x', WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT='0')
+    parents = iter([2])
+    os.getppid = lambda: next(parents, 1)
+    train(read_train(argv))
+
+
+def test_a_process_that_waits_for_others_ends_with_torchrun(base_flags: list[str], tmp_path: pathlib.Path) -> None:
+    process = start_apart(_wait_for_another_process, base_flags, output=tmp_path / 'said')
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM and 'torchrun is gone' in (tmp_path / 'said').read_text()
+
+
 SPOILT = {
     'bad byte in args.yaml': ('args.yaml', lambda text: b'\xff\xfe' + text),
     'huge args.yaml': ('args.yaml', lambda text: text + b'#' * (2 << 20)),
