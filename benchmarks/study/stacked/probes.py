@@ -133,6 +133,23 @@ def format_probes(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
+def add_results_args(parser: argparse.ArgumentParser, part: str) -> None:
+    """Flags that `publish` reads."""
+    parser.add_argument('--results', type=Path, help="the study's JSON file, which keeps these figures too")
+    parser.add_argument('--write', type=Path, help=f'Markdown file with the markers <!-- study STEM {part} -->')
+
+
+def publish(args: argparse.Namespace, part: str, rows: list[dict[str, Any]], table: str) -> None:
+    """Prints a table; keeps its rows in the study's JSON file and puts it into a page, where these are named."""
+    print(table)
+    if args.results:
+        kept = json.loads(args.results.read_text(encoding='utf-8')) if args.results.exists() else {}
+        write_text(args.results, json.dumps({**kept, part: rows}, indent=1) + '\n')
+    if args.write:
+        marker = f'study {args.study.stem} {part}'
+        write_between(args.write, f'<!-- {marker} -->', f'<!-- /{marker} -->', table)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m benchmarks.study.stacked.probes', description=__doc__,
@@ -142,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--data-dir', type=Path)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--only', default='*', metavar='PATTERN', help='arms; those without context pools are left out')
-    parser.add_argument('--results', type=Path, help="the study's JSON file, which keeps these figures too")
-    parser.add_argument('--write', type=Path, help='Markdown file with the markers <!-- study STEM probes -->')
+    add_results_args(parser, 'probes')
     args = parser.parse_args(argv)
     study, device = read_study(args.study), torch.device(args.device)
     data = Data(args.output, args.data_dir, device)
@@ -160,14 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         print('no finished run has a context pool')
         return 1
-    table = format_probes(study, rows)
-    print(table)
-    if args.results:
-        kept = json.loads(args.results.read_text(encoding='utf-8')) if args.results.exists() else {}
-        write_text(args.results, json.dumps({**kept, 'probes': rows}, indent=1) + '\n')
-    if args.write:
-        marker = f'study {args.study.stem} probes'
-        write_between(args.write, f'<!-- {marker} -->', f'<!-- /{marker} -->', table)
+    publish(args, 'probes', rows, format_probes(study, rows))
     return 0
 
 

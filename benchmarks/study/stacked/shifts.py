@@ -7,7 +7,6 @@ follow the grid; `supports kept` are as many tokens wide as in training.
 import argparse
 import dataclasses
 import fnmatch
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,12 +20,11 @@ from torch import nn
 
 from cpool_vision.profile.measure import machine
 
-from ...markers import write_between
 from ..report import SCORES, contrast, difference_of, format_interval
-from ..runner import run_name, write_text
+from ..runner import run_name
 from ..spec import Arm, Study, read_study
 from .nets import build_net
-from .probes import pools_of
+from .probes import add_results_args, pools_of, publish
 from .runs import Data, batch_of, recipe_of, weights_file
 from .score import score_stack
 from .tasks import Recipe, normalize
@@ -94,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('study', type=Path)
     parser.add_argument('-o', '--output', type=Path, required=True, help='folder of the study, with its weights')
     parser.add_argument('--only', default='*', metavar='PATTERN', help='arms to score')
-    parser.add_argument('--results', type=Path, help="the study's JSON file, which keeps these figures too")
-    parser.add_argument('--write', type=Path, help='Markdown file with the markers <!-- study STEM shifts -->')
+    add_results_args(parser, 'shifts')
     args = parser.parse_args(argv)
     study, device = read_study(args.study), torch.device('cpu')
     data = Data(args.output, None, device)
@@ -119,14 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         print('no finished run has weights here')
         return 1
-    table = format_shifts(study, rows, recipe.metric)
-    print(table)
-    if args.results:
-        kept = json.loads(args.results.read_text(encoding='utf-8')) if args.results.exists() else {}
-        write_text(args.results, json.dumps({**kept, 'shifts': rows}, indent=1) + '\n')
-    if args.write:
-        marker = f'study {args.study.stem} shifts'
-        write_between(args.write, f'<!-- {marker} -->', f'<!-- /{marker} -->', table)
+    publish(args, 'shifts', rows, format_shifts(study, rows, recipe.metric))
     return 0
 
 
