@@ -185,14 +185,20 @@ def learned_supports(run: Path) -> dict[str, list[float]]:
 
 
 def read_results(study: Study, output: Path) -> list[dict[str, Any]]:
-    """Figures of the finished runs, in the order of the study, with a hash of their settings and what they learned."""
+    """Figures of the finished runs, in the order of the study, with a hash of their settings and what they learned.
+
+    Raises:
+        StaleRunError: a run had other settings than the study gives it now.
+    """
     rows = []
     for arm, seed in study.runs():
         name = run_name(arm.name, seed)
         file = result_file(output, name)
         if file.exists():
             row = json.loads(file.read_text(encoding='utf-8'))
-            row.setdefault('settings', fingerprint(study, arm.name, seed))
+            settings = fingerprint(study, arm.name, seed)
+            if row.setdefault('settings', settings) != settings:
+                raise StaleRunError(f'{file} comes from other settings than the study: use another folder or remove it')
             row.setdefault('supports', learned_supports(output / 'runs' / name))
             rows.append(row)
     return rows
