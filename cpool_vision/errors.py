@@ -1,22 +1,26 @@
-"""Errors that a user can act on: each names value and remedy, and the command line prints it as one line."""
+"""Errors that a user can act on. Each message names the bad value and the remedy."""
 
 
 class UserError(Exception):
-    """Base of every error whose message is meant for the user; `exit_code` is what the command line returns."""
+    """Base class of errors that the command line prints as one line.
+
+    Attributes:
+        exit_code: Exit code of the command.
+    """
 
     exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
-    """A setting on the command line or in a YAML file cannot be used."""
+    """A setting on the command line or in a YAML file is invalid."""
 
 
 class UnknownModelError(UserError, ValueError):
-    """No registered model has the requested name, or it cannot be built as requested."""
+    """The model name is not registered, or the model cannot be built as requested."""
 
 
 class DatasetError(UserError, ValueError):
-    """A dataset is unknown, empty, unreadable, or does not fit the model."""
+    """A dataset is unknown, empty or unreadable, or does not fit the model."""
 
 
 class DatasetNotFoundError(DatasetError, FileNotFoundError):
@@ -36,10 +40,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class OutputError(UserError, OSError):
-    """Results cannot be written, or would overwrite an existing run."""
+    """An output file cannot be written, or would overwrite an existing run."""
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
-    """Loss or gradient became NaN or infinite; raised before the optimizer step, so the weights are still finite."""
+    """The loss or a gradient is NaN or infinite. Raised before the optimizer step, so the weights are still finite."""
 
     exit_code = 1

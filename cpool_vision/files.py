@@ -1,16 +1,20 @@
-"""Files that appear under their name only when complete."""
+"""Atomic file writing: a file appears under its name only once it is complete."""
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO
 
 from .errors import OutputError, UserError
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 
 def sync_directory(path: str) -> None:
-    """Flushes the names in a folder to disk, where the system can."""
+    """Flushes a folder's entries to disk. Does nothing on systems that cannot."""
     if os.name != 'posix':
         return
     handle = os.open(path, os.O_RDONLY)
@@ -20,18 +24,18 @@ def sync_directory(path: str) -> None:
         os.close(handle)
 
 
-def write_atomic(path: str, write: Callable[[Any], None]) -> None:
-    """Writes a file so that a crash at any moment leaves either the former content or the new one.
+def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file so that a crash at any moment leaves either the old content or the new one.
 
-    A temporary file in the same folder is written, flushed to disk and renamed over the target; then the folder is
-    flushed. A failure removes the temporary file and leaves the target alone.
+    Writes a temporary file in the same folder, flushes it to disk, renames it over the target, and flushes the folder.
+    On failure, removes the temporary file and leaves the target untouched.
 
     Args:
-        path: target.
-        write: receives the open binary file.
+        path: Target file.
+        write: Writes the content to the open binary file. If the disk is full, it is called a second time.
 
     Raises:
-        OutputError: the operating system refused.
+        OutputError: If the file cannot be written.
     """
     folder = os.path.dirname(os.path.abspath(path))
     temporary = ''
@@ -45,11 +49,11 @@ def write_atomic(path: str, write: Callable[[Any], None]) -> None:
         os.replace(temporary, path)
         temporary = ''
         sync_directory(folder)
-    except UserError:  # what `write` reads from is at fault
+    except UserError:  # the source that `write` reads is at fault, not the target
         raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         if temporary and os.path.exists(temporary):
-            os.remove(temporary)  # what it holds is free again
+            os.remove(temporary)  # frees its space before `_shortage` looks at the disk
             temporary = ''
         reason = _shortage(folder, write) or getattr(error, 'strerror', None) or error
         raise OutputError(f'{path!r} cannot be written ({reason}): free space or choose another folder') from error
@@ -58,13 +62,14 @@ def write_atomic(path: str, write: Callable[[Any], None]) -> None:
             os.remove(temporary)
 
 
-class _Counter:
-    """A file that only measures how long it would become."""
+class _Counter(io.BytesIO):
+    """A file that stores nothing and counts how long it would become."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.place = self.size = 0
 
-    def write(self, data: Any) -> int:
+    def write(self, data: 'Buffer') -> int:
         count = memoryview(data).nbytes
         self.place += count
         self.size = max(self.size, self.place)
@@ -77,12 +82,9 @@ class _Counter:
     def tell(self) -> int:
         return self.place
 
-    def flush(self) -> None:
-        pass
 
-
-def _shortage(folder: str, write: Callable[[Any], None]) -> str:
-    """How many bytes a folder is short of for a file, in words; '' if that is not why it could not be written."""
+def _shortage(folder: str, write: Callable[[BinaryIO], object]) -> str:
+    """Says how many bytes the disk lacks for a file; '' if a full disk was not the reason for the failure."""
     counter = _Counter()
     try:
         free = shutil.disk_usage(folder).free
@@ -95,7 +97,7 @@ def _shortage(folder: str, write: Callable[[Any], None]) -> str:
 
 
 def write_text(path: str, text: str, errors: str = 'strict') -> None:
-    """`write_atomic` of a text in UTF-8; `errors` as in `str.encode`."""
+    """Writes a text file in UTF-8 by `write_atomic`; `errors` as in `str.encode`."""
     write_atomic(path, lambda file: file.write(text.encode(errors=errors)))
 
 
@@ -105,16 +107,18 @@ def _umask() -> int:
     return mask
 
 
-def _rewound(file: Any) -> Any:
-    file.seek(0)
-    return file
+def _copy(source: str, target: BinaryIO) -> None:
+    with open(source, 'rb') as file:
+        shutil.copyfileobj(file, target)
 
 
 def link_atomic(source: str, target: str) -> None:
-    """Gives a finished file a second name, by a hard link where the file system has them, never unlinking first.
+    """Gives a finished file a second name: a hard link, or a copy on file systems without links.
+
+    An existing target is replaced in one step.
 
     Raises:
-        OutputError: the operating system refused.
+        OutputError: If the target cannot be written.
     """
     temporary = os.path.join(os.path.dirname(os.path.abspath(target)), f'.{os.path.basename(target)}.link.tmp')
     try:
@@ -123,28 +127,27 @@ def link_atomic(source: str, target: str) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            with open(source, 'rb') as file:
-                write_atomic(target, lambda out: shutil.copyfileobj(_rewound(file), out))
+            write_atomic(target, lambda file: _copy(source, file))
             return
         os.replace(temporary, target)
         sync_directory(os.path.dirname(os.path.abspath(target)))
     except OSError as error:
         raise OutputError(f'{target!r} cannot be written ({error.strerror or error})') from error
     finally:
-        if os.path.exists(temporary):  # a rename between two names of one file leaves the first
+        if os.path.exists(temporary):  # renaming between two links to one file does nothing
             os.remove(temporary)
 
 
 @contextmanager
 def keep_former(path: str, name: str) -> Iterator[None]:
-    """Gives the former content of a file another name, if the body replaces the file and does not fail.
+    """Keeps the old content of a file under another name if the body succeeds in replacing the file.
 
     Args:
-        path: the file; it need not exist.
-        name: path for the former content, in the same folder.
+        path: File that the body replaces; it need not exist.
+        name: Path for the old content, in the same folder.
 
     Raises:
-        OutputError: the operating system refused.
+        OutputError: If the old content cannot be kept.
     """
     if not os.path.exists(path):
         yield

@@ -12,9 +12,9 @@ BOMB = '\n'.join(['a: &a [x, x, x, x, x, x, x, x, x, x]', *(
 
 
 @pytest.mark.parametrize('text, words', [
-    (BOMB, 'aliases stand for more than'),
-    ('a: &a [*a]', 'refers to what contains it'),
-    ('a: &a {b: *a}', 'refers to what contains it'),
+    (BOMB, 'aliases expand to more than'),
+    ('a: &a [*a]', 'refers to a node that contains it'),
+    ('a: &a {b: *a}', 'refers to a node that contains it'),
     ('[' * 5000, 'nested too deeply'),
     ('a: [1', 'expected'),
     ('a: 2020-13-45', 'month'),
@@ -25,10 +25,10 @@ BOMB = '\n'.join(['a: &a [x, x, x, x, x, x, x, x, x, x]', *(
 def test_hostile_yaml_is_an_error_at_once(text: str, words: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / 'a.yaml'
     path.write_text(text)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match=words):
         reading.read_yaml(path)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_aliases_in_measure_are_read(tmp_path: pathlib.Path) -> None:

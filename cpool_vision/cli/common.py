@@ -1,25 +1,24 @@
-"""What both commands share: logging, errors as one line, exit codes."""
+"""Code that all commands share: logging, one-line errors and exit codes."""
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from cpool_vision.engine.distributed.signals import StopRequested
 from cpool_vision.engine.tracking.progress_bar import setup_logging
 from cpool_vision.errors import UserError
 
 
-def run(command: Callable[[Sequence[str] | None], Any], argv: Sequence[str] | None) -> int:
-    """Runs a command and turns errors that a user can act on into one line on stderr.
+def run(command: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None) -> int:
+    """Runs a command and prints errors that a user can act on as one line on stderr.
 
-    With CPOOL_DEBUG=1 in the environment the traceback is shown instead.
+    Set CPOOL_DEBUG=1 in the environment to see the traceback instead.
 
     Args:
-        command: does the work.
-        argv: arguments, those of the process if None.
+        command: Takes `argv` and does the work.
+        argv: Command-line arguments; None for those of the process.
 
     Returns:
-        Exit code: 0, that of the error (2 for bad input), 130 after an interrupt, or 143 after another signal.
+        Exit code: 0, the code of the error (2 for bad input), 130 after an interrupt, or 143 after another signal.
     """
     setup_logging()
     try:

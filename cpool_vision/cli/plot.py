@@ -1,4 +1,4 @@
-"""Command line of the curves of runs: `cpool-plot RUN [RUN ...] -o curves.png`."""
+"""Command line for plotting training curves: `cpool-plot RUN [RUN ...] -o curves.png`."""
 import argparse
 import sys
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from .pictures import drawing
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A fresh parser with every flag of `cpool-plot`."""
+    """Returns a parser with every flag of `cpool-plot`."""
     parser = argparse.ArgumentParser(
         prog='cpool-plot',
-        description='Draw loss, accuracy and learning rate of runs, and the supports of each context pool over time '
-                    '(mean, and a band from the 5 % to the 95 % quantile).')
+        description='Plot the loss, accuracy and learning rate of training runs, and the supports of each context '
+                    'pool over time (the mean, and a band from the 5% to the 95% quantile).')
     add_version_arg(parser)
     add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='folder of a run of train.py, finished or not')
-    add('-o', '--output', required=True, metavar='FILE', help='picture to write: .png, .pdf or .svg')
-    add('--dpi', type=int, default=200, help='dots per inch (default: 200)')
+    add('runs', nargs='+', metavar='RUN', help='run folder of train.py; the run may be unfinished')
+    add('-o', '--output', required=True, metavar='FILE', help='image file to write: .png, .pdf or .svg')
+    add('--dpi', type=int, default=200, help='resolution in dots per inch (default: 200)')
     return parser
 
 
@@ -38,7 +38,7 @@ def _plot(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draws the curves of runs; see `--help`. Returns the exit code."""
+    """Plots the curves of training runs; see `--help`. Returns the exit code."""
     return common.run(_plot, argv)
 
 

@@ -2,36 +2,42 @@
 import gc
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import common
 
+if TYPE_CHECKING:
+    from cpool_vision.engine.train.fit import RunResult
 
-def best_epochs(result: Mapping[str, Any], most: int = 10) -> list[dict[str, Any]]:
-    """Epochs in the form in which timm's train.py prints them: the best ones, in ascending order.
+
+def best_epochs(result: 'RunResult', most: int = 10) -> list[dict[str, object]]:
+    """Formats the best epochs as timm's train.py prints them.
 
     Args:
-        result: as `engine.train.fit.train` gives it.
-        most: how many.
+        result: Result of `engine.train.fit.train`.
+        most: Maximum number of epochs.
 
     Returns:
-        `epoch`, `train` with the loss, and `validation` with its figures where the epoch was validated.
+        `epoch`, `train` (the loss) and, if the epoch was validated, `validation` (its metrics), the best epoch last.
     """
-    metric, epochs = result['metric'], []
-    for row in result['epochs']:
+    metric = result['metric']
+    # among epochs ranked by another metric than the loss, one without validation comes first
+    ranked = sorted(result['epochs'], reverse=metric == 'loss',
+                    key=lambda row: row.get(f'eval_{metric}', row['train_loss'] if metric == 'loss' else 0.))
+    epochs = []
+    for row in ranked[-most:]:
         validation = {key.removeprefix('eval_'): value for key, value in row.items() if key.startswith('eval_')}
         epochs.append({'epoch': row['epoch'], 'train': {'loss': row['train_loss']},
                        **({'validation': validation} if validation else {})})
-    epochs.sort(key=lambda each: each.get('validation', each['train']).get(metric, 0), reverse=metric == 'loss')
-    return epochs[-most:]
+    return epochs
 
 
 def _train(argv: Sequence[str] | None) -> None:
     from cpool_vision.engine.settings.config import read_train
 
     settings = read_train(argv)
-    from cpool_vision.engine.train.fit import train  # after the flags, so that --help need not wait
+    from cpool_vision.engine.train.fit import train  # slow to import, and not needed for --help
 
     result = train(settings)
     if result:
@@ -44,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from timm.utils.distributed import is_distributed_env
 
     if is_distributed_env():
-        # a DDP model outlives its frames in cycles and keeps the threads of its process group, which abort the process
-        # if they still need the interpreter when that ends
+        # reference cycles keep a DDP model and the threads of its process group alive; such a thread aborts the process
+        # if it needs the interpreter during shutdown
         gc.collect()
     return code
 

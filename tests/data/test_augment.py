@@ -188,7 +188,7 @@ for _ in range(12):
     ([{'OneOf': [{'HorizontalFlip': {'p': 0}}]}], 'each of its transforms has p=0'),
     ([{'HorizontalFlip': 0.5}], 'write one transform as NAME'), ([{'HorizontalFlip': {}, 'Blur': {}}], 'holds 2 keys'),
     ([{'Compose': {'transforms': [FLIP], 'bbox_params': {'format': 'yolo'}}}], "no argument 'bbox_params'"),
-    ([DEEP], 'nests deeper'), ([FLIP] * 250, 'more than 200'), ('- &a [*a]', 'refers to what contains it'),
+    ([DEEP], 'nests deeper'), ([FLIP] * 250, 'more than 200'), ('- &a [*a]', 'refers to a node that contains it'),
     ('- {', 'not valid YAML'), ([{'Blur': {1: 2}}], r'no argument|NAME: \{ARGUMENT: VALUE\}'),
 ])
 def test_wrong_pipelines(write: Any, content: Any, words: str) -> None:

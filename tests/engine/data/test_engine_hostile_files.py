@@ -122,7 +122,7 @@ def test_aliases_that_blow_up_are_no_pipeline(tmp_path: pathlib.Path) -> None:
     lines = ['a: &a [x, x, x, x, x, x, x, x, x, x]', *(
         f'{two}: &{two} [{", ".join([f"*{one}"] * 10)}]' for one, two in zip('abcdefgh', 'bcdefghi', strict=True))]
     (tmp_path / 'a.yaml').write_text('\n'.join(lines))
-    with pytest.raises(AugmentationError, match='is not valid YAML .its aliases stand for more than'):
+    with pytest.raises(AugmentationError, match='is not valid YAML .its aliases expand to more than'):
         read_config(str(tmp_path / 'a.yaml'))
 
 
