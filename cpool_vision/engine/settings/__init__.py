@@ -1,1 +1,1 @@
-"""Flags of train.py and validate.py, and the YAML over them."""
+"""Settings of train.py and validate.py: command line flags and YAML files."""

@@ -1,11 +1,11 @@
-"""Command line and YAML: `--config` sets the parser's defaults, the command line wins, unknown keys are errors."""
+"""Reads settings from the command line and from YAML. The command line overrides the YAML file of `--config`."""
 import argparse
 import dataclasses
 import difflib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from timm.utils import ParseKwargs
@@ -20,15 +20,14 @@ from .train import TrainSettings
 from .validate import ValidateSettings
 
 _logger = logging.getLogger(__name__)
-_UNSET = object()
 _S = TypeVar('_S', TrainSettings, ValidateSettings)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """Reads a YAML mapping with `yaml.safe_load`.
+def read_yaml(path: str) -> dict[str, object]:
+    """Reads a YAML file that maps flags to values.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
+        ConfigError: If the file is missing, is not YAML, or is not a mapping.
     """
     try:
         content = reading.read_yaml(path)
@@ -54,33 +53,33 @@ def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Actio
     return keys
 
 
-def _convert_scalar(action: argparse.Action, value: Any, where: str) -> Any:
+def _convert_scalar(action: argparse.Action, value: object, where: str) -> object:
     kind = action.type
-    if kind is None or kind is str:
+    if kind is str or not callable(kind):
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
         raise ConfigError(f'{where}: {value!r} is not a string')
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     try:
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
-            raise ValueError
-        return kind(value)  # type: ignore[operator]
+        return kind(str(value))
     except (TypeError, ValueError):
         raise ConfigError(f'{where}: {value!r} is not of type {getattr(kind, "__name__", kind)}') from None
 
 
-def convert_value(action: argparse.Action, value: Any, where: str) -> Any:
-    """Checks a YAML value against the flag that it sets, as the command line would.
+def convert_value(action: argparse.Action, value: object, where: str) -> object:
+    """Converts a YAML value to the type of the flag that it sets.
 
     Args:
-        action: the flag.
-        value: what the YAML file holds.
-        where: name for messages, e.g. "key 'lr' in recipe.yaml".
+        action: The flag.
+        value: Value from the YAML file.
+        where: Name of the key for messages, e.g. "key 'lr' in recipe.yaml".
 
     Returns:
-        The value in the flag's type.
+        The converted value.
 
     Raises:
-        ConfigError: wrong type, wrong number of values, or not one of the choices.
+        ConfigError: If the type or the number of values is wrong, or the value is not one of the choices.
     """
     if value is None:
         if action.default is None or action.dest == 'data':
@@ -100,7 +99,7 @@ def convert_value(action: argparse.Action, value: Any, where: str) -> Any:
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         if isinstance(action.nargs, int) and len(values) != action.nargs or not values and action.default != []:
             raise ConfigError(f'{where}: {value!r} has {len(values)} values, the flag takes {action.nargs}')
-        result: Any = [_convert_scalar(action, item, where) for item in values]
+        result: object = [_convert_scalar(action, item, where) for item in values]
     else:
         result = _convert_scalar(action, value, where)
     if action.choices is not None and result not in action.choices:
@@ -108,15 +107,17 @@ def convert_value(action: argparse.Action, value: Any, where: str) -> Any:
     return result
 
 
-def yaml_defaults(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """Settings of a YAML file, by the parser's destinations; dashes and aliases of flags are accepted as keys.
+def yaml_defaults(parser: argparse.ArgumentParser, path: str) -> dict[str, object]:
+    """Reads the settings of a recipe or a YAML file. Keys may contain dashes or be aliases of a flag.
+
+    Returns:
+        Values by the parser's destinations.
 
     Raises:
-        ConfigError: no such file or recipe, a file that cannot be read, a key that is not a flag (close matches are
-            named), or a value that does not fit.
+        ConfigError: If the file cannot be found or read, a key is not a flag, or a value is invalid.
     """
     actions = _actions_by_key(parser)
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     path = recipe_path(path)
     for key, value in read_yaml(path).items():
         name = key.replace('-', '_')
@@ -133,20 +134,20 @@ def yaml_defaults(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
 
 def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None,
                ) -> argparse.Namespace:
-    """Parses a command line; settings of `--config` rank between the parser's defaults and the command line.
+    """Parses a command line. `--config` overrides the parser's defaults, and the command line overrides `--config`.
 
-    `--config list` prints the recipes of the package and exits, as `--help` does.
-    A `--device` that nobody asked for falls back to the CPU where there is no CUDA device, with a warning.
+    `--config list` prints the recipes of the package and exits. Without `--device` and without a CUDA device, the CPU
+    is used, with a warning.
 
     Args:
-        build_parser: makes a fresh parser.
-        argv: arguments, those of the process if None.
+        build_parser: Returns a parser with a `--device` flag.
+        argv: Arguments, or None for those of the process.
 
     Returns:
         The namespace, without `config`.
 
     Raises:
-        ConfigError: see `yaml_defaults` and `limits.check_limits`.
+        ConfigError: See `yaml_defaults` and `limits.check_limits`.
     """
     parser = build_parser()
     has_config = any(action.dest == 'config' for action in parser._actions)
@@ -159,15 +160,12 @@ def parse_args(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequen
         print(describe_recipes())
         parser.exit()
     settings = yaml_defaults(parser, path) if path else {}
-    parser.set_defaults(**settings)
+    parser.set_defaults(**{'device': None, **settings})
     args = parser.parse_args(argv)
-
-    probe = build_parser()
-    probe.set_defaults(**{action.dest: _UNSET for action in probe._actions if action.dest not in ('help', 'version')})
-    given = {key for key, value in vars(probe.parse_args(argv)).items() if value is not _UNSET} | set(settings)
-    if 'device' not in given and not torch.cuda.is_available():
-        _logger.warning('No CUDA device is available: running on the CPU (--device cpu says so explicitly).')
-        args.device = 'cpu'
+    if args.device is None:
+        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        if args.device == 'cpu':
+            _logger.warning('No CUDA device is available: running on the CPU (add --device cpu to hide this warning).')
     if has_config:
         del args.config
     check_limits(args)
@@ -184,17 +182,21 @@ def _read(kind: type[_S], args: argparse.Namespace) -> _S:
 
 
 def read_train(argv: Sequence[str] | None = None) -> TrainSettings:
-    """Settings of a command line of train.py; see `parse_args`.
+    """Reads the settings of train.py from a command line; see `parse_args`.
 
     Raises:
-        ConfigError: see `yaml_defaults`.
+        ConfigError: See `parse_args`.
     """
     settings = _read(TrainSettings, parse_args(train.build_parser, argv))
-    if settings.multi_label and settings.eval_metric == 'top1':  # timm's default, which stands for no choice
+    if settings.multi_label and settings.eval_metric == 'top1':  # timm's default, so the user chose none
         return dataclasses.replace(settings, eval_metric='map')
     return settings
 
 
 def read_validate(argv: Sequence[str] | None = None) -> ValidateSettings:
-    """Settings of a command line of validate.py; see `parse_args`."""
+    """Reads the settings of validate.py from a command line; see `parse_args`.
+
+    Raises:
+        ConfigError: See `parse_args`.
+    """
     return _read(ValidateSettings, parse_args(validate.build_parser, argv))

@@ -1,21 +1,22 @@
-"""Ranges and choices of the flags: one table, which the parsers show in --help and every run is checked against."""
+"""Ranges and choices of the flags. The parsers show them in --help, and every run is checked against them."""
 import argparse
 import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from cpool_vision.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from `least` to `most`; with `above` or `below` without that end.
+    """A range of finite numbers.
 
     Attributes:
-        least, most: ends, None for none.
-        above, below: leave out `least`, or `most`.
+        least: Lower bound, None for none.
+        most: Upper bound, None for none.
+        above: Whether to exclude `least`.
+        below: Whether to exclude `most`.
     """
 
     least: float | None = None
@@ -36,7 +37,7 @@ class Range:
 
 
 SHARE = Range(0, 1)
-RATE = Range(0, 1, below=True)  # of what is dropped: all of it would leave nothing
+RATE = Range(0, 1, below=True)  # a rate of 1 would drop everything
 COUNT = Range(1)
 NATURAL = Range(0)
 POSITIVE = Range(0, above=True)
@@ -97,47 +98,53 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _written(choices: Iterable[str]) -> str:
+def _join(choices: Iterable[str]) -> str:
     return ', '.join(each or "''" for each in choices)
 
 
-def _flag(dest: str) -> str:
+def flag_name(dest: str) -> str:
+    """Returns the flag that sets a setting: `--FIELD-NAME`."""
     return '--' + dest.replace('_', '-')
 
 
 def refuse_unknown(flag: str, value: str, choices: Iterable[str]) -> None:
-    """Raises `ConfigError`, with the nearest of many choices or all of few, unless a value is one of them."""
+    """Checks that a value is one of the choices.
+
+    Raises:
+        ConfigError: If it is not. The message lists the choices or, if there are many, the closest ones.
+    """
     known = list(choices)
     if value in known:
         return
     close = difflib.get_close_matches(value, known, n=3)
     shown = close if len(known) > 20 and close else known[:20]
     more = ', ...' if shown is not close and len(known) > 20 else ''
-    raise ConfigError(f'{flag} {value!r} is unknown: choose {_written(shown)}{more}')
+    raise ConfigError(f'{flag} {value!r} is unknown: choose {_join(shown)}{more}')
 
 
 def check_limits(settings: object) -> None:
-    """Refuses settings outside their range, and words that are not a choice; flags that `settings` lacks are skipped.
+    """Checks settings against their ranges and choices. Skips flags that `settings` lacks.
 
     Raises:
-        ConfigError: names flag, value and what is allowed.
+        ConfigError: If a value is not allowed. The message names the flag, the value, and the allowed values.
     """
     for dest, limit in RANGES.items():
-        value: Any = getattr(settings, dest, None)
+        value = getattr(settings, dest, None)
         for each in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
             if each not in limit:
-                raise ConfigError(f'{_flag(dest)} must be {limit}, got {each:g}')
+                raise ConfigError(f'{flag_name(dest)} must be {limit}, got {each:g}')
     for dest, choices in CHOICES.items():
         value = getattr(settings, dest, None)
         if value is not None:
-            refuse_unknown(_flag(dest), value, choices)
+            refuse_unknown(flag_name(dest), value, choices)
     betas = getattr(settings, 'opt_betas', None)
     if betas is not None and len(betas) < 2:
-        raise ConfigError(f'--opt-betas takes two numbers or more, got {len(betas)}')
+        raise ConfigError(f'--opt-betas takes at least two numbers, got {len(betas)}')
     for dest in ('scale', 'ratio', 'cutmix_minmax'):
         pair = getattr(settings, dest, None)
         if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
-            raise ConfigError(f'{_flag(dest)} takes the smaller and the larger number, got {" ".join(map(str, pair))}')
+            raise ConfigError(f'{flag_name(dest)} takes two numbers, the smaller one first, got '
+                              f'{" ".join(map(str, pair))}')
     optimizer = getattr(settings, 'opt', None)
     if optimizer is not None:
         from timm.optim import list_optimizers
@@ -151,10 +158,10 @@ def check_limits(settings: object) -> None:
 
 
 def show_limits(parser: argparse.ArgumentParser) -> None:
-    """Adds range or choices to the help of each flag that the table has and whose help does not name them."""
+    """Appends the range or the choices of each flag to its help."""
     for action in parser._actions:
         text = action.help or ''
         if action.dest in RANGES:
             action.help = f'{text} [{RANGES[action.dest]}]'
         elif action.dest in CHOICES:
-            action.help = f'{text} [{_written(CHOICES[action.dest])}]'
+            action.help = f'{text} [{_join(CHOICES[action.dest])}]'

@@ -1,4 +1,4 @@
-"""Recipes that come with the package: `--config NAME` finds them wherever the package is installed."""
+"""Recipes of the package, which `--config NAME` finds by name."""
 import difflib
 import os
 from pathlib import Path
@@ -6,22 +6,22 @@ from pathlib import Path
 from cpool_vision.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parents[2] / 'configs'
-LIST = 'list'  # what --config takes to print the recipes
+LIST = 'list'  # --config list prints the recipes
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes, sorted."""
+    """Returns the names of the recipes, sorted."""
     return sorted(path.stem for path in FOLDER.glob('*.yaml'))
 
 
 def recipe_path(config: str) -> str:
-    """The file that `--config` names: a file of the user, which comes first, or a recipe of the package.
+    """Returns the path of the file that `--config` names. An existing file takes precedence over a recipe.
 
     Args:
-        config: path of a YAML file, or the name of a recipe, with or without its suffix.
+        config: Path of a YAML file, or name of a recipe with or without `.yaml`.
 
     Raises:
-        ConfigError: neither; close names are suggested, or all are listed.
+        ConfigError: If there is no such file and no such recipe.
     """
     if os.path.exists(config) and not os.path.isdir(config):
         return config
@@ -35,7 +35,7 @@ def recipe_path(config: str) -> str:
 
 
 def describe_recipes() -> str:
-    """The recipes, one a line: name, and the first sentence of what the file says about itself."""
+    """Lists the recipes, one per line: the name, and the first line of the comment in the file."""
     width = max(map(len, recipe_names()))
     lines = []
     for name in recipe_names():

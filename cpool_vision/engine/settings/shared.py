@@ -1,4 +1,4 @@
-"""Settings that training and validation share, by the names, defaults and meanings of timm's flags."""
+"""Settings that train.py and validate.py share, with the names, defaults and meanings of timm's flags."""
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ from .flags import Settings, flag
 
 
 def task_name(text: str) -> str:
-    """A task by its name here; timm's own is understood."""
+    """Returns the name of a task. Accepts timm's spelling `multilabel`."""
     return 'multi_label' if text == 'multilabel' else text
 
 
 class InputConfig(TypedDict):
-    """What a model is fed with, under the names of timm's data configuration.
+    """Input of a model, with the keys of timm's data configuration.
 
     Attributes:
         input_size: Channels, height and width.
-        interpolation: How images are resized.
-        mean, std: By channel, of images scaled to 0..1.
-        crop_pct: Side of the evaluation crop over the resized side.
+        interpolation: Interpolation mode for resizing.
+        mean: Channel means of images scaled to 0..1.
+        std: Channel standard deviations of images scaled to 0..1.
+        crop_pct: Side of the evaluation crop divided by the side of the resized image.
         crop_mode: center, squash or border.
     """
 
@@ -33,7 +34,7 @@ class InputConfig(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings(Settings):
-    """Device, arithmetic and code generation."""
+    """Device and arithmetic."""
 
     title = 'device and arithmetic'
     device: str = flag('cuda', 'device (default: CUDA if available, else the CPU)')
@@ -50,7 +51,7 @@ class DeviceSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
-    """Which model, and what it is fed with; None stands for the model's own value."""
+    """The model and its input. None stands for the model's own value."""
 
     title = 'model and its input'
     model: str = flag(
@@ -77,7 +78,7 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class NaflexSettings(Settings):
-    """Sequences of patches at native aspect ratio."""
+    """Training and validation on patch sequences with the native aspect ratio of images."""
 
     title = 'NaFlex loader'
     naflex_loader: bool = flag(False, 'use the NaFlex loader')
@@ -91,7 +92,7 @@ class NaflexSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings(Settings):
-    """What order and size of the batches, and the learning rate, depend on."""
+    """Batch size and seed."""
 
     title = 'batches'
     batch_size: int = flag(128, 'images per batch and process (default: 128)', '-b', metavar='N')
@@ -100,7 +101,7 @@ class BatchSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(BatchSettings, NaflexSettings):
-    """Where the images and their labels come from, and how batches of them are loaded."""
+    """Images, labels and data loading."""
 
     title = 'data and labels'
     data: str | None = flag(None, 'root folder of the data (--data-dir is preferred)', 'data', metavar='DIR', nargs='?')
@@ -137,12 +138,12 @@ class DataSettings(BatchSettings, NaflexSettings):
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have any number of labels."""
+        """Whether images have any number of labels."""
         return self.task == 'multi_label'
 
 
-def settings_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings that a checkpoint was trained with, by their names; empty where it holds none."""
+def settings_of(content: Mapping[str, object]) -> Mapping[str, object]:
+    """Returns the settings that a checkpoint was trained with, by name; empty if it holds none."""
     args = content.get('args')
     if isinstance(args, argparse.Namespace):  # timm's own checkpoints
         return vars(args)

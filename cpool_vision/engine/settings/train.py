@@ -1,4 +1,4 @@
-"""Settings of train.py: timm's flags by the same name, default and meaning, and ours."""
+"""Settings of train.py: timm's flags with the same names, defaults and meanings, and our own."""
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class AugmentSettings(Settings):
     grayscale_prob: float | None = flag(None, 'probability of grayscale conversion', metavar='PCT')
     gaussian_blur_prob: float | None = flag(None, 'probability of a blur', metavar='PCT')
     aa: str | None = flag(None, "timm's AutoAugment, RandAugment or AugMix policy", metavar='NAME')
-    aug_repeats: float = flag(0, 'repeated augmentation, copies per image (several processes only)')
-    aug_splits: int = flag(0, 'differently augmented copies per batch: 0, or at least 2')
+    aug_repeats: float = flag(0, 'repeated augmentation: copies of each image (several processes only)')
+    aug_splits: int = flag(0, 'augmentation splits of a batch: 0, or at least 2')
     reprob: float = flag(0.0, 'probability of random erasing', metavar='PCT')
     remode: str = flag('pixel', 'fill of the erased region: const, rand or pixel')
     recount: int = flag(1, 'maximum number of erased regions per image')
@@ -39,7 +39,7 @@ class AugmentSettings(Settings):
     cutmix_minmax: tuple[float, ...] | None = flag(None, 'smallest and largest side of the CutMix box')
     mixup_prob: float = flag(1.0, 'probability that a batch is mixed')
     mixup_switch_prob: float = flag(0.5, 'probability of CutMix instead of mixup if both are enabled')
-    mixup_mode: str = flag('batch', 'one draw per batch, pair or elem')
+    mixup_mode: str = flag('batch', 'draw the mixing ratio per batch, pair or elem')
     mixup_off_epoch: int = flag(0, 'epoch at which mixing is turned off (0: never)', metavar='N')
     train_interpolation: str = flag('random', 'random, bilinear or bicubic')
     aug_config: str = flag('',
@@ -49,11 +49,11 @@ class AugmentSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SizedBatchSettings(Settings):
-    """Batches that differ in image size."""
+    """Batches of several image sizes."""
 
     title = 'batches of several image sizes'
-    train_img_sizes: tuple[int, ...] | None = flag(None, 'sides of square images, one drawn per batch')
-    train_batch_sizes: tuple[int, ...] | None = flag(None, 'batch size for each of them (default: --batch-size)')
+    train_img_sizes: tuple[int, ...] | None = flag(None, 'sides of square images; each batch draws one')
+    train_batch_sizes: tuple[int, ...] | None = flag(None, 'batch size of each image size (default: --batch-size)')
     train_size_probs: tuple[float, ...] | None = flag(None, 'probability weights of the sizes (default: equal)')
     train_size_schedule: str = flag(
         'constant', 'progressive: from the first size to the last over the epochs', choices=('constant', 'progressive'))
@@ -68,7 +68,7 @@ class SizedBatchSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class EpochSettings(Settings):
-    """How long a run is, which schedules depend on."""
+    """Length of the run."""
 
     title = 'length of the run'
     epochs: int = flag(300, 'epochs to train (default: 300)', metavar='N')
@@ -76,7 +76,7 @@ class EpochSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSettings(DataSettings, AugmentSettings, SizedBatchSettings, EpochSettings):
-    """What the loaders of a training run are made from."""
+    """Settings of the training and validation loaders."""
 
     title = 'training and validation splits'
     train_split: str = flag('train', 'split to train on (default: train)', metavar='NAME')
@@ -92,7 +92,7 @@ class LoaderSettings(DataSettings, AugmentSettings, SizedBatchSettings, EpochSet
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings(ModelSettings):
-    """How the model begins, and what regularizes it."""
+    """Initial weights and regularization of the model."""
 
     title = 'start and regularization of the model'
     pretrained_path: str | None = flag(
@@ -114,12 +114,12 @@ class NetworkSettings(ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(LoaderSettings):
-    """What is minimized; class weights are counted in the data."""
+    """The loss."""
 
     title = 'loss'
     smoothing: float = flag(0.1, 'label smoothing (default: 0.1)')
     jsd_loss: bool = flag(False, 'cross-entropy plus Jensen-Shannon divergence between --aug-splits')
-    bce_loss: bool = flag(False, 'binary cross-entropy on every class')
+    bce_loss: bool = flag(False, 'binary cross-entropy for each class')
     bce_sum: bool = flag(False, 'sum binary cross-entropy over classes instead of averaging')
     bce_target_thresh: float | None = flag(None, 'set soft targets above this to 1 and the others to 0')
     bce_pos_weight: float | None = flag(None, 'weight of positive targets')
@@ -135,11 +135,11 @@ class LossSettings(LoaderSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings(Settings):
-    """A pretrained teacher."""
+    """Knowledge distillation from a pretrained teacher."""
 
     title = 'knowledge distillation'
     kd_model_name: str | None = flag(None, 'name of the teacher model (default: no distillation)')
-    kd_distill_type: str = flag('logit', 'learn from logits, from pooled features, or by a distillation token',
+    kd_distill_type: str = flag('logit', 'distill logits, pooled features, or a distillation token',
         choices=('logit', 'feature', 'token'))
     kd_loss_type: str = flag('kl', 'loss on logits: kl')
     distill_loss_weight: float | None = flag(None, 'weight of the distillation loss (default: 1)')
@@ -149,7 +149,8 @@ class DistillSettings(Settings):
     kd_student_feature_dim: int | None = flag(None, "width of student features (default: the model's)")
     kd_teacher_feature_dim: int | None = flag(None, "width of teacher features (default: the model's)")
     kd_token_distill_type: str = flag(
-        'soft', 'token distillation by KL divergence or by the class the teacher names', choices=('soft', 'hard'))
+        'soft', 'token distillation by KL divergence, or by the class that the teacher predicts',
+        choices=('soft', 'hard'))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +184,8 @@ class OptimSettings(BatchSettings, EpochSettings):
         None, 'range of the schedule, in fractions, in which noise is added to the learning rate', metavar='pct, pct')
     lr_noise_pct: float = flag(0.67, 'bound of the noise', metavar='PERCENT')
     lr_noise_std: float = flag(1.0, 'standard deviation of the noise', metavar='STDDEV')
-    lr_cycle_mul: float = flag(1.0, 'growth of the cycle length', metavar='MULT')
-    lr_cycle_decay: float = flag(0.5, 'factor on the learning rate per cycle', metavar='MULT')
+    lr_cycle_mul: float = flag(1.0, 'factor on the length of each next cycle', metavar='MULT')
+    lr_cycle_decay: float = flag(0.5, 'factor on the learning rate of each next cycle', metavar='MULT')
     lr_cycle_limit: int = flag(1, 'number of cycles', metavar='N')
     lr_k_decay: float = flag(1.0, 'k of k-decay (cosine and poly)')
     warmup_lr: float = flag(1e-05, 'learning rate at the start of the warm-up', metavar='LR')
@@ -212,15 +213,15 @@ class EmaSettings(Settings):
     """Moving average of the weights."""
 
     title = 'weight averaging'
-    model_ema: bool = flag(False, 'keep a moving average of the weights, and validate it')
+    model_ema: bool = flag(False, 'keep a moving average of the weights and validate it')
     model_ema_force_cpu: bool = flag(False, 'keep the average on the CPU; it is then not validated')
     model_ema_decay: float = flag(0.9998, 'decay per update (default: 0.9998)')
-    model_ema_warmup: bool = flag(False, 'start with a smaller decay')
+    model_ema_warmup: bool = flag(False, 'increase the decay gradually from the start of the run')
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackSettings(Settings):
-    """Where a run records its figures."""
+    """Tracking services."""
 
     title = 'services that record the run'
     log_wandb: bool = flag(False, 'log to Weights & Biases')
@@ -229,7 +230,7 @@ class TrackSettings(Settings):
     wandb_resume_id: str = flag('', 'Weights & Biases run to continue', metavar='ID')
     no_tensorboard: bool = flag(False, 'do not write TensorBoard event files (default: written if TensorBoard is '
         'installed)')
-    log_mlflow: bool = flag(False, 'log to MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say where')
+    log_mlflow: bool = flag(False, 'log to MLflow at MLFLOW_TRACKING_URI, experiment MLFLOW_EXPERIMENT_NAME')
     resume: str = flag(
         '', "checkpoint to continue from; 'auto' takes the newest intact one of --experiment, or starts a new run",
         metavar='PATH')
@@ -237,18 +238,18 @@ class TrackSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(TrackSettings):
-    """Folder, checkpoints, intervals and faults of a run."""
+    """Run folder, checkpoints, intervals and error handling."""
 
     title = 'run, checkpoints and logs'
     output: str = flag('', 'folder of runs (default: output/train)', metavar='PATH')
     experiment: str = flag('', 'name of this run (default: time, model and size)', metavar='NAME')
-    no_resume_opt: bool = flag(False, 'resume the weights only, not optimizer, scaler and schedule state')
+    no_resume_opt: bool = flag(False, 'resume only the weights, without optimizer, scaler and schedule state')
     start_epoch: int | None = flag(None, 'first epoch, overriding the checkpoint', metavar='N')
     stop_epoch: int | None = flag(
         None, 'stop after N epochs; the schedule still spans --epochs, and a resumed run continues it',
         metavar='N')
     save_epochs: tuple[int, ...] = flag(
-        (), 'keep the checkpoint after each of these numbers of epochs as milestone-N', metavar='N')
+        (), 'numbers of epochs after which to keep the checkpoint as milestone-N', metavar='N')
     log_interval: int = flag(50, 'updates between log lines (default: 50)', metavar='N')
     val_interval: int = flag(1, 'epochs between validations and checkpoints', metavar='N')
     recovery_interval: int = flag(0, 'updates between checkpoints inside an epoch (0: none)', metavar='N')
@@ -260,11 +261,11 @@ class RunSettings(TrackSettings):
         'average the logits of N views of each validation image: 0 or 1 for the image alone, 2 for the image and its '
         'mirror image', metavar='N')
     save_images: bool = flag(False, 'save a training batch as an image at each log line')
-    nonfinite: str = flag('raise', 'what to do if loss or gradient are not finite: stop, or skip the update '
+    nonfinite: str = flag('raise', 'what to do if the loss or a gradient is not finite: stop, or skip the update '
         '(default: raise)',
         choices=('raise', 'skip'))
     max_skipped: int = flag(
-        10, 'updates that --nonfinite skip may skip before the run stops (default: 10)', metavar='N')
+        10, 'maximum number of updates that --nonfinite skip skips before the run stops (default: 10)', metavar='N')
     no_ddp_bb: bool = flag(False, 'do not broadcast buffers in DDP')
     synchronize_step: bool = flag(False, 'wait for the device after each update')
     local_rank: int = flag(0, 'ignored; accepted for old launchers', '--local_rank')
@@ -278,5 +279,5 @@ class TrainSettings(LossSettings, NetworkSettings, OptimSettings, EmaSettings, D
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A fresh parser with every flag of train.py."""
+    """Returns a parser with every flag of train.py."""
     return flags.build_parser(TrainSettings, 'train.py', 'Train an image classifier.', config=True)

@@ -1,4 +1,4 @@
-"""Settings of validate.py: timm's flags by the same name, default and meaning, and ours."""
+"""Settings of validate.py: timm's flags with the same names, defaults and meanings, and our own."""
 import argparse
 from dataclasses import dataclass
 
@@ -27,14 +27,14 @@ class ValidateSettings(DeviceSettings, ModelSettings, DataSettings):
         'how many unreadable images to skip before raising an error: a number, or a fraction of the split if below 1 '
         '(default: 0)', metavar='N')
     split: str = flag('validation', 'split to measure (default: validation)', metavar='NAME')
-    num_samples: int | None = flag(None, 'size of the split, if streamed', metavar='N')
+    num_samples: int | None = flag(None, 'size of the split if it is streamed', metavar='N')
     corruptions: str = flag(
         '', 'measure each FOLDER/CORRUPTION/SEVERITY/CLASS/* (the layout of ImageNet-C) instead of --data-dir, and '
         'report the mean',
         metavar='FOLDER')
     checkpoint: str = flag(
         '', 'checkpoint to load, or folder to measure every .pth.tar and .pth file in it', metavar='PATH')
-    use_ema: bool = flag(False, 'take the averaged weights from the checkpoint if it has them')
+    use_ema: bool = flag(False, 'use the averaged weights of the checkpoint if it has them')
     test_pool: bool = flag(False, 'apply the head densely to inputs larger than in training')
     reparam: bool = flag(False, 'reparameterize the model before measuring')
     aot_autograd: bool = flag(
@@ -49,11 +49,11 @@ class ValidateSettings(DeviceSettings, ModelSettings, DataSettings):
         'JSON file with all correct labels of each image, used for top-1 and top-5: ImageNet ReaL, or a mapping of '
         'file names to lists', metavar='FILENAME')
     valid_labels: str = flag(
-        '', 'file of class indices, one per line: only these outputs compete (for ImageNet-A, -R, ...)',
+        '', 'file of class indices, one per line: predict only these classes (for ImageNet-A, -R, ...)',
         metavar='FILENAME')
     class_subset: str = flag('',
         'imagenet-1k, imagenet-sketch, imagenet-a, imagenet-r, mini-imagenet, imagenet-v2, or a file with lines FOLDER '
-        'INDEX or a JSON mapping: class folders to measure; only their outputs compete',
+        'INDEX or a JSON mapping: class folders to measure; predict only these classes',
         metavar='NAME')
     tta: int = flag(
         0, 'average the logits of N views of each image: 0 or 1 for the image alone, 2 for the image and its mirror '
@@ -78,6 +78,6 @@ class ValidateSettings(DeviceSettings, ModelSettings, DataSettings):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A fresh parser with every flag of validate.py."""
+    """Returns a parser with every flag of validate.py."""
     return flags.build_parser(
         ValidateSettings, 'validate.py', 'Measure the accuracy of one model, or of many, on a labeled image set.')

@@ -80,7 +80,7 @@ def _warn_of_mismatch(settings: ValidateSettings, content: dict[str, Any], data_
                         'it as it was trained.', settings.checkpoint, side, data_config['input_size'][-1], side)
     for key in ('mean', 'std'):
         values = trained.get(key)
-        if values and list(values) != list(data_config[key]):
+        if isinstance(values, (list, tuple)) and list(values) != list(data_config[key]):
             _logger.warning(
                 '%s was trained with --%s %s and is measured with %s: pass the former to agree with the training run.',
                 settings.checkpoint, key, ' '.join(map(str, values)), ' '.join(map(str, data_config[key])))
