@@ -1,1 +1,1 @@
-"""Checkpoints: format, keeping, finding, and where a run stands."""
+"""Checkpoints: file format, saving, finding, and the progress of a run."""

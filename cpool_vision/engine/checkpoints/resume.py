@@ -1,19 +1,18 @@
-"""Which checkpoint a run continues from: the newest good one."""
+"""Finds the checkpoint that a run continues from."""
 import glob
 import logging
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from cpool_vision.errors import CheckpointError, CheckpointVersionError, ConfigError
 
-from ..distributed.vote import agree_on_failure, agree_on_number
+from ..distributed.vote import agree_on_text, fail_together
 from ..settings.train import RunSettings
 from .checkpoint import read_checkpoint
-from .seal import hash_of, read_seal
+from .seal import read_seal
 
 _logger = logging.getLogger(__name__)
 EXTENSION = '.pth.tar'
@@ -23,7 +22,7 @@ MILESTONE = 'milestone-'
 
 
 def serial_of(path: str) -> float:
-    """Serial number of a checkpoint; infinite for one that lost its seal, 0 for a numbered one that has none."""
+    """Returns the serial number of a checkpoint. Without a seal: infinity for `last` and `recovery-`, 0 for others."""
     seal = read_seal(path)
     if seal is not None:
         return seal.serial
@@ -31,14 +30,14 @@ def serial_of(path: str) -> float:
 
 
 def list_candidates(folder: str) -> list[str]:
-    """Checkpoints in a run folder, the newest first; of several names of one file only the first."""
+    """Lists the checkpoints in a run folder, the newest first, without further names of the same file."""
     patterns = ('last', f'{RECOVERY}*', PREVIOUS, 'checkpoint-*', f'{MILESTONE}*', 'model_best')
     paths = [path for pattern in patterns
              for path in glob.glob(os.path.join(glob.escape(folder), pattern + EXTENSION))]
     known: set[tuple[int, int]] = set()
     distinct = []
     for path in paths:
-        status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link may have lost its file
+        status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a symbolic link may be broken
         if (status.st_dev, status.st_ino) not in known:
             known.add((status.st_dev, status.st_ino))
             distinct.append(path)
@@ -50,44 +49,37 @@ class Team:
     """The processes that open a checkpoint together.
 
     Attributes:
-        processes: how many there are.
-        device: where what they agree on is reduced.
+        processes: Number of processes.
+        device: Device for collective operations.
     """
 
     processes: int = 1
     device: torch.device = torch.device('cpu')
 
-    def open(self, path: str, flag: str) -> dict[str, Any]:
-        """`read_checkpoint`, with the same outcome on all processes; every one must call it.
+    def open(self, path: str, flag: str) -> dict[str, object]:
+        """Reads a checkpoint; fails on all processes if it fails on one. Every process must call it.
 
         Raises:
-            CheckpointNotFoundError, CheckpointError: see there; also if another process could not read it.
+            CheckpointError: See `read_checkpoint`; also if another process cannot read it.
         """
-        content, error = {}, None
-        try:
+        message = f'{flag} {path!r} cannot be read by another process: see its message'
+        with fail_together(CheckpointError, message, self.device, self.processes > 1):
             content = read_checkpoint(path, flag)
-        except CheckpointError as caught:
-            error = caught
-        failed = agree_on_failure(error is not None, self.device, self.processes > 1)
-        if error is not None:
-            raise error
-        if failed:
-            raise CheckpointError(f'{flag} {path!r} cannot be read by another process: see its message')
         return content
 
     def check_alike(self, text: str, what: str) -> None:
-        """Refuses processes that see different files; every one must call it.
+        """Checks that all processes see the same files. Every process must call it.
 
         Args:
-            text: the same on all processes if they see the same.
-            what: this process would resume from, for the message.
+            text: Description of the files that this process sees.
+            what: Checkpoint that this process would resume from, for the message.
 
         Raises:
-            CheckpointError: it differs.
+            CheckpointError: If `text` differs between processes.
         """
-        if not agree_on_number(hash_of(text), self.device, self.processes > 1):
-            raise CheckpointError(f'this process would resume from {what or "nothing"!r}, others from another '
-                                  'checkpoint: --output must be a folder that all of them share')
+        if not agree_on_text(text, self.device, self.processes > 1):
+            raise CheckpointError(f'this process would resume from {what or "nothing"!r}, another process from '
+                                  'another checkpoint: --output must be a folder that all processes share')
 
 
 @dataclass(frozen=True)
@@ -95,24 +87,27 @@ class Found:
     """A checkpoint to resume from.
 
     Attributes:
-        path: its file, '' for a new run.
-        content: its dictionary, None for a new run.
-        damaged: newer files that were skipped.
+        path: Its file, '' for a new run.
+        content: Its dictionary, None for a new run.
+        damaged: Newer files that are damaged and were skipped.
     """
 
     path: str = ''
-    content: dict[str, Any] | None = None
+    content: dict[str, object] | None = None
     damaged: tuple[str, ...] = ()
 
 
 def find_newest(folder: str, team: Team = Team()) -> Found:
-    """The newest intact checkpoint of a run folder; empty if the folder has no checkpoints.
+    """Finds the newest intact checkpoint of a run folder. Logs and skips damaged ones.
 
-    Damaged ones are named in the log and skipped. Every process of the team must call it.
+    Every process of the team must call it.
+
+    Returns:
+        The checkpoint; empty if the folder has no checkpoints.
 
     Raises:
-        CheckpointVersionError: the newest whole one is of a newer release.
-        CheckpointError: there are some, and all are damaged; or the processes see different ones.
+        CheckpointVersionError: If a newer release wrote the newest intact checkpoint.
+        CheckpointError: If all checkpoints are damaged, or the processes see different files.
     """
     damaged: list[str] = []
     candidates = list_candidates(folder)
@@ -124,7 +119,7 @@ def find_newest(folder: str, team: Team = Team()) -> Found:
         except CheckpointVersionError:
             raise
         except CheckpointError as error:
-            _logger.warning('%s. Going back to the one before.', error)
+            _logger.warning('%s. Falling back to the previous checkpoint.', error)
             damaged.append(path)
     if damaged:
         raise CheckpointError(f'--resume auto: all {len(damaged)} checkpoints in {folder!r} are damaged: restore one '
@@ -133,7 +128,7 @@ def find_newest(folder: str, team: Team = Team()) -> Found:
 
 
 def set_aside(paths: tuple[str, ...]) -> None:
-    """Renames damaged checkpoints to NAME.damaged, so that they no longer count among those to keep."""
+    """Renames damaged checkpoints to NAME.damaged, so that they do not count as checkpoints to keep."""
     for path in paths:
         try:
             os.replace(path, path + '.damaged')
@@ -142,30 +137,33 @@ def set_aside(paths: tuple[str, ...]) -> None:
 
 
 def open_resume(settings: RunSettings, folder: str, team: Team) -> Found:
-    """The checkpoint that `--resume` names; every process must call it.
+    """Opens the checkpoint that `--resume` names. Every process must call it.
 
     Args:
-        settings: `resume` and `experiment` of the run.
-        folder: run folder of `--experiment`, in which `auto` looks.
-        team: the processes.
+        settings: Settings of the run.
+        folder: Run folder of `--experiment`, in which `auto` looks.
+        team: The processes.
 
     Raises:
-        ConfigError: `auto` without `--experiment`.
-        CheckpointError, CheckpointNotFoundError: see `read_checkpoint` and `find_newest`.
+        ConfigError: If `auto` is given without `--experiment`.
+        CheckpointError: See `read_checkpoint` and `find_newest`; also if the processes see different files.
     """
-    if settings.resume != 'auto':
-        return Found(settings.resume, team.open(settings.resume, '--resume')) if settings.resume else Found()
-    if not settings.experiment:
-        raise ConfigError("--resume auto needs --experiment NAME, so that the run's folder is known: add it")
-    return find_newest(folder, team)
+    if not settings.resume:
+        return Found()
+    if settings.resume == 'auto':
+        if not settings.experiment:
+            raise ConfigError('--resume auto needs --experiment NAME to find the run folder: add it')
+        return find_newest(folder, team)
+    found = Found(settings.resume, team.open(settings.resume, '--resume'))
+    check_agreement(found.path, team)
+    return found
 
 
 def check_agreement(path: str, team: Team) -> None:
-    """Refuses processes that resume from different files; every process must call it.
+    """Checks that all processes see the same checkpoint at a path. Every process must call it.
 
     Raises:
-        CheckpointError: the files differ.
+        CheckpointError: If the checkpoints differ.
     """
-    seal = read_seal(path) if path else None
-    text = seal.sha256 if seal is not None else str(bool(path))
-    team.check_alike(text, path)
+    seal = read_seal(path)
+    team.check_alike('' if seal is None else seal.sha256, path)

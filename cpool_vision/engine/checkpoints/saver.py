@@ -1,12 +1,13 @@
-"""What a checkpoint of a training run holds, and which of them are kept."""
+"""Content of checkpoints of a training run, and which checkpoints are kept."""
 import glob
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch.distributed.fsdp import FSDPModule
@@ -26,40 +27,48 @@ SCALER_KEY = 'amp_scaler'
 
 @dataclass
 class TrainState:
-    """Everything of a run that a checkpoint carries.
+    """The state of a run that a checkpoint contains.
 
     Attributes:
-        task: the model and its average.
-        optimizer: its optimizer.
-        loss_scaler: scaler of float16 training, inert otherwise.
-        scheduler: timm scheduler, or None. Its progress follows from the epoch; only `plateau` has a memory.
-        args: the settings, stored as a plain dictionary.
-        extra: more entries of the checkpoint, such as the progress inside an epoch.
+        task: The model and its average.
+        optimizer: The optimizer.
+        loss_scaler: Loss scaler of float16 training, disabled otherwise.
+        scheduler: The schedule, or None. Only `plateau` has state; other schedules follow from the epoch.
+        args: The settings, stored as a plain dictionary.
+        extra: More entries of the checkpoint, such as the progress inside an epoch.
     """
 
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     loss_scaler: torch.amp.GradScaler
-    scheduler: Any = None
-    args: dict[str, Any] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Scheduler | None = None
+    args: Mapping[str, object] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._gathered: dict[str, Any] | None = None
+        self._gathered: dict[str, object] | None = None
 
-    def tensors(self) -> dict[str, Any]:
-        """Model, average and optimizer, as this process holds them."""
+    def tensors(self) -> dict[str, object]:
+        """Returns the model, the average and the optimizer state as this process holds them."""
         return {'optimizer': self.optimizer.state_dict(), **self.task.get_checkpoint_state(),
                 **self.task.get_checkpoint_state(ema=True)}
 
     def gather(self, keep: bool) -> None:
-        """Makes whole what `--fsdp` divides, for the next checkpoint; every process must call it."""
-        if isinstance(self.task.get_trainable_module(), FSDPModule):
-            self._gathered = gather_whole(self.tensors(), keep)
+        """Gathers the tensors that `--fsdp` shards, for the next checkpoint. Every process must call it.
 
-    def to_checkpoint(self, epoch: int) -> dict[str, Any]:
-        """Content of a checkpoint in timm's format (version 2: `epoch` is the last finished one, -1 for none)."""
-        content: dict[str, Any] = {
+        Args:
+            keep: Whether this process writes the checkpoint.
+        """
+        if isinstance(self.task.get_trainable_module(), FSDPModule):
+            self._gathered = {key: gather_whole(value, keep) for key, value in self.tensors().items()}
+
+    def to_checkpoint(self, epoch: int) -> dict[str, object]:
+        """Returns the content of a checkpoint in timm's format, version 2.
+
+        Args:
+            epoch: Last finished epoch, -1 for none.
+        """
+        content: dict[str, object] = {
             'epoch': int(epoch),
             'arch': str(self.args.get('model', '')),
             'version': 2,
@@ -67,47 +76,46 @@ class TrainState:
             **self.extra,
         }
         content.update(self.tensors() if self._gathered is None else self._gathered)
-        self._gathered = None  # as large as the model
+        self._gathered = None  # frees as much memory as the model takes
         if self.loss_scaler.is_enabled():
             content[SCALER_KEY] = self.loss_scaler.state_dict()
-        plateau = getattr(self.scheduler, 'lr_scheduler', None)
-        if plateau is not None:
-            content['lr_scheduler'] = {key: to_plain(value) for key, value in plateau.state_dict().items()}
+        if isinstance(self.scheduler, PlateauLRScheduler):
+            content['lr_scheduler'] = to_plain(self.scheduler.lr_scheduler.state_dict())
             content['lr_before_noise'] = to_plain(self.scheduler.restore_lr)
         return content
 
-    def load_checkpoint(self, content: dict[str, Any], path: str, weights_only: bool = False) -> int:
-        """Restores the run; nothing is changed if the weights do not fit.
+    def load_checkpoint(self, content: Mapping[str, object], path: str, weights_only: bool = False) -> int:
+        """Restores the run. If the weights do not fit, nothing changes.
 
         Args:
-            content: a checkpoint's dictionary.
-            path: its file, for messages.
-            weights_only: leave optimizer, scaler and schedule state out (`--no-resume-opt`).
+            content: Dictionary of the checkpoint.
+            path: Its file, for messages.
+            weights_only: Whether to skip the state of optimizer, scaler and schedule (`--no-resume-opt`).
 
         Returns:
             The epoch to continue with.
 
         Raises:
-            CheckpointError: another architecture, class count or optimizer.
+            CheckpointError: If it belongs to another architecture, number of classes, or optimizer.
         """
         weights, _ = pick_weights(content, use_ema=False)
         self._load_weights(weights, content.get('task_state'), path, ema=False)
         if not weights_only:
             self._load_optimizer(content, path)
-        epoch = content.get('epoch')
-        if epoch is None:
+        epoch, version = content.get('epoch'), content.get('version')
+        if not isinstance(epoch, int):
             return 0
-        return int(epoch) + (1 if content.get('version', 1) > 1 else 0)
+        return epoch + (isinstance(version, int) and version > 1)
 
-    def load_ema(self, content: dict[str, Any], path: str) -> None:
-        """Restores the average, from the plain weights if the checkpoint has no average."""
+    def load_ema(self, content: Mapping[str, object], path: str) -> None:
+        """Restores the average of the weights. Starts it from the plain weights if the checkpoint has no average."""
         weights, is_ema = pick_weights(content, use_ema=True)
         if not is_ema:
             _logger.warning('%s has no averaged weights: the average starts from its plain weights.', path)
         task_state = content.get('task_state_ema' if is_ema else 'task_state')
         self._load_weights(weights, task_state, path, ema=True)
 
-    def _load_weights(self, weights: dict[str, torch.Tensor], task_state: Any, path: str, ema: bool) -> None:
+    def _load_weights(self, weights: dict[str, torch.Tensor], task_state: object, path: str, ema: bool) -> None:
         model = unwrap_model(self.task.get_eval_model(ema=ema))
         expected = model.state_dict()
         misfit = describe_misfit(expected, weights)
@@ -116,37 +124,37 @@ class TrainState:
                 f'--resume {path!r} does not fit model {self.args.get("model", "")!r}: {misfit}; use the --model, '
                 '--model-kwargs and --num-classes of the run that wrote it')
         weights = {name: divide_like(value, expected[name]) for name, value in weights.items()}
-        self.task.load_checkpoint_state(weights, task_state, ema=ema)
+        self.task.load_checkpoint_state(weights, task_state if isinstance(task_state, dict) else None, ema=ema)
 
-    def _load_optimizer(self, content: dict[str, Any], path: str) -> None:
-        if 'optimizer' in content:
+    def _load_optimizer(self, content: Mapping[str, object], path: str) -> None:
+        optimizer, scaler, schedule = (content.get(key) for key in ('optimizer', SCALER_KEY, 'lr_scheduler'))
+        if isinstance(optimizer, dict):
             try:
-                self.optimizer.load_state_dict(divide_optimizer_state(self.optimizer, content['optimizer']))
+                self.optimizer.load_state_dict(divide_optimizer_state(self.optimizer, optimizer))
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f'--resume {path!r} comes from another optimizer ({error}): use its --opt, or '
                                       '--no-resume-opt') from error
         else:
             _logger.warning('%s has no optimizer state: the optimizer starts from scratch.', path)
-        if self.loss_scaler.is_enabled() and SCALER_KEY in content:
-            self.loss_scaler.load_state_dict(content[SCALER_KEY])
-        plateau = getattr(self.scheduler, 'lr_scheduler', None)
-        if plateau is not None and 'lr_scheduler' in content:
-            plateau.load_state_dict(content['lr_scheduler'])
-            self.scheduler.restore_lr = content.get('lr_before_noise')
+        if self.loss_scaler.is_enabled() and isinstance(scaler, dict):
+            self.loss_scaler.load_state_dict(scaler)
+        if isinstance(self.scheduler, PlateauLRScheduler) and isinstance(schedule, dict):
+            self.scheduler.lr_scheduler.load_state_dict(schedule)
+            self.scheduler.restore_lr = content.get('lr_before_noise')  # type: ignore[assignment]
 
 
 class CheckpointSaver:
-    """Writes `last`, `checkpoint-EPOCH` for the best epochs, `model_best`, `milestone-N` and, inside epochs,
-    `recovery-EPOCH-BATCH`.
+    """Writes and prunes the checkpoints in a run folder.
 
-    File names, keys and the order of the history are timm's. Unlike timm's saver it never unlinks a file before its
-    replacement stands on disk, and of the files to resume from (`last`, the one before it as `previous`, `recovery-`)
-    at least the newest two stay.
+    Writes `last`, `previous` (the former `last`), `checkpoint-EPOCH` for the best epochs, `model_best`, `milestone-N`
+    and, inside epochs, `recovery-EPOCH-BATCH`. File names, keys and the order of the history are timm's. Unlike timm's
+    saver, it removes a file only after its replacement is on disk, and keeps at least the two newest of `last`,
+    `previous` and `recovery-` to resume from.
 
     Args:
-        folder: run folder.
-        max_history: numbered checkpoints to keep, best first.
-        decreasing: a lower metric is better.
+        folder: Run folder.
+        max_history: Number of `checkpoint-EPOCH` files to keep, the best ones.
+        decreasing: Whether a lower metric is better.
     """
 
     def __init__(self, folder: str, max_history: int = 10, decreasing: bool = False) -> None:
@@ -160,16 +168,16 @@ class CheckpointSaver:
         self.best_epoch: int | None = None
 
     def path(self, stem: str) -> str:
-        """Path of `last`, `model_best`, `checkpoint-EPOCH` and so on."""
+        """Returns the path of `last`, `model_best`, `checkpoint-EPOCH` and so on."""
         return os.path.join(self.folder, stem + EXTENSION)
 
     def is_better(self, metric: float, than: float | None) -> bool:
-        """Whether a metric beats another; anything beats None, and NaN beats nothing."""
+        """Returns whether a metric is better than another. Everything but NaN is better than None; NaN never is."""
         if than is None:
             return metric == metric
         return metric < than if self.decreasing else metric > than
 
-    def _history(self, files: list[tuple[str, float]]) -> dict[str, Any]:
+    def _history(self, files: list[tuple[str, float]]) -> dict[str, object]:
         return {
             'checkpoint_files': [list(entry) for entry in files],
             'best_metric': self.best_metric,
@@ -181,16 +189,16 @@ class CheckpointSaver:
         """Saves the state after an epoch and prunes the history.
 
         Args:
-            state: the run.
-            epoch: the epoch just finished.
-            metric: what checkpoints are ranked by.
-            milestone: keep it as `milestone-N`, too, N the epochs done; the history never drops that.
+            state: State of the run.
+            epoch: The finished epoch.
+            metric: Metric that ranks the checkpoints.
+            milestone: Whether to also keep the checkpoint as `milestone-N` after N epochs. It is never pruned.
 
         Returns:
-            Best metric and its epoch.
+            The best metric and its epoch.
 
         Raises:
-            OutputError: a file cannot be written; the former checkpoints are intact.
+            OutputError: If a file cannot be written. The old checkpoints are intact.
         """
         metric = float(metric)
         name = f'checkpoint-{epoch}{EXTENSION}'
@@ -219,13 +227,13 @@ class CheckpointSaver:
         return self.best_metric, self.best_epoch
 
     def save_recovery(self, state: TrainState, progress: Progress) -> str:
-        """Saves the state between two updates and removes older such files.
+        """Saves the state between two updates as `recovery-EPOCH-BATCH` and removes older such files.
 
         Returns:
             The path.
 
         Raises:
-            OutputError: the file cannot be written; the former checkpoints are intact.
+            OutputError: If the file cannot be written. The old checkpoints are intact.
         """
         path = self.path(f'{RECOVERY}{progress.epoch}-{progress.batch}')
         content = {**state.to_checkpoint(progress.epoch - 1), 'saver': self._history(self.files)}
@@ -248,7 +256,7 @@ class CheckpointSaver:
                 self._remove(path)
 
     def finish(self) -> None:
-        """Removes the files from inside epochs when the run is complete and two whole checkpoints stand."""
+        """Removes the `recovery-` files of a complete run, if `last` and `previous` exist."""
         if os.path.exists(self.path('last')) and os.path.exists(self.path(PREVIOUS)):
             for path in self._recoveries():
                 self._remove(path)
@@ -259,34 +267,34 @@ class CheckpointSaver:
         except OSError as error:
             _logger.warning('Old checkpoint %s cannot be removed (%s).', os.path.basename(path), error.strerror)
 
-    def _complete(self, content: dict[str, Any], saved: dict[str, Any]) -> None:
-        """Gives `last` the further names that a kill right after it was written kept it from getting."""
+    def _complete(self, content: Mapping[str, object], history: list[str], best_epoch: int | None) -> None:
+        """Links `last` to its other names, in case a kill after writing `last` prevented that."""
         last, epoch = self.path('last'), content.get('epoch')
-        name = f'checkpoint-{epoch}{EXTENSION}'
-        names = [name] if any(entry[0] == name for entry in saved.get('checkpoint_files', [])) else []
-        if content.get('milestone') and epoch is not None:
-            names.append(f'{MILESTONE}{epoch + 1}{EXTENSION}')
-        if saved.get('best_epoch') == epoch:
-            names.append(f'model_best{EXTENSION}')
-        for target in (os.path.join(self.folder, each) for each in names):
+        if not isinstance(epoch, int):
+            return
+        stems = [f'checkpoint-{epoch}'] if f'checkpoint-{epoch}{EXTENSION}' in history else []
+        if content.get('milestone'):
+            stems.append(f'{MILESTONE}{epoch + 1}')
+        if best_epoch == epoch:
+            stems.append('model_best')
+        for target in map(self.path, stems):
             if not os.path.exists(target) or not os.path.samefile(last, target):
                 link_atomic(last, target)
 
-    def restore(self, content: dict[str, Any], path: str = '') -> None:
-        """Takes over history and best metric from a checkpoint of this folder; lost files are forgotten.
+    def restore(self, content: Mapping[str, object], path: str = '') -> None:
+        """Restores the history and the best metric from a checkpoint in this folder. Drops missing files.
 
         Args:
-            content: its dictionary.
-            path: its file; what a kill left undone after writing `last` is made up for.
+            content: Dictionary of the checkpoint.
+            path: Its file. If it is `last`, completes a save that was killed after writing `last`.
         """
         saved = content.get('saver')
         if not isinstance(saved, dict):
             return
-        if os.path.realpath(path) == os.path.realpath(self.path('last')):
-            self._complete(content, saved)
-        self.files = [
-            (os.path.basename(str(name)), float(metric)) for name, metric in saved.get('checkpoint_files', [])
-            if metric is not None and os.path.exists(os.path.join(self.folder, os.path.basename(str(name))))
-        ]
+        files = [(os.path.basename(str(name)), metric) for name, metric in saved.get('checkpoint_files', [])]
         self.best_metric = saved.get('best_metric')
         self.best_epoch = saved.get('best_epoch')
+        if os.path.realpath(path) == os.path.realpath(self.path('last')):
+            self._complete(content, [name for name, _ in files], self.best_epoch)
+        self.files = [(name, float(metric)) for name, metric in files
+                      if metric is not None and os.path.exists(os.path.join(self.folder, name))]

@@ -1,15 +1,16 @@
-"""Seal of a checkpoint: content hash, schema version and serial number.
+"""The seal of a checkpoint: a hash of its content, a schema version, and a serial number.
 
-`torch.save` writes a zip archive whose checksums `torch.load` does not verify. The comment, which every reader skips,
-holds a hash: file and seal are published by one rename, and a second name of the file carries the seal too.
+`torch.save` writes a zip archive, whose checksums `torch.load` does not verify. The seal is in the comment of the
+archive, which other readers ignore. One rename therefore publishes the file with its seal, and links to it have it too.
 """
 import hashlib
+import io
 import json
 import os
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 
@@ -17,21 +18,24 @@ from cpool_vision.errors import CheckpointError, CheckpointVersionError
 from cpool_vision.files import write_atomic
 from cpool_vision.reading import open_regular
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 SCHEMA = 1
 _MARK = b'cpool_vision checkpoint '
-_END = b'PK\x05\x06'  # of the archive: 22 bytes that close with the length of the comment
-_TAIL = 2048
+_END = b'PK\x05\x06'  # the end record of the archive: 22 bytes, of which the last two are the length of the comment
+_TAIL = 2048  # bytes at the end of the file that contain the end record and the comment
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Seal:
-    """What a sealed checkpoint says of itself.
+    """The seal of a checkpoint.
 
     Attributes:
-        sha256: of the file as `torch.save` wrote it.
-        schema: version of the keys and of their meaning.
-        serial: counts the checkpoints that were written into one folder, so that the newest is known.
+        sha256: Hash of the file as written by `torch.save`.
+        schema: Version of the keys and their meaning.
+        serial: Number of the checkpoint within its folder; the newest checkpoint has the highest.
     """
 
     sha256: str
@@ -39,34 +43,32 @@ class Seal:
     serial: int
 
 
-class HashedFile:
-    """A binary file that hashes what is written to it."""
+class HashedFile(io.BytesIO):
+    """Passes what is written to it on to a file, and hashes it."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
         self.file = file
         self.sha256 = hashlib.sha256()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: 'Buffer') -> int:
         self.sha256.update(data)
         return self.file.write(data)
 
-    def flush(self) -> None:
-        self.file.flush()
 
-
-def save_sealed(path: str, content: Mapping[str, Any], serial: int) -> None:
-    """Writes a checkpoint with its seal in one step, see `write_atomic`.
+def save_sealed(path: str, content: Mapping[str, object], serial: int) -> None:
+    """Writes a checkpoint with its seal by `write_atomic`.
 
     Args:
-        path: target.
-        content: what `torch.save` writes.
-        serial: see `Seal`.
+        path: Target file.
+        content: Dictionary to save.
+        serial: See `Seal`.
 
     Raises:
-        OutputError: the operating system refused; a former file is intact.
+        OutputError: If the file cannot be written. An old file is intact.
     """
-    def write(file: Any) -> None:
-        hashed: Any = HashedFile(file)
+    def write(file: BinaryIO) -> None:
+        hashed = HashedFile(file)
         torch.save(content, hashed)
         seal = Seal(hashed.sha256.hexdigest(), SCHEMA, serial)
         comment = _MARK + json.dumps(asdict(seal)).encode()
@@ -77,7 +79,7 @@ def save_sealed(path: str, content: Mapping[str, Any], serial: int) -> None:
 
 
 def _find_comment(path: str) -> tuple[int, bytes]:
-    """Where the comment of the archive begins, and the comment; b'' if there is none."""
+    """Returns the offset of the comment of the archive, and the comment; b'' if there is none."""
     size = os.path.getsize(path)
     with open_regular(path) as file:
         file.seek(max(0, size - _TAIL))
@@ -89,63 +91,53 @@ def _find_comment(path: str) -> tuple[int, bytes]:
     return size - len(comment), comment
 
 
-def read_seal(path: str) -> Seal | None:
-    """Seal of a file, without a look at the rest; None if it has none or cannot be read."""
+def _parse(comment: bytes) -> Seal | None:
+    """Parses the seal in a comment; None if it contains no valid seal."""
     try:
-        comment = _find_comment(path)[1]
-        return _parse(comment[len(_MARK):]) if comment.startswith(_MARK) else None
-    except (OSError, ValueError, TypeError, RecursionError):
+        seal = Seal(**json.loads(comment.removeprefix(_MARK)))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    valid = isinstance(seal.sha256, str) and type(seal.schema) is int and type(seal.serial) is int
+    return seal if valid and comment.startswith(_MARK) else None
+
+
+def read_seal(path: str) -> Seal | None:
+    """Reads the seal of a file without checking the content; None if the file has no seal or cannot be read."""
+    try:
+        return _parse(_find_comment(path)[1])
+    except OSError:
         return None
 
 
-def hash_of(text: str) -> int:
-    """63 bits of the hash of a text, for comparison between processes."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'little') >> 1
-
-
-def _hash_start(path: str, size: int) -> Any:
-    """SHA-256 of the first bytes of a file, to be updated further; the file may be larger than the memory."""
-    sha256 = hashlib.sha256()
-    with open_regular(path) as file:
-        while size > 0 and (chunk := file.read(min(_CHUNK, size))):
-            sha256.update(chunk)
-            size -= len(chunk)
-    return sha256
-
-
 def check_seal(path: str, flag: str) -> Seal | None:
-    """Compares a file with its seal; files without one, such as timm's, pass.
+    """Checks the content of a file against its seal. Files without a seal, such as timm's, pass.
 
     Args:
-        path: the file.
-        flag: flag that named it, for messages.
+        path: The file.
+        flag: Flag that named the file, for messages.
 
     Returns:
-        The seal, if any.
+        The seal, or None if there is none.
 
     Raises:
-        CheckpointVersionError: written by a newer release.
-        CheckpointError: the content is not what was written.
+        CheckpointVersionError: If a newer release wrote the file.
+        CheckpointError: If the content has changed since it was written.
     """
     start, comment = _find_comment(path)
     if not comment.startswith(_MARK):
         return None
-    seal = read_seal(path)
+    seal = _parse(comment)
     if seal is None:
         raise CheckpointError(f'{flag} {path!r} is damaged (its seal cannot be read): use another copy')
     if seal.schema > SCHEMA:
         raise CheckpointVersionError(f'{flag} {path!r} has schema version {seal.schema}, this release reads up to '
                                      f'{SCHEMA}: upgrade cpool_vision')
-    sha256 = _hash_start(path, start - 2)
-    sha256.update(b'\0\0')  # the length of the comment before there was one
+    sha256, left = hashlib.sha256(), start - 2
+    with open_regular(path) as file:  # in chunks: the file may be larger than the memory
+        while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+            sha256.update(chunk)
+            left -= len(chunk)
+    sha256.update(b'\0\0')  # the length of the comment before the seal was added
     if sha256.hexdigest() != seal.sha256:
-        raise CheckpointError(f'{flag} {path!r} is damaged (its content does not have the hash that it was written '
-                              'with): use another copy')
-    return seal
-
-
-def _parse(text: bytes) -> Seal:
-    seal = Seal(**json.loads(text))
-    if not (isinstance(seal.sha256, str) and type(seal.schema) is int and type(seal.serial) is int):
-        raise ValueError('a seal holds a hash and two numbers')
+        raise CheckpointError(f'{flag} {path!r} is damaged (its content does not match its hash): use another copy')
     return seal

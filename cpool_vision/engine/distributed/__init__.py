@@ -1,1 +1,1 @@
-"""Several processes: how they meet, agree, stop and share a model."""
+"""Distributed training: rendezvous, voting, signals and sharding."""

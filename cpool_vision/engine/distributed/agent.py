@@ -3,16 +3,16 @@ import os
 import signal
 import threading
 import time
-from typing import Any
 
-_PERIOD, _PATIENCE = 1., 30.  # seconds between looks; and to save, as long as torchrun itself gives
+_PERIOD = 1.  # seconds between checks
+_PATIENCE = 30.  # seconds to save the run; torchrun itself allows as much
 
 
 class AgentWatch:
-    """While entered, a thread looks whether the parent of this process is still there.
+    """While entered, a thread checks whether the parent of this process is alive. Does nothing without torchrun.
 
-    When it is gone, SIGTERM asks the run to save and stop, see `signals.StopSignals`, or ends a process that still
-    waits for the others; what is still there after 30 seconds is ended. Does nothing without torchrun.
+    When the parent is gone, the thread sends SIGTERM, which asks the run to save and stop (see `signals.StopSignals`)
+    or ends a process that still waits for the others. It ends the process if it still runs after 30 seconds.
     """
 
     def __init__(self, period: float = _PERIOD, patience: float = _PATIENCE) -> None:
@@ -21,11 +21,11 @@ class AgentWatch:
         self._parent = os.getppid()
 
     def __enter__(self) -> 'AgentWatch':
-        if 'TORCHELASTIC_RUN_ID' in os.environ and hasattr(os, 'getppid'):
+        if 'TORCHELASTIC_RUN_ID' in os.environ:
             threading.Thread(target=self._watch, name='agent watch', daemon=True).start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
 
     def _watch(self) -> None:

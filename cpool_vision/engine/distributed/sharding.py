@@ -1,11 +1,10 @@
-"""`--fsdp`: parameters, gradients, averaged weights and optimizer state sharded across the processes (FSDP2).
+"""`--fsdp`: shards parameters, gradients, averaged weights and optimizer state across the processes (FSDP2).
 
-Checkpoints stay what they are without: whole tensors, gathered one by one and written by the first process. Any number
-of processes, with or without `--fsdp`, loads them.
+Checkpoints contain whole tensors, gathered one at a time and written by the first process. Any number of processes can
+load them, with or without `--fsdp`.
 """
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed
@@ -14,22 +13,43 @@ from timm.task import TrainingTask
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.optimizer import StateDict
 
 from cpool_vision.errors import ConfigError
 
 from ..settings.train import EmaSettings, TrainSettings
 
-# of these each entry of the state belongs to one entry of a parameter, so that they can be divided alike
+# optimizers whose state tensors have the shape of the parameter, so that they can be sharded like it
 _OPTIMIZERS = ('adam', 'adamw', 'momentum', 'sgd')
 _STREAMED = ('hfids', 'tfds', 'wds')
 
 
+def trained_module(task: TrainingTask) -> nn.Module:
+    """Returns the module that a task trains, with its DDP or FSDP wrapper."""
+    module = task.get_trainable_module()
+    return task if module is None else module
+
+
+def validated_model(task: TrainingTask, ema: bool = False) -> nn.Module:
+    """Returns the model that a task validates: the trained one or, with `ema`, its average, which must exist."""
+    model = task.get_eval_model(ema=ema)
+    return trained_module(task) if model is None else model
+
+
 def check_fsdp(settings: TrainSettings, distributed: bool) -> None:
-    """Raises `ConfigError` for what `--fsdp` cannot do; to be called once the processes have met."""
+    """Checks that `--fsdp` works with the other settings.
+
+    Args:
+        settings: Settings of the run.
+        distributed: Whether there are several processes.
+
+    Raises:
+        ConfigError: If it does not.
+    """
     if not settings.fsdp:
         return
     if not distributed:
-        raise ConfigError('--fsdp divides the model among several processes: start them by torchrun, or drop it')
+        raise ConfigError('--fsdp shards the model across several processes: start them with torchrun, or drop --fsdp')
     clashes = {
         '--torchcompile': settings.torchcompile, '--torchscript': settings.torchscript,
         '--naflex-loader': settings.naflex_loader,
@@ -42,11 +62,11 @@ def check_fsdp(settings: TrainSettings, distributed: bool) -> None:
         if given:
             raise ConfigError(f'--fsdp does not work with {flag}: drop one of them')
     if settings.opt.lower() not in _OPTIMIZERS:
-        raise ConfigError(f'--fsdp does not divide the state of --opt {settings.opt}: choose {", ".join(_OPTIMIZERS)}')
+        raise ConfigError(f'--fsdp cannot shard the state of --opt {settings.opt}: choose {", ".join(_OPTIMIZERS)}')
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a model, outermost first found; timm names their classes ...Block and Bottleneck."""
+    """Returns the outermost blocks of a model, whose classes timm names ...Block or ...Bottleneck."""
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
@@ -61,29 +81,28 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard_task(task: TrainingTask, settings: EmaSettings, device: torch.device) -> None:
-    """Divides the model, block by block, and its average, which is set up here; before the optimizer is built."""
-    if settings.model_ema:
-        average: Any = task.setup_ema(decay=settings.model_ema_decay, use_warmup=settings.model_ema_warmup)
-        average.foreach = False  # its lists would mix divided parameters and whole buffers
+    """Sets up the average of the weights and shards it and the model, block by block. Precedes the optimizer."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    models: list[Any] = [task.get_trainable_module()]
+    models = [trained_module(task)]
     if settings.model_ema:
-        models.append(average.module)
+        average = task.setup_ema(decay=settings.model_ema_decay, use_warmup=settings.model_ema_warmup,
+                                 foreach=False)  # a list of tensors would mix sharded parameters and whole buffers
+        models += average.children()
     for model in models:
         for block in _blocks(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                # whole parameters that come into being under inference_mode, in validation, could not be trained
+                # allocate the whole parameters now: created by a validation under inference_mode, they could not train
                 module.unshard()
                 module.reshard()
 
 
 @contextmanager
 def no_exchange(task: TrainingTask) -> Iterator[None]:
-    """Within it backward passes add to the gradients of this process alone, under DDP or FSDP."""
-    module: Any = task.get_trainable_module()
+    """Accumulates gradients in each process without reducing them over processes, under DDP or FSDP."""
+    module = trained_module(task)
     if not isinstance(module, FSDPModule):
         with task.no_sync():
             yield
@@ -96,16 +115,19 @@ def no_exchange(task: TrainingTask) -> Iterator[None]:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
+    """Returns the part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_whole(value: Any, keep: bool) -> Any:
-    """Nested values with each divided tensor made whole, on the CPU; every process must call it.
+def gather_whole(value: object, keep: bool) -> object:
+    """Gathers the sharded tensors in nested dictionaries and lists onto the CPU; every process must call it.
 
     Args:
-        value: dictionaries, lists and leaves.
-        keep: whether this process wants the result; the others get None for each tensor that was divided.
+        value: Dictionaries, lists and leaves.
+        keep: Whether this process needs the result. Otherwise sharded tensors become None.
+
+    Returns:
+        The same structure with whole tensors.
     """
     if isinstance(value, Mapping):
         return {key: gather_whole(item, keep) for key, item in value.items()}
@@ -118,14 +140,14 @@ def gather_whole(value: Any, keep: bool) -> Any:
 
 
 def divide_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor that all processes have, divided as `like` is; itself if that is not."""
+    """Shards a whole tensor, which all processes have, in the same way as `like`. A no-op if `like` is not sharded."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def divide_optimizer_state(optimizer: torch.optim.Optimizer, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole state of an optimizer, divided as its parameters are."""
+def divide_optimizer_state(optimizer: torch.optim.Optimizer, content: StateDict) -> StateDict:
+    """Shards the state of an optimizer in the same way as its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     order = [index for group in content['param_groups'] for index in group['params']]
     state = dict(content['state'])

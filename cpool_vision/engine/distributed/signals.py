@@ -1,23 +1,26 @@
-"""Signals that ask a run to stop: noted at once, acted on between two updates."""
+"""Stops a run on a signal, between two updates."""
 import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeAlias
 
 from cpool_vision.errors import UserError
 
 _NAMES = ('SIGTERM', 'SIGUSR1', 'SIGINT')
-_ECHO = 2.  # seconds within which torchrun passes on what the terminal or the scheduler sent to every process already
+# the terminal and the scheduler signal every process, and torchrun forwards the same signal within these seconds
+_ECHO = 2.
+Handler: TypeAlias = 'Callable[[int, FrameType | None], object] | int | None'
 
 
 class StopRequested(UserError):
-    """The run was asked to stop by a signal, and is saved.
+    """Raised when a signal has stopped the run and the run is saved.
 
     Args:
-        number: of the signal.
-        text: where the run stopped, and how to continue.
+        number: Signal number.
+        text: Message that says where the run stopped and how to continue.
     """
 
     def __init__(self, number: int, text: str) -> None:
@@ -26,19 +29,19 @@ class StopRequested(UserError):
 
 
 class StopSignals:
-    """While entered, notes SIGTERM, SIGUSR1 and SIGINT instead of obeying them.
+    """While entered, stores SIGTERM, SIGUSR1 and SIGINT instead of ending the process.
 
-    A second signal has its former effect at once, by default the end of the process. Under torchrun, repetitions within
-    two seconds count as the first. Does nothing outside the main thread.
+    A second signal takes its previous effect at once; by default it ends the process. Under torchrun, repeated signals
+    within two seconds count as one. Does nothing outside the main thread.
 
     Attributes:
-        number: of the signal that came first, 0 if none did.
+        number: Number of the first signal, 0 for none.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._when = 0.
-        self._former: dict[int, Any] = {}
+        self._former: dict[int, Handler] = {}
         self._echo = _ECHO if 'TORCHELASTIC_RUN_ID' in os.environ else 0.
 
     def __enter__(self) -> 'StopSignals':
@@ -49,8 +52,7 @@ class StopSignals:
                     self._former[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
-                 ) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._former:
             number, former = self._former.popitem()
             signal.signal(number, signal.SIG_DFL if former is None else former)
@@ -59,8 +61,8 @@ class StopSignals:
         if not self.number:
             self.number, self._when = number, time.monotonic()
             name = signal.Signals(number).name
-            # not the log, which may be in the middle of a line
-            os.write(2, f'{name}: saving after this update, then stopping; once more to stop at once\n'.encode())
+            # not through the log, which may be writing a line
+            os.write(2, f'{name}: saving after this update, then stopping; repeat it to stop at once\n'.encode())
         elif time.monotonic() - self._when >= self._echo:
-            self.__exit__(None, None, None)
+            self.__exit__()
             os.kill(os.getpid(), number)

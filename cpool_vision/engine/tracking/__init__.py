@@ -1,1 +1,1 @@
-"""What a run tells: log, tables, services, curves."""
+"""Records of a run: logs, tables, tracking services and curves."""

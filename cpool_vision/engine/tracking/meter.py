@@ -4,10 +4,10 @@ import torch.distributed
 
 
 class LossMeter:
-    """Sample-weighted loss of the epoch and since the last report, kept on the device.
+    """Averages the loss over images, for the epoch and since the last report. Stays on the device until it is read.
 
     Attributes:
-        sums: loss and images of the epoch, loss and images since the report: `(4,)`, float64 (float32 on mps).
+        sums: Loss and images of the epoch, loss and images since the report: `(4,)`, float64 (float32 on mps).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,7 +21,7 @@ class LossMeter:
         self.sums += torch.stack([weighted, count, weighted, count])
 
     def read(self, distributed: bool) -> tuple[float, float]:
-        """Mean loss of the epoch and since the last report, over all processes; resets the latter."""
+        """Returns the mean loss of the epoch and since the last report over all processes, and starts a new report."""
         sums = self.sums.clone()
         if distributed:
             torch.distributed.all_reduce(sums)
@@ -31,5 +31,5 @@ class LossMeter:
         return mean, recent / recent_images if recent_images else mean
 
     def clear(self) -> None:
-        """Begins an epoch."""
+        """Starts a new epoch."""
         self.sums.zero_()

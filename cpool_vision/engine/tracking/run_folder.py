@@ -1,10 +1,8 @@
-"""The folder of one training run: its name, args.yaml and summary.csv."""
+"""The run folder: its path, args.yaml and summary.csv."""
 import glob
 import itertools
 import os
-from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
 
 import yaml
 from timm.models import safe_model_name
@@ -23,28 +21,25 @@ _MARKS = ('args.yaml', 'summary.csv', f'last{EXTENSION}')
 
 
 def run_path(settings: TrainSettings, image_size: int | None = None) -> str:
-    """Folder of the run: `--output` (output/train) / `--experiment` (time-model-size)."""
-    name = settings.experiment
-    if not name:
-        parts = [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(settings.model), str(image_size)]
-        name = '-'.join(parts)
+    """Returns the path of the run folder: `--output` (output/train) / `--experiment` (time-model-size)."""
+    time = datetime.now().strftime('%Y%m%d-%H%M%S')
+    name = settings.experiment or f'{time}-{safe_model_name(settings.model)}-{image_size}'
     return os.path.join(settings.output or os.path.join('output', 'train'), name)
 
 
 def check_free(folder: str, resume: str, auto: bool = False) -> bool:
-    """Whether the run continues the one in `folder`.
+    """Returns whether the run continues the one in `folder`.
 
     Args:
-        folder: run folder.
-        resume: checkpoint to continue from, '' for a new run.
-        auto: whether `--resume auto` found that; a run that was stopped before its first checkpoint begins again.
+        folder: Run folder.
+        resume: Checkpoint to continue from, '' for a new run.
+        auto: Whether `--resume auto` is set. It also continues a run that was stopped before its first checkpoint.
 
     Raises:
-        OutputError: the folder holds a run that is not the one being resumed.
+        OutputError: If the folder holds a run other than the resumed one.
     """
     parent = os.path.dirname(os.path.abspath(resume))
-    inside = bool(resume) and os.path.realpath(parent) == os.path.realpath(folder)
-    if inside:
+    if resume and os.path.realpath(parent) == os.path.realpath(folder):
         return True
     if any(os.path.exists(os.path.join(folder, mark)) for mark in _MARKS):
         if auto:
@@ -55,12 +50,12 @@ def check_free(folder: str, resume: str, auto: bool = False) -> bool:
 
 
 def claim(folder: str) -> str:
-    """Makes a folder that nobody else has, `folder` or the first free one of folder-2, folder-3, ...
+    """Creates a new folder: `folder`, or the first free one of folder-2, folder-3, ...
 
-    Two runs that are named by the second they start in must not share one.
+    Two runs that start in the same second would otherwise share a folder.
 
     Raises:
-        OutputError: it cannot be created.
+        OutputError: If the folder cannot be created.
     """
     path = folder
     for number in itertools.count(2):
@@ -86,20 +81,23 @@ def _holds(path: str, content: bytes) -> bool:
 
 
 def settings_text(settings: TrainSettings) -> str:
-    """The settings as YAML that `--config` accepts."""
+    """Formats the settings as YAML that `--config` accepts."""
     return yaml.safe_dump(to_plain(settings.as_dict()), default_flow_style=False)
 
 
 class RunFolder:
-    """An open run folder; created if missing, and proved writable.
+    """An open run folder. Creates the folder, removes temporary files of a killed run, and writes args.yaml.
 
     Args:
-        path: the folder.
-        settings: content of args.yaml; a different former one is kept as args.N.yaml.
-        resume_epoch: first epoch to come when a run in this folder is continued, None for a new run.
+        path: The folder.
+        settings: Content of args.yaml. An old file that differs is kept as args.N.yaml.
+        resume_epoch: Next epoch of the run that is continued in this folder, None for a new run.
+
+    Attributes:
+        summary: The table summary.csv.
 
     Raises:
-        OutputError: the folder cannot be created or written.
+        OutputError: If the folder cannot be created or written.
     """
 
     def __init__(self, path: str, settings: str, resume_epoch: int | None = None) -> None:
@@ -117,10 +115,12 @@ class RunFolder:
             self.summary.trim(resume_epoch)
 
     def keep(self, name: str, text: str | None) -> None:
-        """Writes a file of the folder, or removes it for None; a different former one is kept as NAME.N.EXTENSION.
+        """Writes a file into the folder, or removes it if `text` is None.
+
+        An old file that differs is kept as NAME.N.EXTENSION.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: If the file cannot be written.
         """
         target = os.path.join(self.path, name)
         if os.path.exists(target):
@@ -133,15 +133,3 @@ class RunFolder:
             write_text(target, text)
         elif os.path.exists(target):
             os.remove(target)
-
-    def add_epoch(self, epoch: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """Adds a row to summary.csv, replacing an earlier row of the same epoch.
-
-        Args:
-            epoch: the epoch.
-            metrics: the other columns.
-
-        Returns:
-            The row.
-        """
-        return self.summary.add(epoch, [metrics])[0]

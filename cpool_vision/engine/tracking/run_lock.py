@@ -1,13 +1,13 @@
-"""One owner per run folder: the file run.lock names host, process and start, and is removed when the run ends."""
+"""Locks a run folder for one process: the file run.lock identifies its owner and is removed when the run ends."""
 import json
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from typing import Any
+from typing import BinaryIO, Literal
 
 from cpool_vision.errors import OutputError
 from cpool_vision.files import write_text
@@ -20,6 +20,7 @@ except ImportError:  # Windows
 
 _logger = logging.getLogger(__name__)
 LOCK = 'run.lock'
+State = Literal['alive', 'dead', 'unknown']
 
 
 def _first_line(path: str) -> str:
@@ -30,10 +31,10 @@ def _first_line(path: str) -> str:
 
 
 def _birth(pid: int) -> str:
-    """When a process of this host started, in clock ticks since boot; '' if it has ended, or where that is not told."""
+    """Returns the start time of a local process in clock ticks since boot; '' if it has ended or `/proc` lacks it."""
     try:
-        fields = read_bytes(f'/proc/{pid}/stat').decode(errors='replace').rpartition(')')[2].split()
-        return '' if fields[0] in 'ZX' else fields[19]  # ended, but its parent has not asked how
+        values = read_bytes(f'/proc/{pid}/stat').decode(errors='replace').rpartition(')')[2].split()
+        return '' if values[0] in 'ZX' else values[19]  # zombie or dead
     except (OSError, ValueError, IndexError):
         return ''
 
@@ -47,14 +48,16 @@ def _namespace() -> str:
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that trains in a folder.
+    """The process that trains in a folder. A string is '' if the operating system does not provide the value.
 
     Attributes:
-        host: name of its machine.
-        machine, boot, namespace: which machine, which of its starts, and which of its process tables; '' if not told.
-        process: number.
-        birth: when it started, in clock ticks since boot; '' if not told.
-        since: when it took the folder, for people.
+        host: Hostname.
+        machine: Machine ID.
+        boot: Boot ID, which changes with each restart of the machine.
+        namespace: PID namespace, which differs between containers.
+        process: Process ID.
+        birth: Start time of the process in clock ticks since boot, because process IDs are reused.
+        since: Time at which the process locked the folder, for messages.
     """
 
     host: str
@@ -67,39 +70,39 @@ class Owner:
 
     @classmethod
     def here(cls) -> 'Owner':
-        """This process."""
+        """Returns the owner for this process."""
         return cls(socket.gethostname(), _first_line('/etc/machine-id'), _first_line(
             '/proc/sys/kernel/random/boot_id'), _namespace(), os.getpid(), _birth(os.getpid()),
             datetime.now().astimezone().isoformat(timespec='seconds'))
 
     @classmethod
     def read(cls, path: str) -> 'Owner | None':
-        """The owner that a lock names; None if there is no lock.
+        """Reads the owner from a lock file; None if there is no lock file.
 
         Raises:
-            OutputError: the file is not what `here` writes.
+            OutputError: If the file is not a lock file of a run.
         """
         if not os.path.lexists(path):
             return None
         try:
-            content: Any = read_json(path)
-            owner = cls(**content)
-            if any(type(value) is not (int if name == 'process' else str) for name, value in content.items()):
-                raise ValueError('other values')
-            return owner
-        except (OSError, TypeError, ValueError) as error:
+            content = read_json(path)
+            kinds = {each.name: int if each.name == 'process' else str for each in fields(cls)}
+            if not isinstance(content, dict) or {name: type(value) for name, value in content.items()} != kinds:
+                raise ValueError('not the fields of an owner')
+            return cls(**content)
+        except (OSError, ValueError) as error:
             raise OutputError(f'{path!r} is not a lock file of a run: remove it if no run is training in this folder') \
                 from error
 
-    def state(self, path: str) -> str:
-        """'alive', 'dead', or 'unknown' from here; `path` is its lock."""
+    def state(self, path: str) -> State:
+        """Returns whether the process that wrote the lock file `path` is alive, as far as this process can see."""
         me = Owner.here()
         if (self.host, self.machine) != (me.host, me.machine):
             return 'unknown'
         if self.boot != me.boot:  # the machine was restarted
             return 'dead' if self.machine and self.boot and me.boot else 'unknown'
-        if self.namespace != me.namespace:  # another container: its processes are not seen from here, its lock is
-            return _held(path)
+        if self.namespace != me.namespace:  # another container, whose locks are visible here but not its processes
+            return _state_of_lock(path)
         try:
             os.kill(self.process, 0)
         except ProcessLookupError:
@@ -109,7 +112,7 @@ class Owner:
         return 'alive' if self.birth == _birth(self.process) else 'dead'
 
 
-def _held(path: str) -> str:
+def _state_of_lock(path: str) -> State:
     if fcntl is None:
         return 'unknown'
     try:
@@ -124,7 +127,7 @@ def _held(path: str) -> str:
 
 @contextmanager
 def _alone(folder: str) -> Iterator[None]:
-    """Lets one process of this host at a time decide about a lock."""
+    """Runs the body in one process of this host at a time."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         if fcntl is not None:
@@ -138,24 +141,23 @@ def _alone(folder: str) -> Iterator[None]:
 
 
 class RunLock:
-    """Keeps other runs out of a folder from `acquire` to `release`.
+    """Locks a folder against other runs from `acquire` to `release`. A context manager.
 
-    A lock whose owner is provably dead is taken over: no process of that number and start runs on this host, or the
-    host was restarted since. Network file systems whose locks do not reach other hosts are covered as far as the
-    file itself is seen by them.
+    A lock whose owner is known to be dead is taken over: its process has ended, or the machine was restarted. The lock
+    file also works on network file systems without file locks.
     """
 
     def __init__(self) -> None:
         self.path = ''
         self._made = False
-        self._file: Any = None
+        self._file: BinaryIO | None = None
         self._me: Owner | None = None
 
     def acquire(self, folder: str) -> None:
-        """Takes a folder, which is created if missing.
+        """Locks a folder. Creates it if it is missing.
 
         Raises:
-            OutputError: another process has it, or may have it, or it cannot be written.
+            OutputError: If another process uses or may use the folder, or if it cannot be written.
         """
         path = os.path.join(folder, LOCK)
         try:
@@ -174,7 +176,7 @@ class RunLock:
         except OutputError:
             raise
         except OSError as error:
-            if self.path:  # written, but the file system has no locks
+            if self.path:  # the lock file is written; the file system has no file locks
                 return
             raise OutputError(f'output folder {folder!r} cannot be created or written ({error.strerror}): choose '
                               'another --output') from error
@@ -187,12 +189,12 @@ class RunLock:
             raise OutputError(f'{folder!r} is in use by another run ({who}): wait until it ends, or choose another '
                               '--experiment')
         if state == 'unknown':
-            raise OutputError(f'{folder!r} may be in use by another run ({who}), which cannot be seen from here: if '
-                              f'that run is over, remove {path!r}; otherwise choose another --experiment')
+            raise OutputError(f'{folder!r} may be in use by another run ({who}), which cannot be checked from here: if '
+                              f'that run has ended, remove {path!r}; otherwise choose another --experiment')
         _logger.warning('Taking over %s from a run that ended without releasing it (%s).', folder, who)
 
     def release(self) -> None:
-        """Gives the folder back; one that this lock created and nothing was written to is removed."""
+        """Unlocks the folder. Removes a folder that `acquire` created if it is still empty."""
         if not self.path:
             return
         path, self.path = self.path, ''
@@ -210,5 +212,5 @@ class RunLock:
     def __enter__(self) -> 'RunLock':
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()

@@ -1,8 +1,8 @@
-"""Curves of training runs: loss, accuracy, learning rate, and the supports of each context pool over time."""
+"""Plots of training runs: loss, accuracy, learning rate, and the supports of each context pool over time."""
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,34 +11,37 @@ from cpool_vision.errors import ConfigError
 from cpool_vision.inspect.canvas import STYLE, new_figure, require_matplotlib
 from cpool_vision.reading import one_line, reason
 
-from .table import is_spoilt, read_rows
+from .table import is_damaged, read_rows
 from .track import SUPPORTS, UPDATES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SUMMARY = 'summary.csv'
-_STYLE: dict[str, Any] = {
+_STYLE = {
     **STYLE, 'lines.linewidth': 1., 'axes.spines.top': False, 'axes.spines.right': False}
-# panel of scores by what a run is measured by: its title, and the columns drawn solid and dashed
+# the score panel of each task: its title, and the columns drawn as a solid and as a dashed line
 _SCORES = {
     'accuracy (%)': (('eval_top1', 'top-1'), ('eval_top5', 'top-5')),
     'labels (%)': (('eval_map', 'mean average precision'), ('eval_macro_f1', 'macro F1')),
 }
-_COLUMNS = 4  # panels of supports side by side
-_MARKED = 30  # up to so many points are marked
-Curve = tuple[NDArray[Any], NDArray[Any]]
+_COLUMNS = 4  # support panels side by side
+_MARKED = 30  # curves of up to so many points get markers
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+Row = Mapping[str, float]
 
 
 @dataclass
 class RunCurves:
-    """Curves of one run; time is in epochs, and what an epoch ends with stands at its end.
+    """Curves of one run over time in epochs. The metrics of an epoch are at its end.
 
     Attributes:
-        name: of the run folder.
-        epochs: columns of summary.csv: time and values, points without a value left out.
-        updates: the same of updates.csv.
-        supports: by layer, time and `(points, 4)`: mean and quantiles 5, 50, 95 % in pixels.
+        name: Name of the run folder.
+        epochs: Times and values by column of summary.csv, without missing values.
+        updates: Times and values by column of updates.csv, without missing values.
+        supports: Times and values by layer; the values `(points, 4)` are the mean and the 5%, 50% and 95% quantiles in
+            pixels.
     """
 
     name: str
@@ -47,19 +50,19 @@ class RunCurves:
     supports: dict[str, Curve] = field(default_factory=dict)
 
 
-def _read(path: str) -> list[dict[str, float | str]]:
+def _read(path: str) -> list[tuple[str, dict[str, float]]]:
+    """Reads the layer and the numbers of each row of a table."""
     try:
         rows = read_rows(path)
-        if os.path.exists(path) and is_spoilt(path, rows):
+        if os.path.exists(path) and is_damaged(path, rows):
             raise ValueError('it has lines that are not rows')
-        return [{key: value if key == 'layer' else float(value) if value else float('nan')
-                 for key, value in row.items()} for row in rows]
-    except (OSError, ValueError, TypeError) as error:
+        return [(row.pop('layer', ''), {key: float(value or 'nan') for key, value in row.items()}) for row in rows]
+    except (OSError, ValueError) as error:
         raise ConfigError(f'{path!r} is not a table of a run ({reason(error)}): restore it, or '
                           'leave the run out') from error
 
 
-def _curves(times: NDArray[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Curve]:
+def _curves(times: NDArray[np.float64], rows: Sequence[Row]) -> dict[str, Curve]:
     curves = {}
     for name in dict.fromkeys(key for row in rows for key in row):
         values = np.array([row.get(name, float('nan')) for row in rows], float)
@@ -69,13 +72,13 @@ def _curves(times: NDArray[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Cu
     return curves
 
 
-def _times_of_updates(rows: Sequence[dict[str, Any]], finished: set[int]) -> NDArray[Any]:
-    """Epochs that had passed at each update: the last report of a finished epoch is its end."""
+def _times_of_updates(rows: Sequence[Row], finished: set[int]) -> NDArray[np.float64]:
+    """Converts updates to epochs. The last row of a finished epoch is at its end."""
     last: dict[int, float] = {}
     for row in rows:
         last[int(row['epoch'])] = max(last.get(int(row['epoch']), 0), row['update'])
     length = 0.
-    for epoch in sorted(last):  # that of an epoch under way is taken from the one before
+    for epoch in sorted(last):  # an unfinished epoch is as long as a finished one
         if epoch in finished:
             length = last[epoch] - last.get(epoch - 1, last[epoch] * epoch / (epoch + 1))
             break
@@ -89,10 +92,10 @@ def _times_of_updates(rows: Sequence[dict[str, Any]], finished: set[int]) -> NDA
 
 
 def read_run(folder: str) -> RunCurves:
-    """Reads the tables of a run folder, finished or not.
+    """Reads the tables of a run folder; the run may be unfinished.
 
     Raises:
-        ConfigError: no run, or its tables cannot be read.
+        ConfigError: If there is no run in the folder, or its tables cannot be read.
     """
     if not os.path.isdir(folder):
         raise ConfigError(f'{folder!r} is not a folder: name the folder of a run of train.py')
@@ -101,15 +104,15 @@ def read_run(folder: str) -> RunCurves:
         raise ConfigError(f'{folder!r} is not the folder of a run: it has neither {_SUMMARY} nor {UPDATES}')
     rows = {name: _read(path) for name, path in paths.items()}
     try:
-        finished: set[int] = {int(row['epoch']) for row in rows[_SUMMARY]}
+        epochs, updates = ([row for _, row in rows[name]] for name in (_SUMMARY, UPDATES))
+        finished = {int(row['epoch']) for row in epochs}
         run = RunCurves(os.path.basename(os.path.abspath(folder)))
-        ends = np.array([float(row['epoch']) + 1 for row in rows[_SUMMARY]])
-        run.epochs = _curves(ends, rows[_SUMMARY])
-        run.updates = _curves(_times_of_updates(rows[UPDATES], finished), rows[UPDATES])
-        for layer in dict.fromkeys(str(row['layer']) for row in rows[SUPPORTS]):
-            mine = [row for row in rows[SUPPORTS] if row['layer'] == layer]
+        run.epochs = _curves(np.array([row['epoch'] + 1 for row in epochs]), epochs)
+        run.updates = _curves(_times_of_updates(updates, finished), updates)
+        for layer in dict.fromkeys(layer for layer, _ in rows[SUPPORTS]):
+            mine = [row for name, row in rows[SUPPORTS] if name == layer]
             run.supports[layer] = (
-                np.array([float(row['epoch']) + 1 for row in mine]),
+                np.array([row['epoch'] + 1 for row in mine]),
                 np.array([[row[name] for name in ('mean', 'q05', 'q50', 'q95')] for row in mine], float))
     except (KeyError, OverflowError, ValueError) as error:
         raise ConfigError(f'the tables in {folder!r} are not those of a run ({error}): restore them, or leave the run '
@@ -120,29 +123,31 @@ def read_run(folder: str) -> RunCurves:
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib shows it: a dollar is a dollar, and one line is one line."""
+    """Escapes a name so that matplotlib shows it literally, in one line."""
     return one_line(name).replace('$', r'\$')
 
 
-def _plot(axes: Any, curve: Curve | None, marked: bool = True, **style: Any) -> None:
+def _plot(axes: 'Axes', curve: Curve | None, color: str, linestyle: str = '-', linewidth: float = 1.,
+          alpha: float = 1., marked: bool = True) -> None:
     if curve is not None:
-        marker = {'marker': 'o', 'markersize': 2} if marked and len(curve[0]) <= _MARKED else {}
-        axes.plot(*curve, **{**marker, **style})
+        marker = 'o' if marked and len(curve[0]) <= _MARKED else ''
+        axes.plot(*curve, color=color, linestyle=linestyle, linewidth=linewidth, alpha=alpha, marker=marker,
+                  markersize=2)
 
 
-def _draw_curves(panels: Sequence[Any], runs: Sequence[RunCurves], colors: Sequence[str]) -> None:
+def _draw_curves(panels: Sequence['Axes'], runs: Sequence[RunCurves], colors: Sequence[str]) -> None:
     loss, accuracy, rate = panels
     known = {name for run in runs for name in run.epochs}
     kinds = {title: pair for title, pair in _SCORES.items() if known & {pair[0][0], pair[1][0]}} or dict(
         [next(iter(_SCORES.items()))])
     for run, color in zip(runs, colors, strict=True):
-        _plot(loss, run.updates.get('loss'), False, color=color, alpha=0.35, linewidth=0.6)
-        _plot(loss, run.epochs.get('train_loss'), color=color, linestyle='--', linewidth=0.8)
-        _plot(loss, run.epochs.get('eval_loss'), color=color)
+        _plot(loss, run.updates.get('loss'), color, linewidth=0.6, alpha=0.35, marked=False)
+        _plot(loss, run.epochs.get('train_loss'), color, '--', linewidth=0.8)
+        _plot(loss, run.epochs.get('eval_loss'), color)
         for (solid, _), (dashed, _) in kinds.values():
-            _plot(accuracy, run.epochs.get(solid), color=color)
-            _plot(accuracy, run.epochs.get(dashed), color=color, linestyle='--', linewidth=0.8)
-        _plot(rate, run.updates.get('lr', run.epochs.get('lr')), False, color=color)
+            _plot(accuracy, run.epochs.get(solid), color)
+            _plot(accuracy, run.epochs.get(dashed), color, '--', linewidth=0.8)
+        _plot(rate, run.updates.get('lr', run.epochs.get('lr')), color, marked=False)
     for axes, title, names in ((loss, 'loss', ('validation', 'training', 'at log lines')),
                                (accuracy, ', '.join(kinds), [name for pair in kinds.values() for _, name in pair])):
         axes.set_title(title)
@@ -153,32 +158,32 @@ def _draw_curves(panels: Sequence[Any], runs: Sequence[RunCurves], colors: Seque
     rate.set_title('learning rate')
 
 
-def _draw_supports(axes: Any, layer: str, runs: Sequence[RunCurves], colors: Sequence[str]) -> None:
+def _draw_supports(axes: 'Axes', layer: str, runs: Sequence[RunCurves], colors: Sequence[str]) -> None:
     bounds = []
     for run, color in zip(runs, colors, strict=True):
         if layer in run.supports:
             times, values = run.supports[layer]
             axes.fill_between(times, values[:, 1], values[:, 3], color=color, alpha=0.2, linewidth=0)
-            _plot(axes, (times, values[:, 0]), color=color)
+            _plot(axes, (times, values[:, 0]), color)
             bounds += [float(np.nanmin(values)), float(np.nanmax(values))] if np.isfinite(values).any() else []
     if bounds:
         low, high = min(bounds), max(bounds)
-        # nearly constant supports get a scale of a tenth of their value, not of rounding errors
+        # the axis spans at least a tenth of the value, so that nearly constant supports do not show rounding errors
         pad = max(0.05 * (high - low), 0.05 * abs(high) - (high - low) / 2)
         axes.set_ylim(low - pad, high + pad)
     axes.set_title(_plain(layer))
 
 
 def runs_figure(runs: Sequence[RunCurves]) -> 'Figure':
-    """Draws runs over one another: loss, accuracy and learning rate, then a panel of supports per context pool.
+    """Plots runs in the same axes: loss, accuracy and learning rate, and the supports of each context pool.
 
-    A line of supports is the mean, the band reaches from the 5 % to the 95 % quantile.
+    For supports, the line is the mean and the band reaches from the 5% to the 95% quantile.
 
     Returns:
-        A figure, to be written by `inspect.draw.save_figure`.
+        A figure for `inspect.canvas.save_figure`.
 
     Raises:
-        PlotDependencyError: matplotlib is not installed.
+        PlotDependencyError: If matplotlib is not installed.
     """
     matplotlib = require_matplotlib()
     from matplotlib.lines import Line2D
@@ -188,18 +193,18 @@ def runs_figure(runs: Sequence[RunCurves]) -> 'Figure':
     colors = [f'C{index % 10}' for index in range(len(runs))]
     with matplotlib.rc_context(_STYLE):
         figure = new_figure(7.2, 2.3 + 1.5 * lines, layout='constrained')
-        parts: Any = figure.subfigures(2, 1, height_ratios=(2.0, 1.5 * lines)) if lines else [figure]
-        panels = list(parts[0].subplots(1, 3))
+        parts = figure.subfigures(1 + bool(lines), 1, squeeze=False, height_ratios=(2.0, 1.5 * lines)[:1 + bool(lines)])
+        panels = list(parts[0, 0].subplots(1, 3))
         _draw_curves(panels, runs, colors)
         if lines:
-            grid = parts[1].subplots(lines, _COLUMNS, squeeze=False)
+            grid = parts[1, 0].subplots(lines, _COLUMNS, squeeze=False)
             for index, axes in enumerate(grid.flat):
                 if index >= len(layers):
                     axes.axis('off')
                     continue
                 _draw_supports(axes, layers[index], runs, colors)
                 panels.append(axes)
-            parts[1].supylabel('support σ (px)', fontsize=7)
+            parts[1, 0].supylabel('support σ (px)', fontsize=7)
         end = max((curve[0].max() for run in runs for curves in (run.epochs, run.updates, run.supports)
                    for curve in curves.values()), default=1.)
         for axes in panels:

@@ -1,8 +1,8 @@
-"""Supports of a model on the first batch of a validation, without another pass over data and without a trace."""
+"""Support statistics on the first validation batch, without a further pass over the data."""
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -15,10 +15,18 @@ from ..device import Precision
 _IMAGES = 64
 
 
-def images_of_patches(batch: dict[str, torch.Tensor], model: Any) -> torch.Tensor | None:
-    """Images of a NaFlex batch `(B, C, H, W)`, put together from their patches: those of the most frequent size.
+class PatchModel(Protocol):
+    """A model that takes NaFlex batches, such as `timm.models.NaFlexVit`."""
 
-    None if no image has all of its patches.
+    def get_patch_size(self) -> tuple[int, int]:
+        """Returns height and width of a patch."""
+
+
+def images_of_patches(batch: dict[str, torch.Tensor], model: PatchModel) -> torch.Tensor | None:
+    """Assembles the images of a NaFlex batch that have the most frequent size.
+
+    Returns:
+        `(B, C, H, W)`, or None if every image lacks patches.
     """
     coord, valid, patches = batch['patch_coord'], batch['patch_valid'], batch['patches'].flatten(2)
     sizes = (coord * valid[..., None]).amax(1) + 1
@@ -37,20 +45,23 @@ def images_of_patches(batch: dict[str, torch.Tensor], model: Any) -> torch.Tenso
 
 
 @contextmanager
-def keep_first_input(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Puts up to 64 images of the first batch that the model gets into the list that it yields; none if scripted.
+def keep_first_input(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Keeps up to 64 images of the first batch that the model receives.
 
-    Of a batch of patches they are those of the most frequent size.
+    Yields:
+        A list that the images are added to. It stays empty if the model is scripted. Of a NaFlex batch, the images are
+        those of the most frequent size.
     """
     kept: list[torch.Tensor] = []
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+    if isinstance(model, torch.jit.ScriptModule):
         yield kept
         return
 
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def hook(_: nn.Module, inputs: tuple[object, ...]) -> None:
         if kept or not inputs:
             return
-        images = images_of_patches(inputs[0], model) if isinstance(inputs[0], dict) else inputs[0]
+        batch = inputs[0]
+        images = images_of_patches(batch, unwrap_model(model)) if isinstance(batch, dict) else batch
         if isinstance(images, torch.Tensor):
             kept.append(images[:_IMAGES].clone())
 
@@ -63,18 +74,19 @@ def keep_first_input(model: Any) -> Iterator[list[torch.Tensor]]:
 
 @torch.inference_mode()
 def measure_supports(model: nn.Module, images: torch.Tensor, precision: Precision) -> list[SupportStatistics]:
-    """Statistics of the supports of each context pool; none for a model without.
-
-    Random numbers, statistics of batch norm and the mode of each module stay as they are.
+    """Measures the supports of each context pool. Leaves random state, batch norm statistics and modes unchanged.
 
     Args:
-        model: as it is validated; wrappers are taken off.
+        model: The validated model; may be wrapped.
         images: `(B, C, H, W)`, normalized, on the device of the model.
-        precision: as in validation.
+        precision: Precision of the validation.
+
+    Returns:
+        Statistics of each context pool; empty for a model without context pools.
     """
     with precision.autocast():
         try:
             maps = context_maps(unwrap_model(model), images)
-        except ValueError:  # it has no context pool
+        except ValueError:  # the model has no context pool
             return []
     return support_statistics(maps, (images.shape[-2], images.shape[-1]))

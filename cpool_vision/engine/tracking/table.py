@@ -1,28 +1,23 @@
-"""Tables of a run as CSV files that a resumed run continues: no row twice, none missing."""
+"""CSV tables of a run that a resumed run continues without a missing or repeated row."""
 import csv
 import io
+import itertools
 import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TextIO
 
 from cpool_vision.errors import OutputError
 from cpool_vision.files import sync_directory, write_text
 from cpool_vision.reading import TABLE_BYTES, read_bytes
 
-from ..checkpoints.checkpoint import to_plain
 
-
-def keep_copy(path: str) -> str:
-    """Copies NAME.EXTENSION to the first free NAME.N.EXTENSION, and returns that."""
+def keep_copy(path: str) -> None:
+    """Copies NAME.EXTENSION to the first free NAME.N.EXTENSION."""
     stem, extension = os.path.splitext(path)
-    number = 1
-    while os.path.exists(f'{stem}.{number}{extension}'):
-        number += 1
-    backup = f'{stem}.{number}{extension}'
-    shutil.copy2(path, backup)
-    return backup
+    copies = (f'{stem}.{number}{extension}' for number in itertools.count(1))
+    shutil.copy2(path, next(copy for copy in copies if not os.path.exists(copy)))
 
 
 def _lines(path: str) -> list[str]:
@@ -31,13 +26,13 @@ def _lines(path: str) -> list[str]:
 
 
 def read_rows(path: str) -> list[dict[str, str]]:
-    """Rows that begin with an epoch, from 0; others, such as one that a crash cut off, are left out.
+    """Reads the rows that have an epoch >= 0. Skips other lines, such as one that a crash cut off.
 
-    Bytes that are not UTF-8 come out as replacement characters.
+    Bytes that are not UTF-8 become replacement characters.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is larger than any table of a run.
+        OSError: If the file cannot be read.
+        ValueError: If the file is larger than a table of a run can be.
     """
     if not os.path.exists(path):
         return []
@@ -55,13 +50,13 @@ def read_rows(path: str) -> list[dict[str, str]]:
     return rows
 
 
-def is_spoilt(path: str, rows: Sequence[Any]) -> bool:
-    """Whether a table has no head, or lines that are not rows, but for a last one that a crash cut off."""
+def is_damaged(path: str, rows: Sequence[object]) -> bool:
+    """Returns whether a table has no header or has lines that are not rows. A last line without its end is fine."""
     lines, cut = _lines(path), not read_bytes(path, TABLE_BYTES).endswith(b'\n')
     return len(rows) < len(lines) - 1 - cut or bool(lines) and 'epoch' not in lines[0].split(',')
 
 
-def _write(path: str, rows: list[dict[str, Any]]) -> None:
+def _write(path: str, rows: Sequence[Mapping[str, object]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, restval='', lineterminator='\n')
@@ -70,75 +65,70 @@ def _write(path: str, rows: list[dict[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def _epoch(row: Mapping[str, Any]) -> int:
-    return int(float(row['epoch']))
+def _whole_number(text: str) -> int:
+    return int(float(text))
 
 
 class EpochTable:
-    """A table with one row or several per epoch, rewritten as a whole with each epoch.
+    """A table with one or more rows per epoch. The file is rewritten with each epoch.
 
     Args:
-        path: the file; it appears with the first row.
+        path: The file. It is created with the first row.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def trim(self, first_epoch: int) -> None:
-        """Removes the rows from an epoch on; the former file is kept as NAME.N.csv if there were any."""
+        """Removes the rows from `first_epoch` on; if there are any, keeps a copy of the old file as NAME.N.csv."""
         rows = read_rows(self.path)
-        kept: list[dict[str, Any]] = [row for row in rows if _epoch(row) < first_epoch]
-        if len(kept) < len(rows) or os.path.exists(self.path) and is_spoilt(self.path, rows):
+        kept = [row for row in rows if _whole_number(row['epoch']) < first_epoch]
+        if len(kept) < len(rows) or os.path.exists(self.path) and is_damaged(self.path, rows):
             keep_copy(self.path)
             _write(self.path, kept) if kept else os.remove(self.path)
 
-    def add(self, epoch: int, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Adds rows of an epoch, replacing earlier ones of the same epoch, and returns them."""
-        new = [{'epoch': int(epoch), **{key: to_plain(value) for key, value in row.items()}} for row in rows]
-        former: list[dict[str, Any]] = [row for row in read_rows(self.path) if _epoch(row) != epoch]
-        _write(self.path, [*former, *new])
-        return new
+    def add(self, epoch: int, rows: Iterable[Mapping[str, float | str]]) -> None:
+        """Adds the rows of an epoch, and drops earlier rows of the same epoch."""
+        former = [row for row in read_rows(self.path) if _whole_number(row['epoch']) != epoch]
+        _write(self.path, [*former, *({'epoch': epoch, **row} for row in rows)])
 
 
 class UpdateTable:
-    """A table with one row per report inside epochs, to which rows are appended.
+    """A table to which a row is appended at each log line.
 
-    Rows that a resumed run will write again are removed first, and so is a row that a crash cut off.
+    Opening it removes the rows that a resumed run will write again, and a row that a crash cut off.
 
     Args:
-        path: the file; it appears with the first row.
-        epoch: epoch in which the run continues.
-        update: updates that it has made in all.
+        path: The file. It is created with the first row.
+        epoch: Epoch in which the run continues.
+        update: Updates since the start of the run.
     """
 
     COLUMNS = ('update', 'epoch', 'loss', 'lr', 'images_per_sec')
 
     def __init__(self, path: str, epoch: int, update: int) -> None:
         self.path = path
-        self._file: Any = None
-        rows = [row for row in read_rows(path) if self._is_whole(row)]
-        kept: list[dict[str, Any]] = [row for row in rows if self._stands(row, epoch, update)]
+        self._file: TextIO | None = None
+        rows = [row for row in read_rows(path) if self._is_complete(row)]
+        places = [(_whole_number(row['epoch']), _whole_number(row['update'])) for row in rows]
+        kept = [row for row, place in zip(rows, places, strict=True) if place <= (epoch, update)]
         if os.path.exists(path):
-            if any(_epoch(row) > epoch for row in rows) or is_spoilt(path, rows):
+            if any(place[0] > epoch for place in places) or is_damaged(path, rows):
                 keep_copy(path)
             _write(path, kept) if kept else os.remove(path)
 
-    def _is_whole(self, row: Mapping[str, Any]) -> bool:
+    def _is_complete(self, row: Mapping[str, str]) -> bool:
         try:
             numbers = {name: float(row[name]) for name in self.COLUMNS}
         except (KeyError, ValueError):
             return False
         return math.isfinite(numbers['update'])
 
-    @staticmethod
-    def _stands(row: Mapping[str, Any], epoch: int, update: int) -> bool:
-        return _epoch(row) < epoch or _epoch(row) == epoch and int(float(row['update'])) <= update
-
     def add(self, update: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Appends a row and flushes it to disk, as the next checkpoint counts on it.
+        """Appends a row and flushes it to disk before the next checkpoint is written.
 
         Raises:
-            OutputError: the operating system refused.
+            OutputError: If the file cannot be written.
         """
         row = {'update': update, 'epoch': epoch, **values}
         try:
@@ -147,7 +137,7 @@ class UpdateTable:
                 self._file = open(self.path, 'a', newline='', encoding='utf-8')
                 if new:
                     self._file.write(','.join(self.COLUMNS) + '\n')
-            self._file.write(','.join(repr(to_plain(row[name])) for name in self.COLUMNS) + '\n')
+            self._file.write(','.join(repr(row[name]) for name in self.COLUMNS) + '\n')
             self._file.flush()
             os.fsync(self._file.fileno())
             if new:

@@ -1,55 +1,54 @@
-"""What is recorded while a run trains: one interface for files in the run folder and for services."""
+"""Trackers record a run: one interface for files in the run folder and for tracking services."""
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Protocol
 
-from cpool_vision.errors import UserError
+from cpool_vision.errors import ConfigError, UserError
 from cpool_vision.inspect import SupportStatistics
+from cpool_vision.reading import reason
 
 from ..distributed.signals import StopRequested
 from ..settings.train import TrackSettings
 from .table import EpochTable, UpdateTable
-from .track_services import (
-    MlflowTracker,
-    ServiceRuns,
-    TensorBoardTracker,
-    WandbTracker,
-    import_mlflow,
-    import_wandb,
-)
+from .track_services import MlflowTracker, ServiceRuns, TensorBoardTracker, WandbTracker, import_service
 
 _logger = logging.getLogger(__name__)
 SUPPORTS, UPDATES = 'supports.csv', 'updates.csv'
 
 
 class Tracker(Protocol):
-    """Where figures of a run go; only the first process has any. Calls come in the order of the run."""
+    """Records metrics of a run, on the first process. Called in the order of the run."""
 
     def log_update(self, update: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Takes what a log line inside an epoch reports.
+        """Records the values of a log line.
 
         Args:
-            update: updates made since the start of the run.
-            epoch: the current epoch.
-            values: `loss` since the last report, `lr`, `images_per_sec`.
+            update: Updates since the start of the run.
+            epoch: Current epoch.
+            values: `loss` since the last log line, `lr`, and `images_per_sec`.
         """
 
-    def log_epoch(self, row: Mapping[str, Any], update: int, supports: Sequence[SupportStatistics]) -> None:
-        """Takes the figures of a finished epoch.
+    def log_epoch(self, row: Mapping[str, float], update: int, supports: Sequence[SupportStatistics]) -> None:
+        """Records the metrics of a finished epoch.
 
         Args:
-            row: the row of summary.csv.
-            update: updates made since the start of the run.
-            supports: one entry per context pool; none if the epoch was not validated.
+            row: The row of summary.csv.
+            update: Updates since the start of the run.
+            supports: One entry per context pool; empty if the epoch was not validated.
         """
 
     def close(self, failed: bool) -> None:
-        """Ends the record; `failed` if the run broke off."""
+        """Finishes the record.
+
+        Args:
+            failed: Whether the run ended with an error.
+        """
 
 
 class CsvTracker:
-    """updates.csv and supports.csv beside the summary.csv of the run folder."""
+    """Writes updates.csv and supports.csv in the run folder."""
 
     def __init__(self, folder: str, epoch: int, update: int) -> None:
         self.supports = EpochTable(os.path.join(folder, SUPPORTS))
@@ -59,7 +58,7 @@ class CsvTracker:
     def log_update(self, update: int, epoch: int, values: Mapping[str, float]) -> None:
         self.updates.add(update, epoch, values)
 
-    def log_epoch(self, row: Mapping[str, Any], update: int, supports: Sequence[SupportStatistics]) -> None:
+    def log_epoch(self, row: Mapping[str, float], update: int, supports: Sequence[SupportStatistics]) -> None:
         if supports:
             self.supports.add(int(row['epoch']), [each._asdict() for each in supports])
 
@@ -68,10 +67,10 @@ class CsvTracker:
 
 
 class Trackers:
-    """Several trackers as one. A service that fails is named in the log and left out; the run continues.
+    """Calls several trackers. Drops a service that fails, with a warning, and continues.
 
     Args:
-        trackers: by their name in messages; may be empty.
+        trackers: Trackers by their names in messages.
     """
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
@@ -84,15 +83,15 @@ class Trackers:
             except UserError:
                 raise
             except Exception as error:
-                _logger.warning('%s failed and gets no more figures of this run (%s: %s).', name, type(error).__name__,
-                                ' '.join(str(error).split())[:300])
+                _logger.warning('%s failed and will not record the rest of this run (%s: %s).', name,
+                                type(error).__name__, reason(error, 300))
                 del self.trackers[name]
 
     def log_update(self, update: int, epoch: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
         self._each(lambda tracker: tracker.log_update(update, epoch, values))
 
-    def log_epoch(self, row: Mapping[str, Any], update: int, supports: Sequence[SupportStatistics]) -> None:
+    def log_epoch(self, row: Mapping[str, float], update: int, supports: Sequence[SupportStatistics]) -> None:
         """See `Tracker`."""
         self._each(lambda tracker: tracker.log_epoch(row, update, supports))
 
@@ -103,31 +102,40 @@ class Trackers:
     def __enter__(self) -> 'Trackers':
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
+                 ) -> None:
         self.close(failed=kind is not None and not issubclass(kind, StopRequested))
 
 
 def check_services(settings: TrackSettings) -> None:
-    """Raises `ConfigError` if a service that the flags ask for is not installed."""
-    import_wandb(settings)
-    import_mlflow(settings)
-
-
-def open_trackers(settings: TrackSettings, config: Mapping[str, Any], folder: str, epoch: int, update: int,
-                  continuing: bool) -> Trackers:
-    """The trackers of a run, on the first process.
-
-    Args:
-        settings: what records the run.
-        config: all settings of the run, for the services.
-        folder: the run folder.
-        epoch: epoch in which the run begins or continues.
-        update: updates that it has made.
-        continuing: whether the folder holds the former part of the run.
+    """Checks that the packages of the requested services are installed.
 
     Raises:
-        ConfigError: a service cannot be reached or lacks its package.
-        OutputError: a table cannot be written.
+        ConfigError: If a package is missing, or if `--wandb-resume-id` is given without `--resume`.
+    """
+    if settings.log_wandb:
+        import_service('wandb')
+        if settings.wandb_resume_id and not settings.resume:
+            raise ConfigError('--wandb-resume-id needs --resume: add it, or drop --wandb-resume-id')
+    if settings.log_mlflow:
+        import_service('mlflow')
+
+
+def open_trackers(settings: TrackSettings, config: Mapping[str, object], folder: str, epoch: int, update: int,
+                  continuing: bool) -> Trackers:
+    """Opens the trackers of a run, on the first process.
+
+    Args:
+        settings: Settings of the services.
+        config: All settings of the run, for the services.
+        folder: Run folder.
+        epoch: Epoch in which the run starts or continues.
+        update: Updates since the start of the run.
+        continuing: Whether the folder holds the earlier part of the run.
+
+    Raises:
+        ConfigError: If a service cannot be reached or its package is missing.
+        OutputError: If a table cannot be written.
     """
     trackers: dict[str, Tracker] = {'CSV': CsvTracker(folder, epoch, update)}
     if not settings.no_tensorboard:
@@ -136,7 +144,7 @@ def open_trackers(settings: TrackSettings, config: Mapping[str, Any], folder: st
             trackers['TensorBoard'] = board
     runs = ServiceRuns(folder, continuing)
     if settings.log_wandb:
-        trackers['Weights & Biases'] = WandbTracker(import_wandb(settings), settings, config, folder, runs)
+        trackers['Weights & Biases'] = WandbTracker(import_service('wandb'), settings, config, folder, runs)
     if settings.log_mlflow:
-        trackers['MLflow'] = MlflowTracker(import_mlflow(settings), config, folder, runs)
+        trackers['MLflow'] = MlflowTracker(import_service('mlflow'), config, folder, runs)
     return Trackers(trackers)

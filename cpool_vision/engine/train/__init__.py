@@ -1,1 +1,1 @@
-"""One training run."""
+"""Training: building a run, the training loop, validation and checkpoints."""

@@ -1,17 +1,19 @@
 """Builds a training run from its settings, component by component."""
 import logging
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
 from timm.data import Mixup
 from timm.models import safe_model_name
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.task import TrainingTask
 
 import cpool_vision  # noqa: F401 - registers the variants
 from cpool_vision.errors import ConfigError
 
-from ..checkpoints.progress import Progress, read_progress
-from ..checkpoints.resume import Found, Team, check_agreement, open_resume, set_aside
+from ..checkpoints.progress import Progress, check_batch_facts, read_progress
+from ..checkpoints.resume import Found, Team, open_resume, set_aside
 from ..checkpoints.saver import CheckpointSaver, TrainState
 from ..data import loaders, naflex
 from ..data.augmentation import KEY, RECORD, check_same_pipeline, describe_pipeline, record_text
@@ -19,7 +21,7 @@ from ..data.fingerprint import check_same_data, compare_splits, fingerprint
 from ..data.multi_label import CLASS_NAMES, Classes, check_task, names_of
 from ..data.stream import Loader
 from ..device import Runtime, seed_everything
-from ..distributed.sharding import check_fsdp, shard_task
+from ..distributed.sharding import check_fsdp, shard_task, trained_module, validated_model
 from ..distributed.signals import StopSignals
 from ..model import create_train_model, place_model, resolve_input
 from ..settings.limits import check_limits
@@ -40,10 +42,10 @@ _logger = logging.getLogger(__name__)
 
 
 def check(settings: TrainSettings, runtime: Runtime) -> None:
-    """Refuses settings that are out of range or cannot be combined.
+    """Checks that settings are in range and can be combined.
 
     Raises:
-        ConfigError: names the flag.
+        ConfigError: If they are not. The message names the flag.
     """
     check_limits(settings)
     check_task(settings)
@@ -57,31 +59,30 @@ def check(settings: TrainSettings, runtime: Runtime) -> None:
 
 
 def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: StopSignals | None = None) -> Run:
-    """Builds everything that a run needs, and restores a checkpoint if it resumes; every process must call it.
+    """Builds a run, and restores a checkpoint if it resumes. Every process must call it.
 
     Args:
-        settings: as `config.read_train` gives them.
-        runtime: where this process computes.
-        lock: takes the run folder, on the first process.
-        signals: what asks the run to stop.
+        settings: Settings, for example from `config.read_train`.
+        runtime: Device and process of the run.
+        lock: Locks the run folder on the first process.
+        signals: Signals that stop the run.
 
     Raises:
-        UserError: bad input; see `cpool_vision.errors`.
+        UserError: If the input is bad; see `cpool_vision.errors`.
     """
     check(settings, runtime)
     if runtime.primary and settings.experiment:
-        lock.acquire(run_path(settings))  # before its checkpoints are looked at
+        lock.acquire(run_path(settings))  # before reading its checkpoints
     team = Team(runtime.world_size, runtime.device)
     found = open_resume(settings, run_path(settings), team)
-    check_agreement(found.path, team)
     names = names_of(found.content, found.path, settings.task, refuse=True)
     pipeline = describe_pipeline(settings)
 
-    seed_everything(settings.seed)  # the same on every process: they start from the same weights
-    model: Any = create_train_model(settings)
+    seed_everything(settings.seed)  # the same on every process, so that they start with the same weights
+    model = create_train_model(settings)
     _logger.info('Model %s: %d parameters.', safe_model_name(settings.model), sum(
         p.numel() for p in model.parameters()))
-    classes = Classes(settings.num_classes or model.num_classes, names)
+    classes = Classes(settings.num_classes or int(getattr(model, 'num_classes', 0)), names)
     data_config = resolve_input(model, settings)
     folder = run_path(settings, data_config['input_size'][-1])
     continuing = runtime.primary and bool(settings.experiment) and check_free(
@@ -93,11 +94,11 @@ def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: Sto
         compare_splits(settings, train_set, loaders.base_dataset(eval_loader))
     mean_batch = float(getattr(getattr(loader, 'batch_sampler', None), 'average_batch_size', settings.batch_size))
 
-    task: Any = objective.build_task(settings, model, build_loss(settings, classes), runtime)
+    task = objective.build_task(settings, model, build_loss(settings, classes), runtime)
     if settings.fsdp:
         shard_task(task, settings, runtime.device)
     lr = objective.resolve_lr(settings, runtime.world_size, mean_batch)
-    optimizer = objective.build_optimizer(settings, task.get_trainable_module(), lr)
+    optimizer = objective.build_optimizer(settings, trained_module(task), lr)
     run = Run(settings, runtime, task, optimizer, loader, mixup_fn=mixup_fn, mean_batch=mean_batch, signals=signals)
     run.data = fingerprint(train_set) if runtime.primary else None
     run.metric = settings.eval_metric if eval_loader is not None else 'loss'
@@ -120,7 +121,7 @@ def build(settings: TrainSettings, runtime: Runtime, lock: RunLock, signals: Sto
 
 def _build_loaders(settings: LossSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
                    model: nn.Module) -> tuple[Loader, Loader | None, Mixup | None]:
-    """Training loader, validation loader (None without a split), and what mixes batches where the loader does not."""
+    """Returns the training loader, the validation loader (None without a split), and mixup if the loader has none."""
     validation = (settings.val_split, settings.validation_batch_size or settings.batch_size, settings.val_num_samples)
     common = (settings, runtime, data_config, classes)
     eval_loader = None
@@ -135,8 +136,8 @@ def _build_loaders(settings: LossSettings, runtime: Runtime, data_config: InputC
     return loader, eval_loader, mixup_fn
 
 
-def _restore(run: Run, state: TrainState, found: Found, pipeline: dict[str, Any] | None) -> nn.Module:
-    """Restores the run from its checkpoint, compiles and distributes it; returns the model to validate."""
+def _restore(run: Run, state: TrainState, found: Found, pipeline: Mapping[str, object] | None) -> nn.Module:
+    """Restores the run from its checkpoint, compiles and distributes it, and returns the model to validate."""
     settings, content, start = run.settings, found.content, Progress()
     if content is not None:
         next_epoch = state.load_checkpoint(content, found.path, weights_only=settings.no_resume_opt)
@@ -144,9 +145,9 @@ def _restore(run: Run, state: TrainState, found: Found, pipeline: dict[str, Any]
         check_same_pipeline(content, found.path, pipeline, refuse=settings.resume == 'auto' or bool(start.batch))
         check_same_data(content, found.path, run.data, bool(start.batch))
         if start.batch:
-            batch_facts(run).check(content, found.path)
+            check_batch_facts(content, batch_facts(run), found.path)
         warn_of_changes(settings, content, found.path)
-        _logger.info('Resumed from %s: batch %d of epoch %d comes next.', found.path, start.batch, start.epoch)
+        _logger.info('Resumed from %s: continuing at batch %d of epoch %d.', found.path, start.batch, start.epoch)
     if settings.model_ema:
         if not settings.fsdp:
             run.task.setup_ema(
@@ -157,24 +158,24 @@ def _restore(run: Run, state: TrainState, found: Found, pipeline: dict[str, Any]
             state.load_ema(content, found.path)
     eval_model = _compile_and_distribute(settings, run.runtime, run.task)
     if content is not None and 'processes' in content:
-        load_process_state(run, content['processes'], found.path)  # after DDP, which copies those of the first process
+        load_process_state(run, content['processes'], found.path)  # after DDP, which broadcasts that of the first
     if settings.start_epoch is not None:
         start = Progress(settings.start_epoch)
     if start.epoch >= run.end:
-        _logger.warning('Nothing to train: epoch %d of %d comes next; raise --%s.', start.epoch, run.end,
+        _logger.warning('Nothing to train: %d of %d epochs are done; raise --%s.', start.epoch, run.end,
                         'epochs' if run.end == run.epochs else 'stop-epoch')
     run.progress = start
     _place_schedule(run, restored=content is not None and not settings.no_resume_opt)
     return eval_model
 
 
-def _compile_and_distribute(settings: TrainSettings, runtime: Runtime, task: Any) -> nn.Module:
-    """Compiles if asked to, wraps in DDP under several processes, and returns the model to validate, without DDP."""
+def _compile_and_distribute(settings: TrainSettings, runtime: Runtime, task: TrainingTask) -> nn.Module:
+    """Compiles the task if requested, wraps it in DDP if distributed, and returns the model without DDP."""
     if settings.torchcompile:
         task.compile(backend=settings.torchcompile, mode=settings.torchcompile_mode)
         if task.has_ema():
             task.compile_ema(backend=settings.torchcompile, mode=settings.torchcompile_mode)
-    eval_model: nn.Module = task.get_eval_model()
+    eval_model = validated_model(task)
     if runtime.distributed and not settings.fsdp:
         device_ids = None if runtime.device.type == 'cpu' else [runtime.device]
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not settings.no_ddp_bb)
@@ -182,8 +183,8 @@ def _compile_and_distribute(settings: TrainSettings, runtime: Runtime, task: Any
 
 
 def _place_schedule(run: Run, restored: bool) -> None:
-    """Sets the learning rate; that of `plateau` depends on the past and came with the optimizer."""
-    if run.scheduler is None or restored and hasattr(run.scheduler, 'lr_scheduler'):
+    """Sets the learning rate for the progress of the run. For `plateau`, the optimizer has restored it already."""
+    if run.scheduler is None or restored and isinstance(run.scheduler, PlateauLRScheduler):
         return
     updates = run.updates_before(run.progress)
     if run.settings.sched_on_updates and updates:
@@ -193,8 +194,8 @@ def _place_schedule(run: Run, restored: bool) -> None:
 
 
 def _open_folder(run: Run, state: TrainState, found: Found, folder: str, continuing: bool,
-                 pipeline: dict[str, Any] | None) -> None:
-    """Opens the run folder on the first process, and hooks up what is written there."""
+                 pipeline: Mapping[str, object] | None) -> None:
+    """Opens the run folder on the first process, and connects checkpoints and trackers to the run."""
     settings, start = run.settings, run.progress
     if run.runtime.primary:
         run.folder = folder
@@ -206,7 +207,6 @@ def _open_folder(run: Run, state: TrainState, found: Found, folder: str, continu
         set_aside(found.damaged)
         run.trackers = open_trackers(settings, state.args, run.folder, start.epoch,
                                      run.updates_before(start), continuing)
-        run.on_report = run.trackers.log_update
     loaders.list_unreadable(run.loader, run.folder)
     checkpointer = Checkpointer(run, state, run.saver, settings.recovery_interval)
     run.after_update, run.after_epoch = checkpointer.after_update, checkpointer.after_epoch

@@ -1,8 +1,7 @@
-"""Trains a run to its end: epochs, validation, records and checkpoints."""
+"""Trains a run: epochs, validation, records and checkpoints."""
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypedDict
+from contextlib import ExitStack
+from typing import TypedDict
 
 import torch
 
@@ -11,6 +10,7 @@ from ..data.unreadable import LIST_NAME
 from ..data.worker import explained_deaths
 from ..device import Precision, leave_processes, settle_threads, start_runtime
 from ..distributed.agent import AgentWatch
+from ..distributed.sharding import trained_module
 from ..distributed.signals import StopSignals
 from ..settings.train import TrainSettings
 from ..tracking.progress_bar import silence_logging
@@ -26,44 +26,45 @@ _logger = logging.getLogger(__name__)
 
 
 class RunResult(TypedDict, total=False):
-    """What a run ends with; empty on other processes than the first.
+    """Result of a run.
 
     Attributes:
-        folder: The run folder.
-        metric: What epochs are ranked by.
-        best_metric, best_epoch: Of the best epoch; None if no epoch was ranked.
-        epochs: The rows of summary.csv that this call added.
+        folder: Run folder.
+        metric: Name of the metric that ranks the epochs.
+        best_metric: Metric of the best epoch; None if no epoch was ranked.
+        best_epoch: The best epoch; None if no epoch was ranked.
+        epochs: Rows of summary.csv that this call added.
     """
 
     folder: str
     metric: str
     best_metric: float | None
     best_epoch: int | None
-    epochs: list[dict[str, Any]]
+    epochs: list[dict[str, float]]
 
 
 def train(settings: TrainSettings) -> RunResult:
-    """Trains as the settings say.
+    """Trains a model.
 
-    Under torchrun every process calls this function; the first one writes the run folder.
+    Under torchrun, every process calls this function, and the first one writes the run folder.
 
     Args:
-        settings: as `config.read_train` gives them.
+        settings: Settings, for example from `config.read_train`.
 
     Returns:
-        See `RunResult`; empty on other processes than the first.
+        The result on the first process, an empty dictionary on the others.
 
     Raises:
-        UserError: bad input; see `cpool_vision.errors`.
-        StopRequested: a signal asked to stop, and the run is saved.
+        UserError: If the input is bad; see `cpool_vision.errors`.
+        StopRequested: If a signal stopped the run. The run is saved.
     """
-    # from the start: a process whose torchrun is gone would wait for the others until the timeout
+    # from the start, because a process whose torchrun is gone would wait for the others until the timeout
     with AgentWatch():
         runtime = start_runtime(settings)
         if not runtime.primary:
             silence_logging()
         try:
-            # a signal that comes before the first update would leave the lock behind
+            # the signal handlers come first, so that a signal before the first update does not leave the lock behind
             with explained_deaths(), StopSignals() as signals, RunLock() as lock:
                 return fit(build(settings, runtime, lock, signals))
         finally:
@@ -71,19 +72,21 @@ def train(settings: TrainSettings) -> RunResult:
 
 
 def fit(run: Run) -> RunResult:
-    """Trains a run up to its last epoch; every process must call it.
+    """Trains a run up to its last epoch. Every process must call it.
 
     Returns:
         See `train`.
 
     Raises:
-        UserError: bad data, a loss that is not finite, a checkpoint that cannot be written.
-        StopRequested: a signal asked to stop, and the run is saved.
+        UserError: If data is unreadable, the loss is not finite, or a checkpoint cannot be written.
+        StopRequested: If a signal stopped the run. The run is saved.
     """
     _logger.info('Run folder: %s. Epochs %d to %d, %d updates each, %s.', run.folder, run.progress.epoch,
                  run.end - 1, run.updates_per_epoch, _describe(run.runtime.precision))
-    rows: list[dict[str, Any]] = []
-    with _closing(run.loader), run.trackers:
+    rows: list[dict[str, float]] = []
+    with ExitStack() as stack:
+        stack.callback(loaders.close_workers, run.loader)
+        stack.enter_context(run.trackers)
         first, batch = run.progress.epoch, run.progress.batch
         for epoch in range(first, run.end):
             loaders.start_at(run.loader, epoch, batch if epoch == first else 0)
@@ -98,26 +101,27 @@ def fit(run: Run) -> RunResult:
             if run.scheduler is not None:
                 run.scheduler.step(epoch + 1, latest)
             if run.record is not None:
-                rows.append(run.record.add_epoch(epoch, columns))
+                run.record.summary.add(epoch, [columns])
+                rows.append({'epoch': epoch, **columns})
                 run.trackers.log_epoch(rows[-1], run.updates_before(run.progress), supports)
                 _logger.info('Epoch %d: %s', epoch, '  '.join(f'{key} {value:.5g}' for key, value in columns.items()))
             run.after_epoch(None if latest is None else float(latest), final)
-            if result is not None and run.validator is not None:  # once the epoch is saved
+            if result is not None and run.validator is not None:  # after the epoch is saved
                 run.validator.refuse_unreadable(result)
     return _finish(run, rows)
 
 
 def _share_training(run: Run) -> None:
-    """What the processes tell each other at the end of an epoch: unreadable images, statistics of batch norm."""
+    """Exchanges unreadable images and batch norm statistics between the processes after an epoch."""
     unreadable = loaders.share_unreadable(run.loader, run.runtime.device)
     if unreadable:
         _logger.warning('%d training images so far could not be read and were replaced: see %s.', unreadable,
                         LIST_NAME)
-    average_statistics(run.settings, run.runtime, run.task.get_trainable_module())
+    average_statistics(run.settings, run.runtime, trained_module(run.task))
 
 
 def _columns(run: Run, metrics: dict[str, float], result: Evaluation | None) -> dict[str, float]:
-    """The row of an epoch in summary.csv."""
+    """Returns the columns of an epoch in summary.csv."""
     columns = {'train_loss': metrics['loss']}
     if result is not None:
         columns.update({f'eval_{name}': result.metrics[name] for name in columns_of(run.settings)})
@@ -128,8 +132,8 @@ def _columns(run: Run, metrics: dict[str, float], result: Evaluation | None) -> 
     return columns
 
 
-def _finish(run: Run, rows: list[dict[str, Any]]) -> RunResult:
-    """Tidies up the checkpoints of a run that is complete, and gives its result."""
+def _finish(run: Run, rows: list[dict[str, float]]) -> RunResult:
+    """Cleans up the checkpoints of a complete run and returns its result."""
     saver = run.saver
     if saver is None:
         return {}
@@ -141,15 +145,6 @@ def _finish(run: Run, rows: list[dict[str, Any]]) -> RunResult:
             'best_epoch': saver.best_epoch, 'epochs': rows}
 
 
-@contextmanager
-def _closing(loader: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        loaders.close_workers(loader)
-
-
 def _describe(precision: Precision) -> str:
-    if precision.amp_dtype is not None:
-        return f'mixed precision in {str(precision.amp_dtype).split(".")[-1]}'
-    return str(precision.model_dtype or torch.float32).split('.')[-1]
+    dtype = str(precision.amp_dtype or precision.model_dtype or torch.float32).removeprefix('torch.')
+    return dtype if precision.amp_dtype is None else f'mixed precision in {dtype}'

@@ -1,8 +1,7 @@
-"""One epoch of training: forward, backward and step; accumulation, precision, clipping, averaging, schedule."""
+"""One epoch of training: forward, backward, step, accumulation, mixed precision, clipping, averaging, schedule."""
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from timm.utils import dispatch_clip_grad
@@ -11,9 +10,9 @@ from cpool_vision.errors import NonFiniteLossError
 
 from ..data.naflex import naflex_loss_scale
 from ..device import seed_everything
-from ..distributed.sharding import no_exchange
+from ..distributed.sharding import no_exchange, trained_module
 from ..distributed.vote import Verdict
-from ..tracking.progress_bar import progress_bar
+from ..tracking.progress_bar import ProgressBar
 from .report import Reporter, current_lr
 from .run import Run, count_updates
 
@@ -21,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 def group_size(step: int, batches: int, accum_steps: int) -> int:
-    """How many batches share the update that batch `step` belongs to; the last group may be smaller."""
+    """Returns how many batches share the update of batch `step`. The last group of an epoch may be smaller."""
     tail = batches % accum_steps
     return tail if tail and step >= batches - tail else accum_steps
 
@@ -41,45 +40,45 @@ def _synchronize(device: torch.device) -> None:
 
 
 def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Trains for one epoch, or for the rest of it, from `run.progress` on.
+    """Trains for one epoch, or for the rest of it if the run resumes inside the epoch.
 
-    `--grad-accum-steps` N makes ceil(batches / N) updates; each averages the losses of its own group, the last group
-    over its real size. Losses stay on the device between updates. Random numbers of a batch, such as those of dropout,
-    follow from (seed, rank, epoch, batch).
+    With `--grad-accum-steps` N, an epoch has ceil(batches / N) updates. Each averages the losses of its batches, also
+    the last one, which may have fewer. Losses stay on the device between updates. The random state of a batch, for
+    example for dropout, follows from (seed, rank, epoch, batch).
 
     Args:
-        run: the run; its `progress` advances.
-        epoch: which one, from 0.
+        run: The run. Its `progress` advances.
+        epoch: The epoch, starting at 0.
 
     Returns:
-        `loss`: mean over the epoch's images on all processes, without skipped updates; `images_per_sec`: over all
-        processes; `skipped`: updates left out.
+        `loss`: mean over the images of the epoch on all processes, without skipped updates; `images_per_sec` of all
+        processes; `skipped`: number of skipped updates.
 
     Raises:
-        NonFiniteLossError: loss or gradient are NaN or infinite; the weights are those before the failing update.
+        NonFiniteLossError: If the loss or a gradient is NaN or infinite. The weights are those before this update.
     """
-    settings, runtime, optimizer = run.settings, run.runtime, run.optimizer
-    task: Any = run.task
+    settings, runtime, optimizer, task = run.settings, run.runtime, run.optimizer, run.task
+    module = trained_module(task)
     run.enter(epoch)
     first, batches, accum = run.progress.batch, len(run.loader), settings.grad_accum_steps
     second_order = bool(getattr(optimizer, 'is_second_order', False))
-    buffers = _Buffers(task.get_trainable_module(), settings.nonfinite == 'skip')
+    buffers = _Buffers(module, settings.nonfinite == 'skip')
     group: list[tuple[torch.Tensor, int]] = []
-    task.get_trainable_module().train()
+    module.train()
     optimizer.zero_grad()
-    with progress_bar(batches, f'Epoch {epoch}', runtime.primary, settings.log_interval, first) as shown:
+    with ProgressBar(batches, f'Epoch {epoch}', runtime.primary, settings.log_interval, first) as shown:
         reporter = Reporter(run, shown, epoch)
         for step, (image, target) in enumerate(run.loader if first < batches else (), first):
             last = step == batches - 1
             complete = last or (step + 1) % accum == 0
             image, target = _to_device(run, image, target)
             reporter.begin_batch()
-            _rehearse(run, image, target)
+            _warm_up_ddp(run, image, target)
             if not group:
                 buffers.keep()
-            seed_everything(settings.seed, runtime.rank, epoch, step + 1)  # trailing zeros would not count
+            seed_everything(settings.seed, runtime.rank, epoch, step + 1)  # + 1: SeedSequence ignores trailing zeros
 
-            # gradients of several processes are averaged once per update
+            # processes average their gradients once per update
             with nullcontext() if complete else no_exchange(task):
                 with runtime.precision.autocast():
                     loss = task(image, target)['loss']
@@ -88,11 +87,11 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
             group.append((loss.detach(), len(target)))
             reporter.end_batch(len(target))
             if complete:
-                verdict, sound = _judge(run, group, step)
-                _step(run, group) if sound else _leave_out(run, buffers)
+                verdict, finite = _judge(run, group, step)
+                _step(run, group) if finite else _skip(run, buffers)
                 optimizer.zero_grad()
                 group.clear()
-                _move(run, step + 1, sound)
+                _advance(run, step + 1, finite)
                 reporter.report(image, step, last)
                 run.after_update(reporter.updates, last, verdict)
             reporter.wait_for_batch()
@@ -103,7 +102,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, float]:
 
 
 def _step(run: Run, group: list[tuple[torch.Tensor, int]]) -> None:
-    """Optimizer step with clipping, for gradients that are unscaled; one with overflowed gradients is skipped."""
+    """Clips the unscaled gradients and steps the optimizer. The loss scaler skips the step after an overflow."""
     settings, task = run.settings, run.task
     if settings.clip_grad is not None:
         parameters = task.get_clip_parameters(exclude_head='agc' in settings.clip_mode)
@@ -115,47 +114,46 @@ def _step(run: Run, group: list[tuple[torch.Tensor, int]]) -> None:
     task.update_ema(step=run.updates_before(run.progress) + 1)
 
 
-def _leave_out(run: Run, buffers: '_Buffers') -> None:
-    """Drops an update that is not finite, without a trace."""
+def _skip(run: Run, buffers: '_Buffers') -> None:
+    """Skips an update that is not finite and undoes its changes to buffers."""
     buffers.restore()
     if run.loss_scaler.is_enabled():
-        run.loss_scaler.update()  # ends the unscaled state
+        run.loss_scaler.update()  # required after unscale_
 
 
-def _move(run: Run, batch: int, sound: bool) -> None:
-    """Moves the run past an update, also past a skipped one."""
+def _advance(run: Run, batch: int, finite: bool) -> None:
+    """Advances progress and schedule past an update, also past a skipped one."""
     if run.settings.synchronize_step:
         _synchronize(run.runtime.device)
-    run.progress = replace(run.progress, batch=batch, skipped=run.progress.skipped + (not sound))
+    run.progress = replace(run.progress, batch=batch, skipped=run.progress.skipped + (not finite))
     if run.scheduler is not None:
         run.scheduler.step_update(num_updates=run.updates_before(run.progress))
 
 
-def _rehearse(run: Run, image: torch.Tensor, target: torch.Tensor) -> None:
-    """Makes DDP rebuild its buckets before the first update of a launch; does nothing later.
+def _warm_up_ddp(run: Run, image: torch.Tensor, target: torch.Tensor) -> None:
+    """Makes DDP rebuild its buckets before the first update after a start or resume. Does nothing later.
 
     DDP reorders the gradients in its buckets after the first backward pass. With three or more processes, this changes
     the order in which gradients are summed, so the first update after a resume would differ in its last bits from the
     same update in an uninterrupted run. One pass on the first batch, without other effects, avoids this.
     """
-    if run.rehearsed or run.runtime.world_size < 3:
+    if run.warmed_up or run.runtime.world_size < 3:
         return
-    run.rehearsed = True
-    task: Any = run.task
-    buffers = _Buffers(task.get_trainable_module(), True)
+    run.warmed_up = True
+    buffers = _Buffers(trained_module(run.task), True)
     buffers.keep()
     with run.runtime.precision.autocast():
-        loss = task(image, target)['loss']
+        loss = run.task(image, target)['loss']
     loss.backward()
     run.optimizer.zero_grad()
     buffers.restore()
 
 
 def _judge(run: Run, group: list[tuple[torch.Tensor, int]], step: int) -> tuple[Verdict, bool]:
-    """The verdict of all processes on an update, and whether to make it.
+    """Votes on an update. Returns the verdict and whether to make the update.
 
     Raises:
-        NonFiniteLossError: it is not sound, and `--nonfinite` or `--max-skipped` forbid to leave it out.
+        NonFiniteLossError: If the update is not finite, and `--nonfinite` or `--max-skipped` do not allow to skip it.
     """
     settings, scaler = run.settings, run.loss_scaler
     if scaler.is_enabled():
@@ -163,7 +161,7 @@ def _judge(run: Run, group: list[tuple[torch.Tensor, int]], step: int) -> tuple[
     gradients = [parameter.grad for part in run.optimizer.param_groups for parameter in part['params']
                  if parameter.grad is not None]
     verdict = run.vote.take(torch.stack([loss for loss, _ in group]).sum(), gradients)
-    # float16 overflows now and then: the scaler leaves such updates out and lowers its scale, as far as that helps
+    # gradients in float16 may overflow: the loss scaler skips the update and lowers its scale, down to 1
     overflow = scaler.is_enabled() and not verdict.gradient_finite and scaler.get_scale() > 1
     if verdict.loss_finite and (verdict.gradient_finite or overflow):
         return verdict, True
@@ -183,18 +181,18 @@ def _judge(run: Run, group: list[tuple[torch.Tensor, int]], step: int) -> tuple[
 
 
 class _Buffers:
-    """Buffers, such as batch norm statistics, that a skipped update must not change."""
+    """A copy of the buffers of a module, such as batch norm statistics, which a skipped update must not change."""
 
     def __init__(self, module: torch.nn.Module, active: bool) -> None:
         self.buffers = list(module.buffers()) if active else []
         self.former: list[torch.Tensor] = []
 
     def keep(self) -> None:
-        """Notes their values."""
+        """Copies the buffers."""
         self.former = [buffer.clone() for buffer in self.buffers]
 
     def restore(self) -> None:
-        """Gives them back what was noted."""
+        """Restores the copied values."""
         for buffer, former in zip(self.buffers, self.former, strict=True):
             buffer.copy_(former)
 

@@ -1,5 +1,4 @@
-"""Training loss from the flags, and weights of classes."""
-from typing import Any
+"""Builds the training loss and its class weights from the flags."""
 
 import torch
 import torch.nn as nn
@@ -24,10 +23,10 @@ _ONLY_MULTI_LABEL = ('twoway', 'zlpr', 'db')
 
 
 def loss_type(settings: LossSettings) -> str:
-    """Kind of loss: `--loss-type`, else what `--jsd-loss` and `--bce-loss` say, else 'ce', or 'bce' of several labels.
+    """Returns the type of the loss: `--loss-type`, `--jsd-loss` or `--bce-loss`; by default 'ce', or 'bce' of labels.
 
     Raises:
-        ConfigError: flags that contradict each other.
+        ConfigError: If flags contradict each other.
     """
     if settings.jsd_loss and settings.bce_loss:
         raise ConfigError('--jsd-loss and --bce-loss cannot be combined: drop one of them')
@@ -36,7 +35,7 @@ def loss_type(settings: LossSettings) -> str:
         raise ConfigError(f'--{former}-loss and --loss-type {settings.loss_type} cannot be combined: drop one of them')
     kind = settings.loss_type or former or ('bce' if settings.multi_label else 'ce')
     if settings.multi_label and kind not in MULTI_LABEL_LOSS_TYPES:
-        raise ConfigError(f'--loss-type {kind} is for exclusive classes: choose one of '
+        raise ConfigError(f'--loss-type {kind} is for one class per image: choose one of '
                           f'{", ".join(MULTI_LABEL_LOSS_TYPES)} for --task multi_label')
     if not settings.multi_label and kind in _ONLY_MULTI_LABEL:
         raise ConfigError(f'--loss-type {kind} is for several labels per image: add --task multi_label, or choose '
@@ -45,28 +44,31 @@ def loss_type(settings: LossSettings) -> str:
 
 
 def class_counts(settings: LossSettings, classes: Classes) -> tuple[torch.Tensor, int]:
-    """Images per class in the training split, int64 `(num_classes,)`, and images in all.
+    """Counts the images in the training split.
+
+    Returns:
+        Images per class, int64 `(num_classes,)`, and the total number of images.
 
     Raises:
-        ConfigError: the labels cannot be known without reading the whole set.
-        DatasetError: see `dataset.build_dataset`.
+        ConfigError: If the dataset has no list of its labels.
+        DatasetError: See `dataset.build_dataset`.
     """
     dataset = build_dataset(settings, classes, settings.train_split, False, settings.input_img_mode or 'RGB',
                             settings.train_num_samples)
-    reader: Any = getattr(dataset, 'reader', None)
+    reader = getattr(dataset, 'reader', None)
     samples = getattr(reader, 'samples', None)
     targets = getattr(dataset, 'targets', None)
     if samples is not None:
         labels = [sample[1] for sample in samples]
     elif targets is not None:
         labels = list(targets() if callable(targets) else targets)
-    elif settings.multi_label and hasattr(reader, 'iter_targets'):
+    elif settings.multi_label and reader is not None and hasattr(reader, 'iter_targets'):
         labels = list(reader.iter_targets())
     else:
         what = f'--class-weights {settings.class_weights}' if settings.class_weights else \
             f'--loss-type {loss_type(settings)}'
-        raise ConfigError(f'{what}: the labels of this dataset are not listed, so that they cannot be counted; give a '
-                          'file of weights, or choose another loss')
+        raise ConfigError(f'{what}: this dataset has no list of labels to count; give a file of weights, or choose '
+                          'another loss')
     if isinstance(getattr(dataset, 'target_transform', None), MultiHot):
         counts = sum((dataset.target_transform(each) >= 0.5).long() for each in labels)
         return torch.as_tensor(counts), len(labels)
@@ -83,11 +85,13 @@ def _counts_of_every_class(settings: LossSettings, classes: Classes) -> tuple[to
 
 
 def resolve_positive_weight(settings: LossSettings, classes: Classes) -> torch.Tensor | float | None:
-    """Weight of positive targets: `--bce-pos-weight`, or (N - n_c) / n_c of each class for `--class-weights neg_pos`.
+    """Returns the weight of positive targets: `--bce-pos-weight`, or (N - n_c) / n_c for `--class-weights neg_pos`.
+
+    Here n_c of N images have class c.
 
     Raises:
-        ConfigError: both, another task than multi_label, or a class that no image has, or that every image has.
-        DatasetError: see `class_counts`.
+        ConfigError: If both are given, the task is not multi_label, or no image or every image has a class.
+        DatasetError: See `class_counts`.
     """
     if settings.class_weights != _RATIO:
         return settings.bce_pos_weight
@@ -100,19 +104,19 @@ def resolve_positive_weight(settings: LossSettings, classes: Classes) -> torch.T
     always = counts.eq(total).nonzero().flatten().tolist()
     if always:
         raise ConfigError(f'--class-weights {_RATIO}: every image of split {settings.train_split!r} has class '
-                          f'{always[0]}, and cannot be learned; leave the class out, or give a file of weights')
+                          f'{always[0]}, which cannot be learned; leave the class out, or give a file of weights')
     return compute_class_weights(counts, total, method=_RATIO)[1]
 
 
 def resolve_weights(settings: LossSettings, classes: Classes) -> torch.Tensor | None:
-    """Weight of each class, float32 `(num_classes,)`; None without `--class-weights` and for 'neg_pos'.
+    """Returns the class weights, float32 `(num_classes,)`; None without `--class-weights` and for 'neg_pos'.
 
-    'balanced' is N / (C n_c) for n_c of N images in class c of C; 'effective_num' is (1 - b) / (1 - b^n_c) with
+    With n_c of N images in class c of C, 'balanced' is N / (C n_c), and 'effective_num' is (1 - b) / (1 - b^n_c) with
     b = 0.999, scaled to mean 1 (Cui et al., arXiv 1901.05555).
 
     Raises:
-        ConfigError: unreadable file, another number of weights than classes, or a class without images.
-        DatasetError: see `class_counts`.
+        ConfigError: If the file is unreadable or has the wrong number of weights, or a class has no images.
+        DatasetError: See `class_counts`.
     """
     value = settings.class_weights
     if not value or value == _RATIO:
@@ -124,7 +128,7 @@ def resolve_weights(settings: LossSettings, classes: Classes) -> torch.Tensor | 
         return compute_class_weights(counts, total, method=value)[1]
     try:
         open_regular(value).close()
-        weights: Any = load_class_weights(value)
+        weights = load_class_weights(value)
     except OSError as error:
         raise ConfigError(f'--class-weights {value!r} cannot be read ({reason(error)}): name a file, or one of '
                           f'{", ".join(_COMPUTED)}') from error
@@ -139,14 +143,14 @@ def resolve_weights(settings: LossSettings, classes: Classes) -> torch.Tensor | 
 
 
 def build_loss(settings: LossSettings, classes: Classes) -> nn.Module:
-    """Training loss, in the form that the targets ask for.
+    """Builds the training loss.
 
-    Mixup and CutMix give soft targets that are smoothed already. Weighted cross-entropy is PyTorch's: class indices
-    are averaged over the sum of their weights, soft targets over the batch.
+    Targets of mixup and CutMix are soft and already smoothed. Weighted cross-entropy is PyTorch's: for class indices it
+    divides by the sum of the weights, for soft targets by the batch size.
 
     Raises:
-        ConfigError: flags that would have no effect, or that cannot be combined.
-        DatasetError: see `class_counts`.
+        ConfigError: If a flag has no effect, or flags cannot be combined.
+        DatasetError: See `class_counts`.
     """
     kind, several = loss_type(settings), settings.multi_label
     if kind == 'jsd' and settings.aug_splits < 2:

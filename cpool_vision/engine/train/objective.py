@@ -1,4 +1,4 @@
-"""What is optimized: loss, training task, optimizer and learning rate schedule."""
+"""Builds the training task, the optimizer and the learning rate schedule."""
 import logging
 from dataclasses import replace
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -18,6 +19,7 @@ from timm.task import (
 )
 
 from cpool_vision.errors import ConfigError
+from cpool_vision.reading import reason
 
 from ..device import Runtime
 from ..model import check_model_name
@@ -32,11 +34,11 @@ def build_task(
         loss: nn.Module,
         runtime: Runtime,
 ) -> TrainingTask:
-    """Training task of timm: `--task`, or distillation from the teacher that `--kd-model-name` names.
+    """Builds timm's training task for `--task`, or for distillation from the teacher `--kd-model-name`.
 
     Raises:
-        UnknownModelError: no such teacher.
-        ConfigError: student or teacher lack what the distillation needs.
+        UnknownModelError: If there is no such teacher.
+        ConfigError: If the student or the teacher does not support the distillation.
     """
     common: dict[str, Any] = dict(device=runtime.device, dtype=runtime.precision.model_dtype,
                                   verbose=runtime.primary)
@@ -64,19 +66,16 @@ def build_task(
             distill_type=settings.kd_token_distill_type, temperature=settings.kd_temperature, **common)
     except (AssertionError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise ConfigError(f'distillation from {settings.kd_model_name!r} cannot be set up '
-                          f'({" ".join(str(error).split())[:300]}): check the --kd- flags') from error
+                          f'({reason(error, 300)}): check the --kd- flags') from error
 
 
 def resolve_lr(settings: OptimSettings, world_size: int = 1, batch_size: float | None = None) -> float:
-    """Learning rate: `--lr`, or `--lr-base` scaled to the global batch.
+    """Returns the peak learning rate: `--lr`, or `--lr-base` scaled with the global batch size.
 
     Args:
-        settings: rate, batch and accumulation.
-        world_size: number of processes.
-        batch_size: mean images per batch and process where it is not `--batch-size`.
-
-    Returns:
-        The rate at the top of the schedule.
+        settings: Settings of optimizer and schedule.
+        world_size: Number of processes.
+        batch_size: Mean number of images per batch and process, if it differs from `--batch-size`.
     """
     if settings.lr:
         return settings.lr
@@ -92,10 +91,10 @@ def resolve_lr(settings: OptimSettings, world_size: int = 1, batch_size: float |
 
 
 def build_optimizer(settings: OptimSettings, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Optimizer by its name in timm, with weight decay and layer decay by parameter.
+    """Builds timm's optimizer with weight decay and layer decay.
 
     Raises:
-        ConfigError: unknown name or arguments.
+        ConfigError: If the name or an argument is invalid.
     """
     try:
         return create_optimizer_v2(model, **{**optimizer_kwargs(cfg=replace(settings, lr=lr)), **settings.opt_kwargs})
@@ -110,11 +109,14 @@ def build_scheduler(
         optimizer: torch.optim.Optimizer,
         updates_per_epoch: int,
         decreasing: bool,
-) -> tuple[Any, int]:
-    """Learning rate schedule of timm (None for `--sched none`) and the number of epochs, cooldown included.
+) -> tuple[Scheduler | None, int]:
+    """Builds timm's learning rate schedule.
+
+    Returns:
+        The schedule (None for `--sched none`) and the number of epochs, including cooldown.
 
     Raises:
-        ConfigError: unknown name, unusable lengths, or a flag that the schedule does not know.
+        ConfigError: If the lengths are invalid, or the schedule does not support a flag.
     """
     if settings.sched not in ('wsd', 'rsqrt') and settings.lr_decay_fn is not None:
         raise ConfigError(f'--lr-decay-fn has no effect on --sched {settings.sched}: choose wsd or rsqrt, or '

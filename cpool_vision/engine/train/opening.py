@@ -1,16 +1,17 @@
-"""What a run logs before its first epoch: input, optimizer, schedule, and differences to the run that it continues."""
+"""Logs the input, the optimizer, the schedule, and changed settings before the first epoch."""
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from ..checkpoints.checkpoint import to_plain
+from ..settings.limits import flag_name
 from ..settings.shared import InputConfig, settings_of
 from ..settings.train import OptimSettings, TrainSettings
 from .run import Run
 
 _logger = logging.getLogger(__name__)
-# settings that change where and how often a run reports, or that follow from the machine
+# settings that do not change the trained weights, or that depend on the machine
 _WITHOUT_EFFECT = {
     'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'start_epoch', 'stop_epoch', 'save_epochs',
     'log_interval', 'checkpoint_hist', 'recovery_interval', 'save_images', 'log_wandb', 'wandb_project', 'wandb_tags',
@@ -18,18 +19,18 @@ _WITHOUT_EFFECT = {
 
 
 def log_opening(run: Run, data_config: InputConfig) -> None:
-    """Logs what images become, the optimizer and the schedule, and warns of a schedule that is all warm-up."""
+    """Logs the input, the optimizer and the schedule. Warns if warm-up takes the whole schedule."""
     settings = run.settings
     _logger.info('Input: %s.', ', '.join(f'{name} {value}' for name, value in data_config.items()))
     _logger.info('Optimizer: %s.', describe_optimizer(run.optimizer))
     _logger.info('Schedule: %s, %s.', settings.sched, describe_schedule(settings, run.epochs))
     if run.scheduler is not None and settings.warmup_epochs >= settings.epochs and not settings.warmup_prefix:
-        _logger.warning('The warm-up of %d epochs fills all %d epochs, so that the learning rate never reaches --lr: '
+        _logger.warning('The warm-up of %d epochs fills all %d epochs, so the learning rate never reaches --lr: '
                         'lower --warmup-epochs or raise --epochs.', settings.warmup_epochs, settings.epochs)
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """Class, learning rate, momentum or betas, and how many parameters have which weight decay."""
+    """Describes an optimizer: class, learning rate, momentum or betas, and weight decay by number of parameters."""
     first = optimizer.param_groups[0]
     rates = [float(group.get('initial_lr', group['lr'])) for group in optimizer.param_groups]
     parts = [type(optimizer).__name__, f'lr {max(rates):.6g}']
@@ -45,7 +46,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
 
 
 def describe_schedule(settings: OptimSettings, epochs: int) -> str:
-    """Length and ends of the schedule, as in '300 epochs, 5 of them warm-up from 1e-05, per update, floor 0'."""
+    """Describes a schedule: number of epochs, warm-up, cooldown, lowest learning rate, and when it steps."""
     parts = [f'{epochs} epochs']
     if settings.sched == 'none':
         return parts[0]
@@ -58,32 +59,30 @@ def describe_schedule(settings: OptimSettings, epochs: int) -> str:
                       f'stepped per {"update" if settings.sched_on_updates else "epoch"}'])
 
 
-def changed_settings(settings: TrainSettings, content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that a checkpoint was trained with and this run has otherwise.
+def changed_settings(settings: TrainSettings, content: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    """Compares the settings of a run with those in a checkpoint.
 
     Args:
-        settings: of this run.
-        content: the checkpoint's dictionary.
+        settings: Settings of the run.
+        content: Dictionary of the checkpoint.
 
     Returns:
-        (saved, now) by the name of the setting. A setting that is None on either side is not a change.
+        Saved and present value of each setting that differs. A setting that is None in either is not listed.
     """
     saved, changed = settings_of(content), {}
     for name, now in settings.as_dict().items():
         former = saved.get(name)
         if name in _WITHOUT_EFFECT or name not in saved or former is None or now is None:
             continue
-        plain = [list(each) if isinstance(each, (list, tuple)) else dict(each) if isinstance(each, Mapping) else each
-                 for each in (former, now)]
-        if plain[0] != plain[1]:
+        if to_plain(former) != to_plain(now):
             changed[name] = (former, now)
     return changed
 
 
-def warn_of_changes(settings: TrainSettings, content: Mapping[str, Any], path: str) -> None:
-    """Lists the settings that differ from those of the checkpoint that the run continues from."""
+def warn_of_changes(settings: TrainSettings, content: Mapping[str, object], path: str) -> None:
+    """Warns of settings that differ from those in the checkpoint that the run continues from."""
     changed = changed_settings(settings, content)
     if changed:
         _logger.warning('%s was saved with other settings; the run continues with the present ones: %s.', path,
-                        ', '.join(f'--{name.replace("_", "-")} {former} -> {now}'
+                        ', '.join(f'{flag_name(name)} {former} -> {now}'
                                   for name, (former, now) in sorted(changed.items())))

@@ -1,4 +1,4 @@
-"""Reports of a running epoch: loss, learning rate, speed and the time left."""
+"""Reports the progress of an epoch: loss, learning rate, throughput, and the time left."""
 import logging
 import os
 import time
@@ -13,7 +13,7 @@ _logger = logging.getLogger(__name__)
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Mean learning rate over the parameter groups."""
+    """Returns the mean learning rate over the parameter groups."""
     rates = [float(group['lr']) for group in optimizer.param_groups]
     return sum(rates) / len(rates)
 
@@ -22,9 +22,9 @@ class Reporter:
     """Times the batches of an epoch and logs its progress.
 
     Args:
-        run: the run, before the epoch begins or continues.
-        shown: bar or log.
-        epoch: which one.
+        run: The run, before the epoch starts or continues.
+        shown: Progress bar.
+        epoch: The epoch.
     """
 
     def __init__(self, run: Run, shown: ProgressBar, epoch: int) -> None:
@@ -40,30 +40,30 @@ class Reporter:
         return self.run.updates_before(self.run.progress) - self._before
 
     def wait_for_batch(self) -> None:
-        """From now on the run waits for data."""
+        """Starts to measure the time spent waiting for data."""
         self._waited = time.perf_counter()
 
     def begin_batch(self) -> None:
-        """A batch is on the device."""
+        """Stops measuring the waiting time: a batch is on the device."""
         self._waiting += time.perf_counter() - self._waited
 
     def end_batch(self, images: int) -> None:
-        """A batch went forward and backward."""
+        """Counts a batch of this process after its backward pass."""
         self._images += images * self.run.runtime.world_size
         self._recent_images += images * self.run.runtime.world_size
         self.shown.advance()
 
     def images_per_sec(self) -> float:
-        """Images of all processes per second since the epoch started or resumed."""
+        """Returns the images per second of all processes since the epoch started or resumed."""
         return self._images / max(time.perf_counter() - self._started, 1e-9)
 
     def report(self, image: torch.Tensor, step: int, last: bool) -> None:
-        """Logs the progress of the epoch if it is due; every process must call it.
+        """Logs the progress of the epoch if a report is due. Every process must call it.
 
         Args:
-            image: the last batch, for `--save-images`.
-            step: its number.
-            last: whether the epoch has no more.
+            image: The latest batch, for `--save-images`.
+            step: Its number.
+            last: Whether it is the last one of the epoch.
         """
         run, now = self.run, time.perf_counter()
         if not self.shown.due(self.updates - 1, last):
@@ -78,7 +78,7 @@ class Reporter:
             f'Train: {self.epoch} [{self.updates:>4d}/{run.updates_per_epoch}]  loss {recent:.4f} (mean {mean:.4f})  '
             f'lr {lr:.3e}  {rate:.1f} img/s  data {data_share:.0f}%  left {left}',
             f'loss {recent:.4f} lr {lr:.2e} {rate:.0f} img/s, run {left} left')
-        run.on_report(done, self.epoch, {'loss': recent, 'lr': lr, 'images_per_sec': rate})
+        run.trackers.log_update(done, self.epoch, {'loss': recent, 'lr': lr, 'images_per_sec': rate})
         if run.settings.save_images and run.folder:
             torchvision.utils.save_image(
                 image, os.path.join(run.folder, f'train-batch-{step}.jpg'), padding=0, normalize=True)

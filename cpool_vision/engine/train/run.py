@@ -1,10 +1,10 @@
-"""A training run: the components that its epochs use, and its progress."""
+"""The components and the progress of a training run."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 
 from ..checkpoints.progress import Progress
@@ -21,41 +21,41 @@ from .validator import Validator
 
 
 def count_updates(batches: int, accum_steps: int) -> int:
-    """Optimizer updates that an epoch of `batches` makes when `accum_steps` of them share an update."""
+    """Returns the number of optimizer updates for `batches` batches if `accum_steps` of them share an update."""
     return -(-batches // accum_steps)
 
 
 @dataclass
 class Run:
-    """The components that an epoch uses.
+    """The components and the progress of a training run.
 
     Attributes:
-        settings: what was asked for.
-        runtime: where to compute.
-        task: computes the loss.
-        optimizer: updates the task's parameters.
-        loader: training batches.
-        scheduler: timm scheduler, or None.
-        epochs: how many there are, for the estimate of the time left.
-        mixup_fn: mixes a batch where the loader does not.
-        mean_batch: mean images per batch, to which `--variable-batch-loss-scale` refers.
-        folder: run folder on the first process, '' elsewhere.
-        progress: how far the run is.
-        on_report: called at each log line with the updates made so far, the epoch, and the figures.
-        after_update: called between updates with how many the epoch has had, whether that was the last one, and the
-            verdict on it.
-        after_epoch: called once an epoch is trained and validated, with what the epoch is ranked by (None if it was
-            not validated) and whether it is the last one.
-        metric: what epochs are ranked by.
-        validator: validates an epoch; None without a validation split.
-        record, saver: run folder and checkpoints on the first process, None elsewhere.
-        trackers: what records the figures.
-        loss_scaler: scaler of float16 training, inert otherwise.
-        meter: loss of the epoch so far.
-        vote: what the processes agree on before an update.
-        data: `fingerprint` of the training set on the first process, for the checkpoints.
-        signals: those that ask the run to stop, as this process received them.
-        rehearsed: whether `_rehearse` is done.
+        settings: Settings of the run.
+        runtime: Device and process of the run.
+        task: Computes the loss.
+        optimizer: Updates the parameters of the task.
+        loader: Training batches.
+        scheduler: Learning rate schedule, or None.
+        epochs: Number of epochs, including cooldown.
+        mixup_fn: Mixes a batch if the loader does not.
+        mean_batch: Mean number of images per batch, for `--variable-batch-loss-scale`.
+        folder: Run folder on the first process, '' elsewhere.
+        progress: Progress of the run.
+        after_update: Called after each update with the updates of the epoch so far, whether it was the last one, and
+            the verdict on it.
+        after_epoch: Called after each epoch with the metric that ranks it (None without validation) and whether it is
+            the last epoch.
+        metric: Metric that ranks the epochs.
+        data: Fingerprint of the training set, for checkpoints, on the first process.
+        validator: Validates an epoch; None without a validation split.
+        record: Run folder on the first process, None elsewhere.
+        saver: Writes checkpoints on the first process, None elsewhere.
+        trackers: Record the metrics.
+        loss_scaler: Loss scaler of float16 training, disabled otherwise.
+        meter: Mean loss of the epoch so far.
+        vote: Lets the processes agree on each update.
+        signals: Stop signals that this process received.
+        warmed_up: Whether DDP has built its final gradient buckets.
     """
 
     settings: TrainSettings
@@ -63,17 +63,16 @@ class Run:
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     loader: Loader
-    scheduler: Any = None
+    scheduler: Scheduler | None = None
     epochs: int = 1
     mixup_fn: Mixup | None = None
     mean_batch: float = 1.
     folder: str = ''
     progress: Progress = Progress()
-    on_report: Callable[[int, int, dict[str, float]], None] = lambda *_: None
     after_update: Callable[[int, bool, Verdict], None] = lambda *_: None
     after_epoch: Callable[[float | None, bool], None] = lambda *_: None
     metric: str = 'loss'
-    data: dict[str, Any] | None = None
+    data: dict[str, object] | None = None
     validator: Validator | None = None
     record: RunFolder | None = None
     saver: CheckpointSaver | None = None
@@ -82,7 +81,7 @@ class Run:
     meter: LossMeter = field(init=False)
     vote: Vote = field(init=False)
     signals: StopSignals | None = None
-    rehearsed: bool = False
+    warmed_up: bool = False
 
     def __post_init__(self) -> None:
         self.loss_scaler = self.runtime.precision.loss_scaler()
@@ -91,21 +90,21 @@ class Run:
 
     @property
     def end(self) -> int:
-        """The epoch before which this call ends: `epochs`, or `--stop-epoch` where that comes first."""
+        """The first epoch that this call does not train: `epochs`, or `--stop-epoch` if it is smaller."""
         return min(self.epochs, self.settings.stop_epoch or self.epochs)
 
     @property
     def updates_per_epoch(self) -> int:
-        """Optimizer updates per epoch: ceil(batches / accumulation)."""
+        """Optimizer updates per epoch: ceil(batches / accumulation steps)."""
         return count_updates(len(self.loader), self.settings.grad_accum_steps)
 
     def updates_before(self, progress: Progress) -> int:
-        """Optimizer updates from the start of the run up to `progress`, including skipped ones."""
+        """Returns the optimizer updates from the start of the run up to `progress`, including skipped ones."""
         return progress.epoch * self.updates_per_epoch + count_updates(
             progress.batch, self.settings.grad_accum_steps)
 
     def enter(self, epoch: int) -> None:
-        """Begins an epoch, unless the run stands inside it already."""
+        """Starts an epoch. Does nothing if the run resumes inside it."""
         if self.progress.epoch != epoch:
             self.progress = Progress(epoch, 0, 0, self.progress.skipped_before + self.progress.skipped)
         if not self.progress.batch:

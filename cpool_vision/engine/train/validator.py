@@ -1,6 +1,5 @@
-"""Validation of a run after an epoch: of the model, and of its average."""
+"""Validates the model and its average after an epoch."""
 import logging
-from typing import Any
 
 import torch.nn as nn
 from timm import utils
@@ -12,6 +11,7 @@ from ..data.multi_label import Classes
 from ..data.stream import Loader
 from ..data.unreadable import refuse_unreadable
 from ..device import Runtime, settle_threads
+from ..distributed.sharding import validated_model
 from ..settings.shared import DataSettings
 from ..settings.train import TrainSettings
 from ..tracking.support_log import keep_first_input, measure_supports
@@ -23,12 +23,12 @@ _logger = logging.getLogger(__name__)
 
 
 def columns_of(settings: DataSettings) -> tuple[str, ...]:
-    """Figures that summary.csv has of a validation."""
+    """Returns the names of the validation metrics in summary.csv, without `eval_`."""
     return (LabelTally if settings.multi_label else Tally).columns
 
 
 def average_statistics(settings: TrainSettings, runtime: Runtime, model: nn.Module | None) -> None:
-    """`--dist-bn`: gives all processes the same running statistics; synchronized ones are equal already."""
+    """Synchronizes batch norm statistics between processes as `--dist-bn` says. Not needed with `--sync-bn`."""
     if runtime.distributed and settings.dist_bn and not settings.sync_bn:
         utils.distribute_bn(model, runtime.world_size, settings.dist_bn == 'reduce')
 
@@ -37,9 +37,11 @@ class Validator:
     """Validates a run on its validation split.
 
     Args:
-        settings, runtime, classes: the run.
-        loader: batches of the split.
-        model: the model, without DDP.
+        settings: Settings of the run.
+        runtime: Device and process of the run.
+        classes: Classes of the run.
+        loader: Batches of the split.
+        model: The model, without DDP.
     """
 
     def __init__(self, settings: TrainSettings, runtime: Runtime, classes: Classes, loader: Loader, model: nn.Module,
@@ -56,12 +58,12 @@ class Validator:
             log_interval=settings.log_interval, title=title, views=settings.tta, tally=tally)
 
     def measure(self, task: TrainingTask) -> tuple[Evaluation, list[SupportStatistics]]:
-        """Validates the model and, if there is one, its average, whose metrics and supports then count.
+        """Validates the model and, if there is one, its average. Every process must call it.
 
-        Every process must call it.
+        Returns:
+            Metrics and support statistics of the average or, without one, of the model.
         """
-        settings, runtime = self.settings, self.runtime
-        measured: Any = self.model
+        settings, runtime, measured = self.settings, self.runtime, self.model
         settle_threads(runtime.distributed)
         with keep_first_input(measured) as images:
             result = self._evaluate(measured, 'Validate')
@@ -69,17 +71,17 @@ class Validator:
             name = 'map' if settings.multi_label else 'top1'
             _logger.info('Without averaging: loss %.4f  %s %.3f', result.metrics['loss'], name, result.metrics[name])
             average_statistics(settings, runtime, task.get_trainable_module(ema=True))
-            measured = task.get_eval_model(ema=True)
+            measured = validated_model(task, ema=True)
             result = self._evaluate(measured, 'Validate average')
         if images and (runtime.primary or settings.fsdp):
             return result, measure_supports(measured, images[0], runtime.precision)
         return result, []
 
     def refuse_unreadable(self, result: Evaluation) -> None:
-        """Refuses a split with more unreadable images than `--max-bad-samples` allows.
+        """Checks that the split has no more unreadable images than `--max-bad-samples` allows.
 
         Raises:
-            DatasetError: see `unreadable.refuse_unreadable`.
+            DatasetError: If it has.
         """
         total = int(result.metrics['images'] + result.metrics['unreadable'])
         refuse_unreadable(self.loader.dataset, result.unreadable_positions, total, self.settings.max_bad_samples)

@@ -15,7 +15,7 @@ from cpool_vision.errors import ConfigError, DatasetError
 from ..data.multi_label import unreadable_rows
 from ..data.stream import Loader
 from ..device import Precision, Runtime
-from ..tracking.progress_bar import progress_bar
+from ..tracking.progress_bar import ProgressBar
 from .metrics import Tally
 
 _logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def evaluate(
     model.eval()
     tally = tally or Tally(runtime.device)
     rows, total, start = Rows(loader, runtime.distributed), len(loader), time.perf_counter()
-    with progress_bar(total, title, runtime.primary, log_interval) as shown:
+    with ProgressBar(total, title, runtime.primary, log_interval) as shown:
         for step, (image, target) in enumerate(loader):
             image, target = _prepare(image, target, runtime, prefetched, channels_last, fill)
             output = predict(model, image, runtime.precision, views)

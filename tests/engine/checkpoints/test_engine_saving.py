@@ -208,7 +208,7 @@ def test_damaged_files_are_passed_over_and_named(tmp_path: Path, damage: Callabl
     assert found.path.endswith('recovery-2-2.pth.tar') and found.content is not None
     assert found.content['at'] == [2, 2]
     assert [os.path.basename(path) for path in found.damaged] == ['recovery-2-4.pth.tar']
-    assert 'recovery-2-4.pth.tar' in caplog.text and 'Going back to the one before' in caplog.text
+    assert 'recovery-2-4.pth.tar' in caplog.text and 'Falling back to the previous checkpoint' in caplog.text
     damage(tmp_path / 'recovery-2-2.pth.tar')
     found = find_newest(str(tmp_path))
     assert found.path.endswith('last.pth.tar') and found.content is not None and found.content['at'] == [2, 0]
@@ -241,7 +241,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run_train: Train
     truncate(Path(folder) / 'recovery-0-4.pth.tar')
     with caplog.at_level(logging.INFO):
         break_off(lambda: run_train(*flags), 1)
-    assert 'recovery-0-4.pth.tar' in caplog.text and 'batch 3 of epoch 0 comes next' in caplog.text
+    assert 'recovery-0-4.pth.tar' in caplog.text and 'continuing at batch 3 of epoch 0' in caplog.text
     assert {name for name in os.listdir(folder) if name.startswith('recovery')} == {
         'recovery-0-3.pth.tar', 'recovery-0-4.pth.tar', 'recovery-0-4.pth.tar.damaged'}
     run_train(*flags)

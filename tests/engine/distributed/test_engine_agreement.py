@@ -45,7 +45,7 @@ def decide(folder: str, rank: int) -> None:
     check_agreement('', team)
     check_agreement(f'{folder}/1', team)
     for path in (f'{folder}/{rank}', f'{folder}/1' if rank else ''):
-        with pytest.raises(CheckpointError, match='--output must be a folder that all of them share'):
+        with pytest.raises(CheckpointError, match='--output must be a folder that all processes share'):
             check_agreement(path, team)
 
     norm, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
@@ -112,8 +112,8 @@ def test_an_attempt_waits_for_all_processes_and_not_forever(tmp_path: pathlib.Pa
     store.set_timeout(timedelta(seconds=0.1))
     assert agree_on_attempt(store, 0, 1) != agree_on_attempt(store, 0, 1)
     store.set('token 1', 'stale')
-    with pytest.raises(TimeoutError, match=r'processes \[1\] of 2 did not come within 0:00:00.1'):
-        agree_on_attempt(store, 0, 2)
+    with pytest.raises(TimeoutError, match=r'processes \[1\] of 2 did not arrive within 0:00:00.1'):
+        agree_on_attempt(store, 0, 2, timedelta(seconds=0.1))
     with pytest.raises(dist.DistStoreError, match='timeout'):
         agree_on_attempt(store, 1, 2)
 

@@ -134,7 +134,7 @@ def test_the_blocks_of_models_are_found() -> None:
 
 
 @pytest.mark.parametrize('flags, words', [
-    ([], 'start them by torchrun'),
+    ([], 'start them with torchrun'),
     (['--torchcompile', 'eager'], '--torchcompile'),
     (['--naflex-loader'], '--naflex-loader'),
     (['--kd-model-name', 'resnet18'], '--kd-model-name'),

@@ -90,8 +90,8 @@ def test_a_process_of_the_same_number_is_not_the_owner(tmp_path: pathlib.Path) -
 
 
 @pytest.mark.parametrize('values, words', [
-    ({'host': 'elsewhere'}, r'process \d+ on elsewhere .* cannot be seen from here: .* remove .*run.lock'),
-    ({'machine': 'another'}, 'cannot be seen from here'),
+    ({'host': 'elsewhere'}, r'process \d+ on elsewhere .* cannot be checked from here: .* remove .*run.lock'),
+    ({'machine': 'another'}, 'cannot be checked from here'),
     ({'process': 'x'}, 'not a lock file of a run: remove it'),
     ({'more': 1}, 'not a lock file of a run'),
 ])
@@ -117,7 +117,7 @@ def test_a_machine_that_was_started_anew_has_lost_its_processes(
     os.remove(tmp_path / LOCK)
     RunLock().acquire(str(tmp_path))
     alter(tmp_path, boot='before')
-    with pytest.raises(OutputError, match='cannot be seen'):
+    with pytest.raises(OutputError, match='cannot be checked'):
         RunLock().acquire(str(tmp_path))
 
 

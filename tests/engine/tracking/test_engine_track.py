@@ -319,4 +319,4 @@ def test_a_service_that_fails_later_does_not_stop_the_run(
 
 def test_names_of_runs_that_cannot_be_read_are_forgotten(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / 'tracking.json').write_text('[1]')
-    assert ServiceRuns(str(tmp_path), True).get('wandb') == '' and 'tracking.json' in caplog.text
+    assert ServiceRuns(str(tmp_path), True).names == {} and 'tracking.json' in caplog.text
