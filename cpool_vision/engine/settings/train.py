@@ -62,7 +62,7 @@ class SizedBatchSettings(Settings):
     train_batches_per_epoch: int | None = flag(
         None, 'batches per epoch, before accumulation (default: by the dataset)', '--train-steps-per-epoch')
     variable_batch_loss_scale: str = flag(
-        'none', 'scale the loss of a batch by its size relative to the average '
+        'none', 'scale the loss of a batch by the ratio of its size to the average '
         'size', choices=('none', 'sqrt', 'linear'))
 
 
@@ -82,12 +82,12 @@ class LoaderSettings(DataSettings, AugmentSettings, SizedBatchSettings, EpochSet
     train_split: str = flag('train', 'split to train on (default: train)', metavar='NAME')
     val_split: str = flag(
         'validation', 'split to validate on (default: validation); empty for no validation', metavar='NAME')
-    train_num_samples: int | None = flag(None, 'size of the training split, if streamed', metavar='N')
-    val_num_samples: int | None = flag(None, 'size of the validation split, if streamed', metavar='N')
+    train_num_samples: int | None = flag(None, 'size of the training split if it is streamed', metavar='N')
+    val_num_samples: int | None = flag(None, 'size of the validation split if it is streamed', metavar='N')
     validation_batch_size: int | None = flag(
         None, 'images per validation batch (default: --batch-size)', '-vb', metavar='N')
     use_multi_epochs_loader: bool = flag(False, 'keep one iterator alive over all epochs')
-    worker_seeding: str = flag('all', "which random generators workers seed: 'all' or 'part'")
+    worker_seeding: str = flag('all', "random generators that workers seed: 'all' or 'part'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +105,11 @@ class NetworkSettings(ModelSettings):
     drop_connect: float | None = flag(None, 'deprecated name of --drop-path', metavar='PCT')
     drop_path: float | None = flag(None, 'stochastic depth rate', metavar='PCT')
     drop_block: float | None = flag(None, 'DropBlock rate', metavar='PCT')
-    bn_momentum: float | None = flag(None, 'momentum of running statistics')
-    bn_eps: float | None = flag(None, 'epsilon')
-    sync_bn: bool = flag(False, 'statistics over all processes in each forward pass')
-    dist_bn: str = flag('reduce', "running statistics after each epoch: reduce, broadcast or ''")
-    split_bn: bool = flag(False, 'separate statistics for each augmentation split')
+    bn_momentum: float | None = flag(None, 'batch norm momentum')
+    bn_eps: float | None = flag(None, 'batch norm epsilon')
+    sync_bn: bool = flag(False, 'synchronize batch norm statistics over all processes in each forward pass')
+    dist_bn: str = flag('reduce', "synchronize batch norm statistics after each epoch: reduce, broadcast or '' (off)")
+    split_bn: bool = flag(False, 'separate batch norm statistics for each augmentation split')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,15 +159,15 @@ class OptimSettings(BatchSettings, EpochSettings):
 
     title = 'optimizer and learning rate schedule'
     opt: str = flag('sgd', 'optimizer, by its name in timm (default: sgd)', metavar='OPTIMIZER')
-    opt_eps: float | None = flag(None, "epsilon (default: the optimizer's)", metavar='EPSILON')
+    opt_eps: float | None = flag(None, 'epsilon of the optimizer (default: its own)', metavar='EPSILON')
     opt_betas: tuple[float, ...] | None = flag(None, 'betas of Adam-like optimizers', metavar='BETA')
     momentum: float = flag(0.9, 'momentum (default: 0.9)', metavar='M')
     weight_decay: float = flag(2e-05, 'weight decay (default: 2e-5); none on biases and norms')
     clip_grad: float | None = flag(None, 'gradient clipping value (default: no clipping)', metavar='NORM')
     clip_mode: str = flag('norm', 'how to clip: norm, value or agc (default: norm)')
     layer_decay: float | None = flag(None, 'factor on the learning rate per layer below the head')
-    layer_decay_min_scale: float = flag(0, 'floor of that factor')
-    layer_decay_no_opt_scale: float | None = flag(None, 'freeze layers whose factor is below this')
+    layer_decay_min_scale: float = flag(0, 'minimum factor of --layer-decay')
+    layer_decay_no_opt_scale: float | None = flag(None, 'freeze layers whose --layer-decay factor is below this')
     opt_kwargs: Mapping[str, Any] = flag({}, 'more arguments of the optimizer', metavar='KEY=VALUE')
     grad_accum_steps: int = flag(1, 'batches per optimizer step (default: 1)', metavar='N')
     sched: str = flag(
@@ -176,14 +176,14 @@ class OptimSettings(BatchSettings, EpochSettings):
     sched_on_updates: bool = flag(False, 'step the schedule per update instead of per epoch')
     lr: float | None = flag(None, 'learning rate (default: from --lr-base)', metavar='LR')
     lr_base: float = flag(0.1, 'learning rate at --lr-base-size (default: 0.1)', metavar='LR')
-    lr_base_size: int = flag(256, 'global batch size for which --lr-base is given', metavar='DIV')
+    lr_base_size: int = flag(256, 'global batch size to which --lr-base refers', metavar='DIV')
     lr_base_scale: str = flag(
         '', 'scaling with the global batch size: linear or sqrt (default: sqrt for ada* and lamb, else linear)',
         metavar='SCALE')
     lr_noise: tuple[float, ...] | None = flag(
         None, 'range of the schedule, in fractions, in which noise is added to the learning rate', metavar='pct, pct')
-    lr_noise_pct: float = flag(0.67, 'bound of the noise', metavar='PERCENT')
-    lr_noise_std: float = flag(1.0, 'standard deviation of the noise', metavar='STDDEV')
+    lr_noise_pct: float = flag(0.67, 'limit of the learning rate noise', metavar='PERCENT')
+    lr_noise_std: float = flag(1.0, 'standard deviation of the learning rate noise', metavar='STDDEV')
     lr_cycle_mul: float = flag(1.0, 'factor on the length of each next cycle', metavar='MULT')
     lr_cycle_decay: float = flag(0.5, 'factor on the learning rate of each next cycle', metavar='MULT')
     lr_cycle_limit: int = flag(1, 'number of cycles', metavar='N')
@@ -199,7 +199,7 @@ class OptimSettings(BatchSettings, EpochSettings):
     warmup_prefix: bool = flag(False, 'run the warm-up before the schedule instead of inside it')
     cooldown_epochs: int = flag(0, 'epochs at --min-lr after the schedule', metavar='N')
     patience_epochs: int = flag(10, 'epochs without improvement before plateau lowers the learning rate', metavar='N')
-    decay_rate: float = flag(0.1, 'factor of each decay', '--dr', metavar='RATE')
+    decay_rate: float = flag(0.1, 'factor on the learning rate at each decay', '--dr', metavar='RATE')
     lr_decay_fn: str | None = flag(
         None, 'shape of the decay of wsd and rsqrt: linear, cosine, 1-sqrt, ... (default: 1-sqrt for wsd, linear for '
             'rsqrt)',
