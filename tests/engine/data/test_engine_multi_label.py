@@ -284,7 +284,7 @@ def test_splits_must_agree_on_the_classes(train_args: Args, label_root: str, pic
     (['--threshold', 'nan'], 'must be > 0 and < 1, got nan'),
     (['--kd-model-name', 'test_vit'], '--kd-model-name does not work with --task multi_label'),
     (['--jsd-loss'], '--jsd-loss does not work'),
-    (['--loss-type', 'ce'], '--loss-type ce is for exclusive classes'),
+    (['--loss-type', 'ce'], '--loss-type ce is for one class per image'),
     (['--task', 'classification', '--loss-type', 'zlpr'], 'for several labels per image'),
     (['--loss-type', 'zlpr'], 'add --smoothing 0'),
     (['--loss-type', 'twoway', '--smoothing', '0', '--mixup', '0.1'], 'leave mixup and CutMix out'),
