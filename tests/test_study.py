@@ -162,7 +162,7 @@ def test_figures_made_elsewhere_are_taken_for_the_same_settings_only(study, tmp_
     assert [row['arm'] for row in read_results(changed, tmp_path / 'here')] == ['plain']
     assert restore(study, tmp_path / 'here', rows) == 1  # and what is there stays
     runner.write_text(result_file(tmp_path / 'copied', 'pool-s0'), json.dumps(rows[1]))
-    with pytest.raises(StaleRunError, match='pool-s0.json comes from other settings than the study: use another folder'):
+    with pytest.raises(StaleRunError, match='pool-s0.json comes from other settings than the study: use another'):
         read_results(changed, tmp_path / 'copied')
     assert 'plain-s0' not in prepare(study, tmp_path / 'here', tmp_path)
 
