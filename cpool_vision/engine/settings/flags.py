@@ -50,7 +50,7 @@ class Settings:
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
 
-def _argument(setting: dataclasses.Field[Any]) -> dict[str, Any]:
+def _argument(setting: dataclasses.Field[object]) -> dict[str, Any]:
     """Returns the options of `add_argument` that follow from the type and the default of a setting."""
     kind = setting.type
     if isinstance(kind, types.UnionType):
@@ -65,7 +65,7 @@ def _argument(setting: dataclasses.Field[Any]) -> dict[str, Any]:
     return {'type': kind, 'default': setting.default}
 
 
-def _grouped(kind: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
+def _grouped(kind: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Field[object]]]]:
     """Yields titles and flags of a settings class and its bases. A flag that is declared twice has the first title."""
     waiting = {each.name: each for each in dataclasses.fields(kind) if each.metadata and each.name not in kind.without}
     for part in kind.__mro__:
