@@ -114,9 +114,9 @@ def check_services(settings: TrackSettings) -> None:
         ConfigError: If a package is missing, or if `--wandb-resume-id` is given without `--resume`.
     """
     if settings.log_wandb:
-        import_service('wandb')
         if settings.wandb_resume_id and not settings.resume:
             raise ConfigError('--wandb-resume-id needs --resume: add it, or drop --wandb-resume-id')
+        import_service('wandb')
     if settings.log_mlflow:
         import_service('mlflow')
 
