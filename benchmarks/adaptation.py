@@ -1,12 +1,12 @@
 """A task where the size of things counts: `python -m benchmarks.adaptation`. What `make demo` shows.
 
-A small net has to paint every object of a picture in the object's mean color and to leave the ground as it is. Objects
-are up to eight times as large as others. Dilated convolutions see the surroundings; the mixer under test then moves
-colors, and a 1x1 convolution reads off the moved colors alone: what the convolutions see can tell the mixer where to
-look, and not paint by itself. A mean over an object is what a context pool can take, if its weights leave out the
-ground and its supports follow the size of the object: the task is made for it.
+A small network fills every object of an image with the object's mean color and leaves the background unchanged. Objects
+differ in size by a factor of up to eight. Dilated convolutions see the surroundings; the mixer under test then moves
+colors, and a 1x1 convolution reads the moved colors alone. So the convolutions can tell the mixer where to look, but
+cannot fill objects themselves. A context pool can compute the mean over an object if its weights leave out the background
+and its supports follow the object's size: the task is designed for it.
 
-By default one net with predicted supports is trained and drawn. `--study OUT` trains every arm with six seeds, one run
+By default, one network with predicted supports is trained and drawn. `--study OUT` trains every arm with six seeds, one run
 after the other, each with one file, so that it can be stopped and called again.
 """
 import argparse
@@ -128,7 +128,7 @@ def predicted_maps(net: Painter, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score(net: Painter, pictures: Pictures) -> dict[str, float]:
-    """Squared errors on objects and on the ground, both in percent of the error on objects when nothing is painted, and
+    """Squared errors on objects and background, both in percent of the error on objects when nothing is painted, and
     what the supports have to do with the objects."""
     with torch.no_grad():
         outputs = torch.cat([net(images) for images in pictures.images.split(50)])
@@ -197,8 +197,8 @@ def run_study(output: Path) -> list[dict[str, Any]]:
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: errors left, differences to the first arm paired by seed, and what the supports do."""
-    lines = ['| supports | seeds | error on objects (%) | difference (95 %) | error on the ground (%) '
-             '| difference (95 %) | support on objects, on the ground (px) | correlation with radius |',
+    lines = ['| supports | seeds | error on objects (%) | difference (95 %) | error on the background (%) '
+             '| difference (95 %) | support on objects, on the background (px) | correlation with radius |',
              '|---|---:|---:|---|---:|---|---|---:|']
     by_arm = {arm: {row['seed']: row for row in rows if row['arm'] == arm} for arm in ARMS}
     first = next(iter(ARMS))
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     row = score(net, selection)
     draw(net, selection, args.rows, args.output)
     print(f'trained in {time.monotonic() - start:.0f} s; of the error on objects {row["objects"]:.0f} % is left\n'
-          f'mean support {row["support_objects"]:.2f} px on objects, {row["support_ground"]:.2f} px on the ground; '
+          f'mean support {row["support_objects"]:.2f} px on objects, {row["support_ground"]:.2f} px on the background; '
           f'correlation of an object\'s mean support with its radius {row["correlation"]:+.2f}\n'
           f'weight logits of a picture span {row["widest_logits"]:.1f} nats at most\n{args.output}')
     return 0
