@@ -3,11 +3,11 @@
 A small network fills every object of an image with the object's mean color and leaves the background unchanged. Objects
 differ in size by a factor of up to eight. Dilated convolutions see the surroundings; the mixer under test then moves
 colors, and a 1x1 convolution reads the moved colors alone. So the convolutions can tell the mixer where to look, but
-cannot fill objects themselves. A context pool can compute the mean over an object if its weights leave out the background
-and its supports follow the object's size: the task is designed for it.
+cannot fill objects themselves. A context pool can compute the mean over an object if its weights leave out the
+background and its supports follow the object's size: the task is designed for it.
 
-By default, one network with predicted supports is trained and drawn. `--study OUT` trains every arm with six seeds, one run
-after the other, each with one file, so that it can be stopped and called again.
+By default, one network with predicted supports is trained and drawn. `--study OUT` trains every arm with six seeds, one
+run after the other, and writes one file per run, so that it can be stopped and called again.
 """
 import argparse
 import json
