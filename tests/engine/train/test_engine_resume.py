@@ -75,7 +75,7 @@ def test_a_streamed_set_is_entered_inside_an_epoch(run_train: Train, load: Load,
 
 @pytest.mark.parametrize('key, value, words', [
     ('position', {'epoch': 0}, 'no valid progress'), ('position', 'x', 'no valid progress'),
-    ('processes', 'x', 'no valid state'), ('processes', torch.ones(3), 'no usable state'),
+    ('processes', 'x', 'no valid state'), ('processes', torch.ones(3), 'no valid state'),
 ])
 def test_meaningless_entries_are_errors(run_train: Train, load: Load, tmp_path: Any, key: str, value: Any, words: str,
                                         ) -> None:
