@@ -193,7 +193,8 @@ class Pipeline:
             config = {'Compose': {'transforms': [config]}}
         self._config = config
         _, tree = _Builder(source, (224, 224)).build(config, self._where)
-        self.record = {'__version__': importlib.metadata.version('albumentations'), 'transform': tree}
+        self.record: dict[str, object] = {
+            '__version__': importlib.metadata.version('albumentations'), 'transform': tree}
 
     def _check_version(self, version: Any) -> None:
         here = importlib.metadata.version('albumentations')

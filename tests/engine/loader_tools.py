@@ -9,6 +9,7 @@ from PIL import Image
 
 from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.data.multi_label import Classes
+from cpool_vision.engine.data.unreadable import Unreadable
 from cpool_vision.engine.device import Precision, Runtime
 
 INPUT = {'input_size': (3, 24, 24), 'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'interpolation': 'bilinear',
@@ -67,6 +68,12 @@ def builder(image_root: str, train_args: Callable[..., Any]) -> Build:
         loader, mixup_fn = data.build_train_loader(args, runtime, INPUT, Classes(3))
         return Prepared(loader, mixup_fn)
     return make
+
+
+def unreadable_images(loader: Any) -> list[Unreadable]:
+    """Training images that this process has replaced so far, by index."""
+    found = data._stream(loader).unreadable.found
+    return [found[index] for index in sorted(found)]
 
 
 def same(one: list[Batch], two: list[Batch]) -> bool:

@@ -1,1 +1,1 @@
-"""From files to batches: datasets, order, randomness, loaders."""
+"""Datasets, sample order, seeding and data loaders."""

@@ -1,23 +1,20 @@
-"""`--aug-config`: albumentations in the training loader, and the same pipeline in a resumed run."""
+"""`--aug-config`: runs an albumentations pipeline in the training loader; a resumed run must use the same one."""
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
-
-from torch.utils.data import Dataset
 
 from cpool_vision.data.augment import AugmentationError, Pipeline
 from cpool_vision.errors import ConfigError
 
 from ..settings.shared import InputConfig, settings_of
 from ..settings.train import AugmentSettings, LoaderSettings
-from .keyed import DrawnSeeds, KeyedDataset, kept_generators
+from .keyed import DrawnSeeds, KeyedDataset, WithTransform, kept_generators
 from .sampling import BatchKey
 
 _logger = logging.getLogger(__name__)
 RECORD = 'augmentation.json'
-KEY = 'aug_pipeline'  # among the settings in a checkpoint
-# flags that ask for something which a pipeline of the user's own does not do; the value that switches each off
+KEY = 'aug_pipeline'  # in the settings of a checkpoint
+# flags that have no counterpart in a user's pipeline, and the value that turns each off
 _EXCLUDED = {
     'aa': None, 'aug_splits': 0, 'no_aug': False, 'naflex_loader': False, 'train_crop_mode': None, 'vflip': 0.,
     'color_jitter_prob': None, 'grayscale_prob': None, 'gaussian_blur_prob': None}
@@ -25,10 +22,10 @@ _IDLE = ('scale', 'ratio', 'hflip', 'color_jitter', 'train_interpolation')
 
 
 def open_pipeline(settings: LoaderSettings) -> Pipeline | None:
-    """The pipeline that `--aug-config` names, None without.
+    """Reads the pipeline of `--aug-config`; returns None if the flag is not set.
 
     Raises:
-        ConfigError: see `Pipeline`; also flags that do not go with it.
+        ConfigError: The pipeline is invalid (see `Pipeline`), or another flag conflicts with it.
     """
     if not settings.aug_config:
         return None
@@ -45,37 +42,41 @@ def open_pipeline(settings: LoaderSettings) -> Pipeline | None:
         raise ConfigError(f'--aug-config: {error}') from error
 
 
-def describe_pipeline(settings: LoaderSettings) -> dict[str, Any] | None:
-    """Every transform of `--aug-config` with all its arguments and the release of albumentations, None without.
+def describe_pipeline(settings: LoaderSettings) -> dict[str, object] | None:
+    """Returns a record of the `--aug-config` pipeline, or None if the flag is not set.
 
-    Flags of timm's transforms that no longer act are named in the log.
+    The record lists every transform with all its arguments, and the albumentations version. Warns about flags of
+    timm's transforms that have no effect with a pipeline.
 
     Raises:
-        ConfigError: see `open_pipeline`.
+        ConfigError: See `open_pipeline`.
     """
     pipeline = open_pipeline(settings)
     if pipeline is None:
         return None
-    usual = AugmentSettings()
-    idle = [name for name in _IDLE if getattr(settings, name) != getattr(usual, name)]
+    defaults = AugmentSettings()
+    idle = [name for name in _IDLE if getattr(settings, name) != getattr(defaults, name)]
     if idle:
-        _logger.warning('--aug-config %s takes the place of timm\'s transforms: %s has no effect.', settings.aug_config,
+        _logger.warning("--aug-config %s replaces timm's transforms. Ignored: %s.", settings.aug_config,
                         ', '.join('--' + name.replace('_', '-') for name in idle))
     return pipeline.record
 
 
-def use_pipeline(settings: LoaderSettings, data_config: InputConfig, pipeline: Pipeline, dataset: Any) -> None:
-    """Puts a pipeline in the place of timm's transforms, one for each input size.
+def use_pipeline(settings: LoaderSettings, data_config: InputConfig, pipeline: Pipeline,
+                 dataset: KeyedDataset | WithTransform) -> None:
+    """Replaces timm's transforms with a pipeline, one instance per input size.
 
-    It gives uint8 for timm's prefetcher, or normalizes where there is none; on images it raises `ConfigError`.
+    Images come out as uint8 for timm's prefetcher, or normalized without it. An image that the pipeline fails on
+    raises `ConfigError`.
 
     Args:
-        settings, data_config: the run.
-        pipeline: what `open_pipeline` gave.
-        dataset: the set that a loader of timm reads, or a `KeyedDataset` of it.
+        settings: Flags of the training loader.
+        data_config: Input size, mean and standard deviation.
+        pipeline: Result of `open_pipeline`.
+        dataset: Dataset of a timm loader, possibly wrapped in a `KeyedDataset`.
 
     Raises:
-        ConfigError: the pipeline cannot be built for an input size.
+        ConfigError: The pipeline cannot be built for an input size.
     """
     normalization = (data_config['mean'], data_config['std']) if settings.no_prefetcher else None
     channels, height, width = data_config['input_size']
@@ -90,11 +91,11 @@ def use_pipeline(settings: LoaderSettings, data_config: InputConfig, pipeline: P
         dataset.transform = DrawnSeeds(transforms[0])
 
 
-def try_pipeline(settings: LoaderSettings, dataset: Dataset[Any]) -> None:
-    """Augments one image for each input size, so that a pipeline that does not fit is refused before training.
+def try_pipeline(settings: LoaderSettings, dataset: object) -> None:
+    """Augments one image per input size, so that a wrong pipeline fails before training; skips streamed datasets.
 
     Raises:
-        ConfigError: it fails, or gives another size.
+        ConfigError: The pipeline fails, or returns an image of the wrong size.
     """
     if not isinstance(dataset, KeyedDataset):
         return
@@ -104,13 +105,13 @@ def try_pipeline(settings: LoaderSettings, dataset: Dataset[Any]) -> None:
             dataset.__getitems__(BatchKey(0, 0, (0,), (0,), choice))
 
 
-def record_text(record: Mapping[str, Any] | None) -> str | None:
-    """What the run folder keeps of a pipeline: a file that `--aug-config` reads."""
+def record_text(record: Mapping[str, object] | None) -> str | None:
+    """Returns a pipeline's record as JSON, which `--aug-config` can read back."""
     return None if record is None else json.dumps(record, indent=1) + '\n'
 
 
-def _difference(former: Any, now: Any, path: str = '') -> str:
-    """Where two records differ first."""
+def _difference(former: object, now: object, path: str = '') -> str:
+    """Describes the first difference between two records."""
     if isinstance(former, Mapping) and isinstance(now, Mapping) and former.get('__class_fullname__') == now.get(
             '__class_fullname__'):
         for key in sorted({*former, *now}):
@@ -121,34 +122,43 @@ def _difference(former: Any, now: Any, path: str = '') -> str:
         for place, (one, two) in enumerate(zip(former, now, strict=True), 1):
             if one != two:
                 return _difference(one, two, f'{path} {place}')
-    sides = [each.get('__class_fullname__', each) if isinstance(each, Mapping) else
-             [part.get('__class_fullname__') for part in each] if isinstance(each, list) and each and all(
-                 isinstance(part, Mapping) for part in each) else each for each in (former, now)]
-    return f'{path.removeprefix("transform ")} was {sides[0]}, now {sides[1]}'
+    return f'{path.removeprefix("transform ")} was {_abridged(former)}, now {_abridged(now)}'
 
 
-def check_same_pipeline(content: Mapping[str, Any], path: str, record: Mapping[str, Any] | None, refuse: bool) -> None:
-    """Compares the pipeline with that of the run which wrote a checkpoint; timm's checkpoints name none.
+def _abridged(value: object) -> object:
+    """Class name of a transform's record, or of each in a list; other values as they are."""
+    if isinstance(value, Mapping):
+        return value.get('__class_fullname__', value)
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        return [each.get('__class_fullname__') for each in value]
+    return value
+
+
+def check_same_pipeline(content: Mapping[str, object], path: str, record: Mapping[str, object] | None, refuse: bool,
+                        ) -> None:
+    """Checks that a run is resumed with the augmentation pipeline it was trained with.
+
+    Checkpoints written by timm do not record one and always pass.
 
     Args:
-        content: the checkpoint.
-        path: its file.
-        record: pipeline of this run, None for timm's transforms.
-        refuse: another one is an error rather than a warning.
+        content: Content of the checkpoint.
+        path: Its path, for messages.
+        record: Record of this run's pipeline, or None for timm's transforms.
+        refuse: Raise an error if the pipelines differ, instead of a warning.
 
     Raises:
-        ConfigError: another pipeline, and `refuse`.
+        ConfigError: The pipelines differ and `refuse` is set.
     """
     settings = settings_of(content)
     if KEY not in settings or settings[KEY] == record:
         return
     former = settings[KEY]
     if former is None or record is None:
-        names = ['timm\'s transforms' if each is None else 'a pipeline of albumentations' for each in (former, record)]
+        names = ["timm's transforms" if each is None else 'an albumentations pipeline' for each in (former, record)]
         what = f'it was {names[0]}, now {names[1]}'
     else:
         what = _difference(former, record)
     if refuse:
-        raise ConfigError(f'--resume {path!r} was trained with another --aug-config: {what}; use that of the '
-                          f'previous run ({RECORD} in its folder), or start another run')
-    _logger.warning('%s was trained with another --aug-config: %s.', path, what)
+        raise ConfigError(f'--resume {path!r} was trained with a different --aug-config: {what}. Use the one of the '
+                          f'previous run ({RECORD} in its folder), or start a new run')
+    _logger.warning('%s was trained with a different --aug-config: %s.', path, what)

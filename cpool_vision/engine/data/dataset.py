@@ -1,4 +1,4 @@
-"""Opening the dataset of one split."""
+"""Opens the dataset of a split."""
 import os
 import pickle
 from dataclasses import replace
@@ -16,7 +16,7 @@ from ..settings.shared import DataSettings
 from .multi_label import Classes, open_label_file, reader_arguments, settle_labels
 from .unreadable import StrictImageDataset
 
-IMAGENET = 'imagenet-1k'  # names the classes to timm, and to --class-map without a file
+IMAGENET = 'imagenet-1k'  # timm's name of the classes, also accepted by --class-map
 _FOLDER_NAMES = ('', 'folder', 'image_folder', 'tar', 'image_tar')
 _TORCH_FOLDERS = ('torch/image_folder', 'torch/folder')
 _PREFIXES = ('cpool', 'torch', 'hfds', 'hfids', 'tfds', 'wds')
@@ -25,7 +25,7 @@ _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluatio
 
 @cache
 def synset_numbers() -> dict[str, int]:
-    """Numbers of the 1000 classes of ImageNet by synset (n01440764: 0), in the order that published weights have."""
+    """Returns the class index of each ImageNet-1k synset (n01440764: 0), as in published weights."""
     return {synset: index for index, synset in enumerate(ImageNetInfo(IMAGENET).label_names())}
 
 
@@ -39,25 +39,25 @@ def _check_name(name: str) -> None:
 
 def _check_folder(root: str | None, split: str) -> None:
     if not root:
-        raise DatasetError('no data: give --data-dir FOLDER, or --dataset cpool/shapes for the built-in set')
+        raise DatasetError('no data: give --data-dir FOLDER, or --dataset cpool/shapes for the built-in dataset')
     if not os.path.exists(root):
         raise DatasetNotFoundError(f'data folder {root!r} does not exist: check --data-dir')
     if not os.path.isdir(root) or not split:
         return
     found = sorted(entry for entry in _SPLITS if os.path.isdir(os.path.join(root, entry)))
     if found and split_folder(root, split) == root:
-        raise DatasetError(f'split {split!r} is not in {root!r}, which holds {", ".join(found)}: name one of them, '
-                           'or leave the split empty to take the folder itself')
+        raise DatasetError(f'split {split!r} is not in {root!r}, which contains {", ".join(found)}: name one of them, '
+                           'or leave the split empty to use the folder itself')
 
 
 def numbers_folders(settings: DataSettings) -> bool:
-    """Whether the classes of a set get their numbers from the names of its folders alone."""
+    """Returns whether class indices follow from the names of the class folders alone."""
     named = settings.dataset in _FOLDER_NAMES or settings.dataset.lower() in _TORCH_FOLDERS
     return named and not settings.class_map and not settings.multi_label
 
 
 def split_folder(root: str, split: str) -> str:
-    """Folder of a split within `root` by its name or a synonym, as timm finds it; `root` if there is none."""
+    """Finds the folder of a split in `root` by its name or a synonym, as timm does; returns `root` if there is none."""
     name = split.split('[')[0]
     groups = (_SPLITS[:2], _SPLITS[2:7])
     names = next((group for group in groups if name in group), ())
@@ -66,10 +66,10 @@ def split_folder(root: str, split: str) -> str:
 
 
 def check_source(settings: DataSettings, split: str) -> None:
-    """Looks whether a split can be there, without opening it.
+    """Checks the dataset's name and folder without opening it.
 
     Raises:
-        DatasetError, DatasetNotFoundError: see `build_dataset`.
+        DatasetError, DatasetNotFoundError: See `build_dataset`.
     """
     name, root = settings.dataset, settings.data_dir
     _check_name(name)
@@ -87,17 +87,29 @@ def build_dataset(
         num_samples: int | None,
         load_bytes: bool = False,
 ) -> Any:
-    """Dataset of one split.
+    """Opens the dataset of a split.
+
+    Args:
+        settings: Which dataset, and how to read its samples.
+        classes: Number of classes. In multi-label training, receives the class names of the first split that has them.
+        split: Name of the split.
+        training: Whether a streamed dataset is shuffled and sharded for training.
+        input_img_mode: PIL mode to convert images to.
+        num_samples: Number of samples of a streamed or generated dataset.
+        load_bytes: Return the bytes of an image file instead of the image.
+
+    Returns:
+        A dataset of `(image, target)`. Folders and tar files give a `StrictImageDataset`.
 
     Raises:
-        DatasetError: unknown, empty, or more classes than the model has.
-        DatasetNotFoundError: its folder does not exist.
+        DatasetError: The dataset is unknown or empty, cannot be read, or has more classes than the model.
+        DatasetNotFoundError: Its folder does not exist.
     """
     name, root = settings.dataset, settings.data_dir
     check_source(settings, split)
-    # a mapping comes from --class-subset
     if settings.class_map == IMAGENET and not os.path.exists(IMAGENET):
         settings = replace(settings, class_map=synset_numbers())
+    # --class-subset sets class_map to a mapping
     if isinstance(settings.class_map, str) and settings.class_map and not os.path.isfile(settings.class_map):
         raise DatasetNotFoundError(f'--class-map {settings.class_map!r} does not exist: check the path')
     where = f'{name!r} in {root!r}' if name and root else repr(name or root)
@@ -129,7 +141,7 @@ def _open(settings: DataSettings, classes: Classes, split: str, training: bool, 
     name, root = settings.dataset, settings.data_dir
     kwargs: dict[str, Any] = {'load_bytes': True} if load_bytes else {}
     if settings.multi_label and name in _FOLDER_NAMES:
-        assert root is not None  # noqa: S101 - `build_dataset` has checked it
+        assert root is not None  # noqa: S101 - checked by `check_source`
         return open_label_file(
             settings, classes, root, split_folder(root, split), split, input_img_mode=input_img_mode, **kwargs)
     if settings.multi_label:
@@ -159,10 +171,10 @@ def _open(settings: DataSettings, classes: Classes, split: str, training: bool, 
     )
 
 
-def _check_classes(dataset: Any, num_classes: int, what: str) -> None:
+def _check_classes(dataset: object, num_classes: int, what: str) -> None:
     names = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'classes', None)
     if not names:
         return
     count = max(names.values()) + 1 if isinstance(names, dict) else len(names)
     if count > num_classes:
-        raise DatasetError(f'{what} has {count} classes, the model {num_classes}: set --num-classes {count}')
+        raise DatasetError(f'{what} has {count} classes, but the model has {num_classes}: set --num-classes {count}')

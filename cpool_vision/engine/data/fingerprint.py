@@ -1,9 +1,9 @@
-"""Which data a run was trained on: its classes and their numbers, how many images, and a hash of the rest."""
+"""Dataset fingerprints: detect that a run is resumed, or a model validated, with different data or classes."""
 import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -19,16 +19,16 @@ KEY = 'data'  # in a checkpoint
 _SHOWN = 5
 
 
-def classes_of(dataset: Dataset[Any]) -> dict[str, int]:
-    """Numbers of the classes by name; empty where the set names none."""
-    known: Any = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+def classes_of(dataset: Dataset[object]) -> dict[str, int]:
+    """Returns the class index of each class name; empty if the dataset does not name its classes."""
+    known = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     if not isinstance(known, Mapping):
         known = {name: index for index, name in enumerate(getattr(dataset, 'classes', None) or ())}
     return {str(name): int(index) for name, index in known.items() if isinstance(index, (int, np.integer))}
 
 
-def _facts(dataset: Any) -> Iterable[Any]:
-    """What makes one set differ from another of as many images."""
+def _facts(dataset: Any) -> Iterable[object]:
+    """Yields what identifies a dataset: name, size and label of each file, or its arrays, or its parameters."""
     reader = getattr(dataset, 'reader', dataset)
     samples = getattr(reader, 'samples', None)
     if isinstance(samples, list) and samples and isinstance(samples[0], tuple) and len(samples[0]) == 2:
@@ -38,7 +38,7 @@ def _facts(dataset: Any) -> Iterable[Any]:
             name = os.path.relpath(path, root) if isinstance(path, str) and root else path
             yield name, size, target
         return
-    if isinstance(getattr(dataset, 'data', None), np.ndarray):  # torchvision's sets in memory
+    if isinstance(getattr(dataset, 'data', None), np.ndarray):  # torchvision's in-memory datasets
         yield dataset.data.shape, hashlib.sha256(np.ascontiguousarray(dataset.data).data).hexdigest()
         yield list(map(int, dataset.targets))
         return
@@ -46,10 +46,24 @@ def _facts(dataset: Any) -> Iterable[Any]:
         yield name, str(getattr(getattr(reader, 'dataset', reader), name, ''))
 
 
-def fingerprint(dataset: Dataset[Any]) -> dict[str, Any] | None:
-    """Plain description of an indexed set: `classes`, `images`, `sha256` of names, sizes and labels; None of a stream.
+class Fingerprint(TypedDict):
+    """Identity of a dataset.
 
-    The sizes of files stand for their content: one that was altered without a change of size is not noticed.
+    Attributes:
+        classes: Class index of each class name.
+        images: Number of images.
+        sha256: Hash of file names, file sizes and labels.
+    """
+
+    classes: dict[str, int]
+    images: int
+    sha256: str
+
+
+def fingerprint(dataset: Dataset[object]) -> Fingerprint | None:
+    """Returns the fingerprint of an indexed dataset, or None for a streamed one.
+
+    Files are identified by name and size. A file that changed but kept its size goes unnoticed.
     """
     if not hasattr(dataset, '__len__'):
         return None
@@ -65,46 +79,52 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def compare_classes(former: Mapping[str, int], now: Mapping[str, int]) -> str:
-    """How the classes of two sets differ, in words; '' if they are the same under the same numbers."""
+    """Describes how the classes of two datasets differ; returns '' if names and indices are the same."""
     parts = []
     for what, names in (('lacks', set(former) - set(now)), ('also has', set(now) - set(former))):
         if names:
             parts.append(f'{what} {_listed(names)}')
     moved = sorted(name for name in set(former) & set(now) if former[name] != now[name])
     if moved:
-        parts.append(f'numbers {moved[0]!r} {now[moved[0]]}, not {former[moved[0]]}'
-                     + (f', and {len(moved) - 1} more otherwise' if len(moved) > 1 else ''))
+        parts.append(f'maps {moved[0]!r} to class {now[moved[0]]} instead of {former[moved[0]]}'
+                     + (f' and {len(moved) - 1} more to other classes' if len(moved) > 1 else ''))
     return ', '.join(parts)
 
 
-def _difference(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _difference(former: Fingerprint, now: Fingerprint) -> str:
     classes = compare_classes(former['classes'], now['classes'])
     if classes:
         return f'it {classes}'
     if former['images'] != now['images']:
-        return f'it has {now["images"]} images, and had {former["images"]}'
-    return 'names, sizes or labels of its images' if former['sha256'] != now['sha256'] else ''
+        return f'it had {former["images"]} images and now has {now["images"]}'
+    return 'file names, sizes or labels differ' if former['sha256'] != now['sha256'] else ''
 
 
-def _stored(content: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _stored(content: Mapping[str, object] | None) -> Fingerprint | None:
     stored = (content or {}).get(KEY)
-    kinds = {'classes': Mapping, 'images': int, 'sha256': str}
-    if not isinstance(stored, Mapping) or any(not isinstance(stored.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(stored, Mapping):
         return None
-    return stored
+    classes, images, sha256 = stored.get('classes'), stored.get('images'), stored.get('sha256')
+    if not isinstance(classes, Mapping) or not isinstance(images, int) or not isinstance(sha256, str):
+        return None
+    return {'classes': {str(name): index for name, index in classes.items() if isinstance(index, int)},
+            'images': images, 'sha256': sha256}
 
 
-def check_same_data(content: Mapping[str, Any], path: str, now: Mapping[str, Any] | None, inside: bool) -> None:
-    """Compares the training data with those of the run that wrote a checkpoint; many checkpoints name none.
+def check_same_data(content: Mapping[str, object], path: str, now: Fingerprint | None, inside: bool) -> None:
+    """Checks that a run is resumed with the data it was trained on.
+
+    Checkpoints without a fingerprint always pass.
 
     Args:
-        content: the checkpoint.
-        path: its file, for messages.
-        now: `fingerprint` of the training set.
-        inside: the run continues inside an epoch, whose batches would differ.
+        content: Content of the checkpoint.
+        path: Its path, for messages.
+        now: Fingerprint of the training dataset; None for a streamed one.
+        inside: Whether the run resumes in the middle of an epoch. Different data are then an error, as the remaining
+            batches would change; otherwise a warning.
 
     Raises:
-        ConfigError: they differ, and `inside`.
+        ConfigError: The data differ and `inside` is set.
     """
     former = _stored(content)
     what = _difference(former, now) if former is not None and now is not None else ''
@@ -112,47 +132,47 @@ def check_same_data(content: Mapping[str, Any], path: str, now: Mapping[str, Any
         return
     if inside:
         raise ConfigError(f'--resume {path!r} is from the middle of an epoch, and the training data have changed '
-                          f'({what}): restore them, or resume from a checkpoint at the end of an epoch')
-    _logger.warning('The training data are not those that %s was trained on: %s.', path, what)
+                          f'({what}): restore the data, or resume from a checkpoint at the end of an epoch')
+    _logger.warning('The training data have changed since %s was written: %s.', path, what)
 
 
-def check_classes(former: Mapping[str, int], dataset: Dataset[Any], settings: DataSettings, what: str, where: str,
+def check_classes(former: Mapping[str, int], dataset: Dataset[object], settings: DataSettings, what: str, where: str,
                   ) -> None:
-    """Refuses a set whose classes are not those that the model was trained with.
+    """Checks that a dataset has the classes that the model was trained with.
 
-    Sets that name no classes, and folders whose classes a `--class-map` numbers, are left alone. Of sets whose classes
-    have their own numbers a difference is told in the log.
+    A difference is an error where class indices follow from folder names, and a warning for other datasets. Datasets
+    that do not name their classes, and runs with a `--class-map`, are not checked.
 
     Args:
-        former: numbers of the classes by name; empty if not known.
-        dataset: the set.
-        settings: how the set was opened.
-        what: the set, for messages.
-        where: what `former` is from, for messages.
+        former: Class index of each class name in training; empty if unknown.
+        dataset: The dataset to check.
+        settings: How the dataset was opened.
+        what: Name of the dataset, for messages.
+        where: Where `former` comes from, for messages.
 
     Raises:
-        DatasetError: names the difference.
+        DatasetError: The classes differ.
     """
     now = classes_of(dataset)
     if not former or not now or settings.class_map:
         return
     difference = compare_classes(former, now)
     if difference and not numbers_folders(settings):
-        _logger.warning('%s %s compared with %s: its labels may mean other classes.', what, difference, where)
+        _logger.warning('%s %s, compared with %s. Its labels may stand for different classes.', what, difference, where)
     elif difference:
-        raise DatasetError(f'{what} {difference} compared with {where}: its labels would mean other classes. Fix the '
-                           'folders, or pass the same --class-map FILE for all sets (.txt: one name per line)')
+        raise DatasetError(f'{what} {difference}, compared with {where}: its labels would stand for different classes. '
+                           'Fix the folders, or pass the same --class-map FILE for every dataset (.txt: one name per '
+                           'line)')
 
 
-def classes_in(content: Mapping[str, Any] | None) -> dict[str, int]:
-    """Numbers of the classes by name that a checkpoint was trained with; empty if it does not say."""
+def classes_in(content: Mapping[str, object] | None) -> dict[str, int]:
+    """Returns the class index of each class name stored in a checkpoint; empty if there are none."""
     stored = _stored(content)
-    return {} if stored is None else {str(name): int(index) for name, index in stored['classes'].items()
-                                      if isinstance(index, int)}
+    return {} if stored is None else stored['classes']
 
 
-def compare_splits(settings: LoaderSettings, train_set: Dataset[Any], val_set: Dataset[Any]) -> None:
-    """`check_classes` of the validation split against the training split."""
-    if not settings.multi_label:  # which settles the labels of its splits itself
+def compare_splits(settings: LoaderSettings, train_set: Dataset[object], val_set: Dataset[object]) -> None:
+    """Checks the classes of the validation split against the training split, see `check_classes`."""
+    if not settings.multi_label:  # `settle_labels` compares the splits
         check_classes(classes_of(train_set), val_set, settings, f'split {settings.val_split!r}',
                       f'split {settings.train_split!r}')

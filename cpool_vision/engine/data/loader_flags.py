@@ -1,7 +1,8 @@
-"""What the flags of the loaders say."""
+"""Turns the loader flags into arguments of timm's loaders, and checks them."""
 from typing import Any
 
 from timm.data.scheduled_sampler import ScheduledBatchSampler
+from torch.utils.data import SequentialSampler
 
 from cpool_vision.errors import ConfigError
 
@@ -10,17 +11,17 @@ from ..settings.train import AugmentSettings, LoaderSettings, LossSettings
 
 
 def image_mode(settings: DataSettings, data_config: InputConfig) -> str:
-    """PIL mode of the images: `--input-img-mode`, else by the number of channels."""
+    """Returns the PIL mode of the images: `--input-img-mode`, or RGB or L by the number of channels."""
     return settings.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
 
 
 def mixes_images(settings: AugmentSettings) -> bool:
-    """Whether mixup or CutMix is on."""
+    """Returns whether mixup or CutMix is on."""
     return settings.mixup > 0 or settings.cutmix > 0 or settings.cutmix_minmax is not None
 
 
 def mixing(settings: LossSettings, num_classes: int) -> dict[str, Any]:
-    """Arguments of mixup and CutMix; empty if both are off."""
+    """Returns the arguments of timm's `Mixup`; empty if mixup and CutMix are off."""
     if not mixes_images(settings):
         return {}
     mix = dict(
@@ -37,7 +38,7 @@ def mixing(settings: LossSettings, num_classes: int) -> dict[str, Any]:
 
 
 def augmentation(settings: AugmentSettings, data_config: InputConfig) -> dict[str, Any]:
-    """Arguments of timm's transforms and random erasing for training images."""
+    """Returns the arguments of timm's training transforms and random erasing."""
     interpolation = None if settings.no_aug else settings.train_interpolation
     return dict(
         no_aug=settings.no_aug,
@@ -59,22 +60,22 @@ def augmentation(settings: AugmentSettings, data_config: InputConfig) -> dict[st
 
 
 def check_train_flags(settings: LoaderSettings, distributed: bool) -> None:
-    """Refuses flags of the training loader that are out of range or cannot be combined.
+    """Checks that flags of the training loader are in range and can be combined.
 
     Raises:
-        ConfigError: names the flag.
+        ConfigError: A flag is out of range or conflicts with another.
     """
     if settings.aug_splits == 1 or settings.aug_splits < 0:
         raise ConfigError(f'--aug-splits must be 0 or at least 2, got {settings.aug_splits}')
     sizes = settings.train_batch_sizes or [settings.batch_size]
     if mixes_images(settings) and any(size % 2 for size in sizes):
-        raise ConfigError(f'mixup and CutMix pair the images of a batch, whose size must be even, got {sizes}: '
-                          'change --batch-size or --train-batch-sizes')
+        raise ConfigError(f'mixup and CutMix need an even batch size, got {sizes}: change --batch-size or '
+                          '--train-batch-sizes')
     if settings.aug_splits and mixes_images(settings):
         raise ConfigError('--aug-splits does not work with mixup or CutMix: drop one of them')
     if settings.aug_repeats and not distributed:
         raise ConfigError(f'--aug-repeats {settings.aug_repeats:g} needs several processes: launch with torchrun, or '
-                          'leave it out')
+                          'drop it')
     if settings.train_batches_per_epoch is not None and not settings.train_img_sizes:
         raise ConfigError('--train-batches-per-epoch needs --train-img-sizes: add it, or leave it out')
     if settings.variable_batch_loss_scale != 'none' and not settings.train_img_sizes:
@@ -82,16 +83,19 @@ def check_train_flags(settings: LoaderSettings, distributed: bool) -> None:
 
 
 def size_schedule(settings: LoaderSettings, samples: int) -> ScheduledBatchSampler | None:
-    """timm's schedule of image and batch sizes for `samples` per epoch and process, None without `--train-img-sizes`.
+    """Creates timm's schedule of image and batch sizes; returns None without `--train-img-sizes`.
+
+    Args:
+        settings: Flags of the training loader.
+        samples: Images per epoch and process.
 
     Raises:
-        ValueError: flags that do not fit each other.
+        ValueError: The flags contradict each other.
     """
     if not settings.train_img_sizes:
         return None
-    places: Any = range(samples)
     return ScheduledBatchSampler(
-        places,
+        SequentialSampler(range(samples)),
         batch_sizes=settings.train_batch_sizes or [settings.batch_size] * len(settings.train_img_sizes),
         choice_weights=settings.train_size_probs,
         seed=settings.seed,

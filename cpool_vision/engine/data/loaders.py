@@ -1,4 +1,4 @@
-"""Loaders of training and validation."""
+"""Builds the data loaders for training and validation."""
 from typing import Any
 
 import torch
@@ -20,13 +20,8 @@ from .multi_label import Classes
 from .posterize import allow_zero_bits
 from .sampling import BatchKeys, EpochOrder
 from .stream import Loader, StreamedTrainStream, TrainStream
-from .unreadable import UNREADABLE, CountingImageDataset, StrictImageDataset, Unreadable, UnreadableLog
+from .unreadable import CountingImageDataset, StrictImageDataset, UnreadableLog
 from .worker import WorkerSignals
-
-__all__ = [
-    'UNREADABLE', 'base_dataset', 'build_dataset', 'build_eval_loader', 'build_train_loader', 'close_workers',
-    'image_mode', 'list_unreadable', 'mixing', 'start_at', 'share_unreadable', 'unreadable_report',
-]
 
 
 def _common(settings: DataSettings, runtime: Runtime, data_config: InputConfig) -> dict[str, Any]:
@@ -43,18 +38,24 @@ def _common(settings: DataSettings, runtime: Runtime, data_config: InputConfig) 
 
 def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
                        ) -> tuple[Loader, Mixup | None]:
-    """Loader of the training split, and the mixer to apply to its batches where the loader does not mix itself.
+    """Builds the loader of the training split.
 
-    Its batches are a function of (seed, epoch, rank, batch): iteration begins at the batch that `start_at`
-    gave, is the same for any number of workers, and neither reads nor moves this process's global generators. Its
-    length is that of a whole epoch. Of streamed datasets see `StreamedTrainStream`.
+    Each batch is a function of (seed, epoch, rank, batch). The number of workers does not matter, and iterating neither
+    reads nor changes the global generators of this process. Iteration begins at the batch set by `start_at`; the length
+    is always that of a whole epoch. For streamed datasets, see `StreamedTrainStream`.
 
     Args:
-        settings, runtime, data_config, classes: the run.
+        settings: Dataset, loader, augmentation and mixing.
+        runtime: Device and processes; each process loads its share.
+        data_config: Input size and normalization.
+        classes: Number of classes; may receive their names, see `build_dataset`.
+
+    Returns:
+        The loader, and the `Mixup` to call on its batches; None if the loader mixes them itself or mixing is off.
 
     Raises:
-        DatasetError: see `build_dataset`; also a split smaller than one batch.
-        ConfigError: flags that cannot be combined.
+        DatasetError: The dataset cannot be opened (see `build_dataset`) or is smaller than one batch.
+        ConfigError: Flags cannot be combined.
     """
     check_train_flags(settings, runtime.distributed)
     pipeline = open_pipeline(settings)
@@ -64,10 +65,11 @@ def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: In
     order = _order_of(dataset, settings, runtime)
     mix = mixing(settings, classes.count)
     try:
-        built: Any = _timm_loader(settings, runtime, data_config, dataset, mix)
+        built = _timm_loader(settings, runtime, data_config, dataset, mix)
         inner = _stream(built)
+        stream: StreamedTrainStream | TrainStream
         if order is None:
-            stream: Any = StreamedTrainStream(inner, settings.seed, runtime.rank)
+            stream = StreamedTrainStream(inner, settings.seed, runtime.rank)
         else:
             stream = _keyed_stream(settings, runtime.rank, inner, BatchKeys(
                 order, settings.batch_size, size_schedule(settings, len(order))))
@@ -77,20 +79,18 @@ def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: In
     if pipeline is not None:
         use_pipeline(settings, data_config, pipeline, stream.dataset)
         try_pipeline(settings, stream.dataset)
-    if not isinstance(built, PrefetchLoader):
+    if settings.no_prefetcher:
         mixup_fn = KeyedMixup(stream, settings.seed, runtime.rank, settings.mixup_off_epoch, **mix) if mix else None
         return stream, mixup_fn
-    prefetcher: Any = built
-    prefetcher.loader = stream
-    if prefetcher.random_erasing is not None:
-        prefetcher.random_erasing = KeyedErasing(
-            prefetcher.random_erasing, stream, settings.seed, runtime.rank, runtime.device)
-    return prefetcher, None
+    built.loader = stream
+    if built.random_erasing is not None:
+        built.random_erasing = KeyedErasing(built.random_erasing, stream, settings.seed, runtime.rank, runtime.device)
+    return built, None
 
 
 def _timm_loader(settings: LossSettings, runtime: Runtime, data_config: InputConfig, dataset: Any,
                  mix: dict[str, Any]) -> Any:
-    """timm's own loader, of which transforms, collation and prefetcher are used."""
+    """Creates timm's loader, whose transforms, collation and prefetcher are used."""
     if settings.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=settings.aug_splits)
     return create_loader(
@@ -112,15 +112,15 @@ def _timm_loader(settings: LossSettings, runtime: Runtime, data_config: InputCon
 
 
 def _order_of(dataset: Any, settings: LoaderSettings, runtime: Runtime) -> EpochOrder | None:
-    """Order of the images of an indexed set, None for a streamed one."""
+    """Returns the order of the images of an indexed dataset, or None for a streamed one."""
     if isinstance(dataset, torch.utils.data.IterableDataset):
         if settings.aug_repeats:
-            raise ConfigError('--aug-repeats needs an indexed dataset, not a streamed one: leave it out')
+            raise ConfigError('--aug-repeats needs an indexed dataset, not a streamed one: drop it')
         return None
     order = EpochOrder(len(dataset), settings.seed, runtime.rank, runtime.world_size, settings.aug_repeats)
     smallest = min(settings.train_batch_sizes or [settings.batch_size])
     if len(order) < smallest:
-        raise DatasetError(f'the training split has {len(order)} images per process, fewer than one batch of '
+        raise DatasetError(f'the training split has {len(order)} images per process, fewer than a batch of '
                            f'{smallest}: lower --batch-size')
     return order
 
@@ -128,7 +128,7 @@ def _order_of(dataset: Any, settings: LoaderSettings, runtime: Runtime) -> Epoch
 def _keyed_stream(settings: LoaderSettings, rank: int, inner: torch.utils.data.DataLoader[Any], keys: BatchKeys,
                   ) -> TrainStream:
     dataset = KeyedDataset(inner.dataset, settings.seed)
-    make_loader: Any = torch.utils.data.DataLoader  # typed for lists of indices, for which the keys stand
+    make_loader: Any = torch.utils.data.DataLoader  # annotated for lists of indices, not for keys
     loader = make_loader(
         dataset,
         batch_sampler=keys,
@@ -137,7 +137,7 @@ def _keyed_stream(settings: LoaderSettings, rank: int, inner: torch.utils.data.D
         pin_memory=settings.pin_mem,
         worker_init_fn=WorkerSignals(),
         persistent_workers=settings.workers > 0,
-        generator=torch.Generator(),  # else each epoch would draw from the global one
+        generator=torch.Generator(),  # else each epoch would draw from the global generator
     )
     return TrainStream(loader, UnreadableLog(dataset.base, settings.max_bad_samples), settings.use_multi_epochs_loader)
 
@@ -152,17 +152,20 @@ def build_eval_loader(
         num_samples: int | None,
         **kwargs: Any,
 ) -> Loader:
-    """Loader of a validation split; images that cannot be read come out with the label `UNREADABLE`.
+    """Builds the loader of a validation split. Images that cannot be read have the label `UNREADABLE`.
 
     Args:
-        settings, runtime, data_config, classes: the run; each process gets its share.
-        split: its name.
-        batch_size: images per batch.
-        num_samples: size, for streamed datasets.
-        **kwargs: more arguments of timm's `create_loader`.
+        settings: Dataset and loader.
+        runtime: Device and processes; each process loads its share.
+        data_config: Input size, cropping and normalization.
+        classes: Number of classes; may receive their names, see `build_dataset`.
+        split: Name of the split.
+        batch_size: Images per batch and process.
+        num_samples: Number of samples of a streamed or generated dataset.
+        **kwargs: More arguments of timm's `create_loader`.
 
     Raises:
-        DatasetError: see `build_dataset`.
+        DatasetError: See `build_dataset`.
     """
     dataset = build_dataset(settings, classes, split, False, image_mode(settings, data_config), num_samples,
                             bool(kwargs.get('tf_preprocessing')))
@@ -170,7 +173,7 @@ def build_eval_loader(
         dataset = CountingImageDataset(dataset)
     workers = settings.workers
     if runtime.distributed and isinstance(dataset, IterableImageDataset):
-        workers = min(2, workers)  # each worker of a streamed dataset pads its share
+        workers = min(2, workers)  # each worker of a streamed dataset pads its share, so few workers waste less
     loader = create_loader(
         dataset,
         batch_size=batch_size,
@@ -180,7 +183,7 @@ def build_eval_loader(
         **{'crop_pct': data_config['crop_pct'], **kwargs},
         **_common(settings, runtime, data_config),
     )
-    inner: Any = _stream(loader)
+    inner = _stream(loader)
     inner.worker_init_fn = WorkerSignals(inner.worker_init_fn)
     return loader
 
@@ -189,51 +192,45 @@ def _stream(loader: Loader) -> Any:
     return loader.loader if isinstance(loader, (PrefetchLoader, NaFlexPrefetchLoader)) else loader
 
 
-def base_dataset(loader: Loader) -> Any:
-    """The set that a loader of training or validation reads, without what was wrapped around it."""
+def base_dataset(loader: Loader) -> torch.utils.data.Dataset[object]:
+    """Returns the dataset that a loader reads, without its wrappers."""
     dataset = loader.dataset
     while True:
         inner = next((getattr(dataset, name) for name in ('base_dataset', 'base', 'dataset')
                       if isinstance(getattr(dataset, name, None), torch.utils.data.Dataset)), None)
-        if inner is None or inner is dataset:  # a stream may be its own loader
+        if inner is None or inner is dataset:
             return dataset
         dataset = inner
 
 
 def start_at(loader: Loader, epoch: int, batch: int = 0) -> None:
-    """Makes the next iteration of a training loader begin at a batch of an epoch, both counted from 0.
+    """Sets the epoch and batch, both from 0, at which the next iteration of a training loader begins.
 
     Raises:
-        ConfigError: no such batch.
+        ConfigError: There is no such batch.
     """
     _stream(loader).start_at(epoch, batch)
 
 
 def close_workers(loader: Loader) -> None:
-    """Ends workers that outlive an epoch."""
+    """Stops persistent workers of a training loader."""
     stream = _stream(loader)
     if isinstance(stream, TrainStream):
         stream.close()
 
 
-def unreadable_report(loader: Loader) -> list[Unreadable]:
-    """Training images that this process could not decode so far and replaced, by their number."""
-    log = _stream(loader).unreadable
-    return [] if log is None else [log.found[index] for index in sorted(log.found)]
-
-
 def list_unreadable(loader: Loader, folder: str) -> None:
-    """Lists unreadable training images in `folder`/unreadable.txt from now on; '' for no list."""
+    """Starts listing unreadable training images in `folder`/unreadable.txt; '' for no list."""
     log = _stream(loader).unreadable
     if log is not None:
         log.open(folder)
 
 
-def share_unreadable(loader: Loader, device: torch.device) -> int:
-    """Completes the list by what other processes found; every process must call it, at the end of an epoch say.
+def share_unreadable(loader: Loader) -> int:
+    """Merges the lists of unreadable images of all processes. Every process must call it.
 
     Returns:
-        How many unreadable training images there are in all.
+        Number of unreadable training images found so far by any process.
     """
     log = _stream(loader).unreadable
-    return 0 if log is None else log.share(device)
+    return 0 if log is None else log.share()

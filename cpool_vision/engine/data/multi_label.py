@@ -1,4 +1,4 @@
-"""Sets with any number of labels per image: their flags, targets and class names."""
+"""Multi-label datasets: flags, targets and class names."""
 import itertools
 import logging
 import os
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.data import ImageDataset, MultiLabelTarget
+from timm.data import ImageDataset, IterableImageDataset, MultiLabelTarget
 
 from cpool_vision.errors import ConfigError, DatasetError
 
@@ -15,7 +15,7 @@ from .label_file import LabelFileReader, find_label_file
 from .unreadable import UNREADABLE
 
 _logger = logging.getLogger(__name__)
-CLASS_NAMES = 'class_names'  # among the settings in a checkpoint
+CLASS_NAMES = 'class_names'  # in the settings of a checkpoint
 _READERS = ('hfds', 'hfids', 'tfds', 'wds')
 
 
@@ -23,8 +23,8 @@ class Classes:
     """The classes of a run.
 
     Args:
-        count: outputs of the model.
-        names: names of multi-label classes; None until the first split or a checkpoint tells them.
+        count: Number of classes.
+        names: Names of multi-label classes; None until a checkpoint or the first split provides them.
     """
 
     def __init__(self, count: int, names: list[str] | None = None) -> None:
@@ -32,115 +32,119 @@ class Classes:
 
 
 def check_task(settings: DataSettings) -> None:
-    """Refuses flags that do not go with the task.
+    """Checks that the flags fit the task.
 
     Raises:
-        ConfigError: names the flag.
+        ConfigError: A flag does not work with the task.
     """
     if not settings.multi_label:
         idle = [flag for flag, given in (('--label-file', settings.label_file),
                                          ('--target-format', settings.target_format),
                                          ('--threshold', settings.threshold != 0.5)) if given]
         if idle:
-            raise ConfigError(f'{idle[0]} has no effect without --task multi_label: add it, or leave {idle[0]} out')
+            raise ConfigError(f'{idle[0]} has no effect without --task multi_label: add that, or drop {idle[0]}')
         return
     for name, reason in (
             ('kd_model_name', 'distillation compares distributions over exclusive classes'),
             ('jsd_loss', 'it compares distributions over exclusive classes'),
-            ('real_labels', 'it replaces one label by several; write them into the label file'),
+            ('real_labels', 'write several labels per image into the label file instead'),
             ('valid_labels', 'labels do not compete'), ('class_subset', 'labels do not compete'),
-            ('metrics_avg', 'precision, recall and F1 are reported anyway'),
-            ('corruptions', 'its folders are classes')):
+            ('metrics_avg', 'precision, recall and F1 are always reported'),
+            ('corruptions', 'it reads one class from each folder')):
         if getattr(settings, name, None):
             raise ConfigError(
                 f'--{name.replace("_", "-")} does not work with --task multi_label ({reason}): drop one of them')
 
 
 class MultiHot:
-    """Labels of an image as float32 `(num_classes,)`: 1 for a label that it has, 0 for others.
+    """Encodes the labels of an image as float32 `(num_classes,)`: 1 for each label it has, 0 elsewhere.
+
+    The label `UNREADABLE` becomes a row filled with `UNREADABLE`.
 
     Args:
-        num_classes: outputs of the model.
-        dense: labels come as one number in [0, 1] per class, not as a list of class numbers.
-
-    Attributes:
-        takes_all: that `UNREADABLE`, of which it makes a row of it, and a missing label are its business too.
+        num_classes: Number of classes.
+        dense: Labels come as one number in [0, 1] per class instead of a list of class indices.
     """
 
-    takes_all = True
+    takes_all = True  # `StrictImageDataset` also passes missing labels and `UNREADABLE`
 
     def __init__(self, num_classes: int, dense: bool = False) -> None:
         self.num_classes, self.dense = num_classes, dense
         self.encode = MultiLabelTarget(num_classes, dense)
 
-    def __call__(self, labels: Any) -> torch.Tensor:
+    def __call__(self, labels: object) -> torch.Tensor:
         if isinstance(labels, int) and labels == UNREADABLE:
             return torch.full((self.num_classes,), float(UNREADABLE))
         try:
             return self.encode(labels)
         except (RuntimeError, TypeError, ValueError) as error:
-            form = f'{self.num_classes} numbers in [0, 1]' if self.dense else f'class numbers below {self.num_classes}'
-            raise DatasetError(f'--task multi_label takes {form} per image, not {labels!r:.80} ({error}): check '
+            form = f'{self.num_classes} numbers in [0, 1]' if self.dense else f'class indices below {self.num_classes}'
+            raise DatasetError(f'--task multi_label needs {form} per image, got {labels!r:.80} ({error}): check '
                                '--num-classes, --target-key and --target-format') from error
 
 
 def unreadable_rows(target: torch.Tensor) -> torch.Tensor:
-    """Which images of a batch could not be decoded, `(B,)`, from class indices `(B,)` or labels `(B, classes)`."""
+    """Returns a mask `(B,)` of the images that could not be decoded.
+
+    Args:
+        target: Class indices `(B,)` or labels `(B, classes)`.
+    """
     return (target if target.ndim == 1 else target[:, 0]).eq(UNREADABLE)
 
 
-def reader_arguments(settings: DataSettings) -> dict[str, Any]:
-    """Arguments of timm's readers that give several labels.
+def reader_arguments(settings: DataSettings) -> dict[str, str | None]:
+    """Returns the arguments that make timm's readers return several labels.
 
     Raises:
-        DatasetError: a set whose images have one class each.
+        DatasetError: The images of the dataset have one class each.
     """
     prefix = settings.dataset.partition('/')[0].lower()
     if prefix not in _READERS:
-        raise DatasetError(f'--dataset {settings.dataset!r} has one class per image: leave out --task multi_label, or '
-                           'name a folder with a label file or one of '
+        raise DatasetError(f'--dataset {settings.dataset!r} has one class per image: drop --task multi_label, or use '
+                           'a folder with a label file or one of '
                            f'{", ".join(each + "/NAME" for each in _READERS)}')
     if settings.label_file:
-        raise DatasetError(f'--label-file works with a folder; the labels of {settings.dataset!r} are in its field '
-                           '--target-key: leave it out')
+        raise DatasetError(f'--label-file works with folders only; {settings.dataset!r} has its labels in the field '
+                           '--target-key: drop --label-file')
     return {'target_format': settings.target_format}
 
 
 def open_label_file(settings: DataSettings, classes: Classes, root: str, folder: str, split: str, **kwargs: Any,
                     ) -> ImageDataset:
-    """The images that a label file lists.
+    """Opens the images that a label file lists.
 
     Args:
-        settings: label file, its fields and format.
-        classes: their number, and their names if these are known.
+        settings: Label file, its fields and format.
+        classes: Number of classes, and their names if known.
         root: `--data-dir`.
-        folder: folder of the split, or `root` again.
-        split: its name.
-        **kwargs: more arguments of timm's `ImageDataset`.
+        folder: Folder of the split; may be `root`.
+        split: Name of the split.
+        **kwargs: More arguments of timm's `ImageDataset`.
 
     Raises:
-        DatasetError: `root` is a file, or see `LabelFileReader`.
+        DatasetError: `root` is a file, or the label file is invalid (see `LabelFileReader`).
     """
     if not os.path.isdir(root):
-        raise DatasetError(f'--task multi_label needs a folder with a label file, {root!r} is a file: unpack it')
-    known = settings.class_map or (classes.names and {name: index for index, name in enumerate(classes.names)})
+        raise DatasetError(f'--task multi_label needs a folder with a label file, but {root!r} is a file: unpack it')
+    known = settings.class_map or {name: index for index, name in enumerate(classes.names or ())}
     reader = LabelFileReader(
         find_label_file(settings.label_file, split, (folder, root)), folder, classes.count, known, settings.input_key,
         settings.target_key, classes.count if settings.target_format == 'multihot' else 0)
     return ImageDataset(root, reader=reader, **kwargs)
 
 
-def settle_labels(settings: DataSettings, classes: Classes, dataset: Any, what: str) -> None:
-    """Makes a set give multi-hot labels, and keeps the names of its classes for the splits that follow.
+def settle_labels(settings: DataSettings, classes: Classes, dataset: ImageDataset | IterableImageDataset, what: str,
+                  ) -> None:
+    """Makes a dataset return multi-hot labels, and checks its class names.
 
     Args:
-        settings: format of the labels.
-        classes: gets its names from the first split that knows them.
-        dataset: the set.
-        what: its name, for messages.
+        settings: Format of the labels.
+        classes: Class names to compare with; receives those of the dataset if it has none yet.
+        dataset: Dataset of a split.
+        what: Name of the dataset, for messages.
 
     Raises:
-        DatasetError: its classes are not those of the splits before, or of the checkpoint.
+        DatasetError: The class names differ from those of the checkpoint or of the split loaded first.
     """
     dense = settings.target_format == 'multihot' and not isinstance(dataset.reader, LabelFileReader)
     dataset.target_transform = MultiHot(classes.count, dense)
@@ -153,30 +157,30 @@ def settle_labels(settings: DataSettings, classes: Classes, dataset: Any, what: 
     if known is None:
         classes.names = names
     elif names != known:
-        place, (now, former) = next((place, pair) for place, pair in enumerate(
+        index, (now, former) = next((index, pair) for index, pair in enumerate(
             itertools.zip_longest(names, known)) if pair[0] != pair[1])
-        raise DatasetError(f'{what}: class {place} is {now!r}, and was {former!r} in the split or checkpoint before: '
-                           'name the classes of all with one --class-map')
+        raise DatasetError(f'{what}: class {index} is {now!r}, but it is {former!r} in the checkpoint or in the split '
+                           'loaded first: use the same --class-map for all splits')
 
 
-def names_of(content: Mapping[str, Any] | None, path: str, task: str, refuse: bool) -> list[str] | None:
-    """Class names in a checkpoint: a run continues, and is measured, with the classes it started with.
+def names_of(content: Mapping[str, object] | None, path: str, task: str, refuse: bool) -> list[str] | None:
+    """Returns the class names stored in a checkpoint, or None if there are none.
 
     Args:
-        content: the checkpoint, None for none.
-        path: its file, for messages.
-        task: of this run.
-        refuse: a checkpoint of another task is an error rather than a warning.
+        content: Content of the checkpoint; None without one.
+        path: Its path, for messages.
+        task: Task of this run.
+        refuse: Raise an error if the checkpoint was trained for another task, instead of a warning.
 
     Raises:
-        ConfigError: it is of another task, and `refuse`.
+        ConfigError: The tasks differ and `refuse` is set.
     """
     settings = settings_of(content or {})
     former, names = settings.get('task', 'classification'), settings.get(CLASS_NAMES)
     if settings and former != task:
         text = f'{path!r} was trained with --task {former}, this is --task {task}'
         if refuse:
-            raise ConfigError(f'{text}: name the same one, or begin another run')
+            raise ConfigError(f'{text}: use the same task, or start a new run')
         _logger.warning('%s.', text)
     elif isinstance(names, list) and task == 'multi_label':
         return [str(name) for name in names]

@@ -1,6 +1,5 @@
 """Batches of patch sequences at native aspect ratio (NaFlex, Dehghani et al., arXiv 2307.06304), by timm's loader."""
 import contextlib
-import functools
 import io
 from typing import Any
 
@@ -15,9 +14,9 @@ from cpool_vision.errors import ConfigError, DatasetError
 from ..device import Runtime
 from ..settings.shared import DataSettings, InputConfig
 from ..settings.train import LossSettings
-from .keyed import KeyedErasing, candidates
-from .loader_flags import augmentation, mixing
-from .loaders import build_dataset, image_mode
+from .dataset import build_dataset
+from .keyed import Collate, KeyedErasing, candidates
+from .loader_flags import augmentation, image_mode, mixing
 from .multi_label import Classes
 from .stream import Loader, StreamedTrainStream
 from .unreadable import (
@@ -32,29 +31,17 @@ from .worker import WorkerSignals
 
 
 class NaflexStream(StreamedTrainStream):
-    """Training batches from (epoch, batch) on; those before it in the epoch are loaded again.
+    """Training batches of timm's NaFlex loader, over `ReplacingImages`.
 
-    They depend on the number of workers, which must stay the same when a run is resumed.
-
-    Args:
-        loader: `DataLoader` of timm's batches over a `ReplacingImages`.
-        seed, rank: seed of the run, number of the process.
-        unreadable: where to note images that were replaced.
+    Starting inside an epoch loads the batches before it again. Batches depend on the number of workers, which must stay
+    the same when a run is resumed.
     """
 
-    def __init__(self, loader: torch.utils.data.DataLoader[Any], seed: int, rank: int, unreadable: UnreadableLog,
-                 ) -> None:
-        super().__init__(loader, seed, rank)
-        self.unreadable: UnreadableLog = unreadable
-
-    def _note(self, item: Any) -> None:
-        self.unreadable.add(item[2])
-
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Where the next iteration begins.
+        """Sets the epoch and batch at which the next iteration begins.
 
         Raises:
-            ConfigError: no such batch.
+            ConfigError: There is no such batch.
         """
         if epoch < 0 or not 0 <= batch <= len(self):
             raise ConfigError(f'there is no batch {batch} in epoch {epoch} of {len(self)} batches: resume with the '
@@ -62,25 +49,25 @@ class NaflexStream(StreamedTrainStream):
         self.epoch, self.batch = epoch, batch
 
 
-class ReplacingImages(torch.utils.data.Dataset[Any]):
-    """Lets another image, which follows from the seed, take the place of one that cannot be read.
+class ReplacingImages(torch.utils.data.Dataset[object]):
+    """Replaces an image that cannot be read by another one, which depends on the seed only.
 
     Args:
-        dataset: a `StrictImageDataset` without transform.
-        seed: seed of the run.
+        dataset: A `StrictImageDataset` without transform.
+        seed: Seed of the run.
 
     Attributes:
-        found: images that were replaced since `drain`, in this process.
+        found: Images replaced in this process since the last call of `drain`.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: StrictImageDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
         self.found: list[Unreadable] = []
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         for candidate in candidates(self.seed, 0, index, 0, len(self)):
             try:
                 return self.dataset[candidate]
@@ -89,57 +76,46 @@ class ReplacingImages(torch.utils.data.Dataset[Any]):
         raise UnreadableImageError(f'no readable image was found to replace {sample_name(self.dataset, index)}')
 
     def drain(self) -> list[Unreadable]:
-        """What was found since the last call."""
+        """Returns `found` and clears it."""
         found, self.found = self.found, []
         return found
 
 
 class ReportingCollate:
-    """timm's collation, with the images that a batch did without as a third item."""
+    """Adds the images that were replaced as a third item to a batch of timm's collation."""
 
-    def __init__(self, collate: Any, images: ReplacingImages) -> None:
+    def __init__(self, collate: Collate, images: ReplacingImages) -> None:
         self.collate, self.images = collate, images
 
-    def __call__(self, samples: Any) -> tuple[Any, Any, list[Unreadable]]:
+    def __call__(self, samples: list[object]) -> tuple[object, ...]:
         return (*self.collate(samples), self.images.drain())
 
 
-class KeyedPatchErasing:
-    """Random erasing of patches, drawn from (epoch, batch); see `KeyedErasing` for the arguments."""
-
-    def __init__(self, erasing: Any, *keys: Any) -> None:
-        self.erasing, self.keys = erasing, keys
-
-    def __call__(self, patches: torch.Tensor, **places: Any) -> torch.Tensor:
-        return KeyedErasing(functools.partial(self.erasing, **places), *self.keys)(patches)
-
-
 def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
-    """Patch size (height, width) of a model that the loader can feed.
+    """Checks that model and flags work with the NaFlex loader; returns the model's patch size (height, width).
 
     Raises:
-        ConfigError: the model takes images only, or a flag does not work with the loader.
+        ConfigError: The model only takes whole images, or a flag does not work with the loader.
     """
     get_patch_size = getattr(model, 'get_patch_size', None)
     if get_patch_size is None:
         raise ConfigError(
-            f'--naflex-loader gives patches with coordinates and a mask, this model '
+            f'--naflex-loader yields patches with coordinates and a mask, but this model '
             f'({type(model).__name__}) takes whole images: '
-            'choose a naflexvit model (naflexvit_*_cpool_* or one of timm), or leave --naflex-loader out')
-    idle = (
+            "use a naflexvit model (naflexvit_*_cpool_* or one of timm's), or drop --naflex-loader")
+    unsupported = (
         ('no_prefetcher', 'patches are normalized by the prefetcher'), ('channels_last', 'patches have no layout'),
         ('torchscript', 'dictionaries cannot be scripted'), ('train_img_sizes', 'both set the size of a batch'),
         ('use_multi_epochs_loader', 'the order changes with the epoch'), ('aug_splits', 'it makes one view per image'),
-        ('aug_repeats', 'it draws each image once'), ('save_images', 'there is no picture to save'),
+        ('aug_repeats', 'it draws each image once'), ('save_images', 'there are no images to save'),
         ('kd_model_name', 'teachers take whole images'), ('cutmix_minmax', 'boxes follow from --cutmix'),
     )
-    for name, reason in idle:
+    for name, reason in unsupported:
         if getattr(settings, name, None):
             raise ConfigError(
                 f'--{name.replace("_", "-")} does not work with --naflex-loader ({reason}): drop one of them')
     if getattr(settings, 'mixup_mode', 'batch') != 'batch':
-        raise ConfigError(
-            '--mixup-mode does not work with --naflex-loader, which mixes pairs of equal shape: leave it out')
+        raise ConfigError('--mixup-mode does not work with --naflex-loader, which mixes pairs of equal shape: drop it')
     sizes, probs = settings.naflex_patch_sizes, settings.naflex_patch_size_probs
     if probs and len(probs) != len(sizes or ()):
         raise ConfigError(f'--naflex-patch-size-probs has {len(probs)} values for {len(sizes or ())} '
@@ -165,24 +141,24 @@ def _open(settings: DataSettings, data_config: InputConfig, classes: Classes, sp
           samples: int | None) -> Any:
     dataset = build_dataset(settings, classes, split, training, image_mode(settings, data_config), samples)
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        raise DatasetError('--naflex-loader needs an indexed dataset, not a streamed one: leave it out')
+        raise DatasetError('--naflex-loader needs an indexed dataset, not a streamed one: drop it')
     return dataset
-
-
-def _listed(values: tuple[Any, ...] | None) -> list[Any] | None:
-    return None if values is None else list(values)
 
 
 def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
                               model: nn.Module) -> Loader:
-    """Loader of the training split: dictionaries of `patches` (B, N, P), `patch_coord` (B, N, 2) and `patch_valid`.
+    """Builds the loader of the training split.
 
-    Each batch has one of `--naflex-train-seq-lens` and about `--batch-size` times the longest of them patches in all.
-    With `--naflex-patch-sizes` patches are (B, N, height, width, channels).
+    Each batch has one of the sequence lengths of `--naflex-train-seq-lens`, and about `--batch-size` times the longest
+    of them patches in total.
+
+    Returns:
+        A loader of (input, target), where input is a dictionary of `patches` (B, N, P), `patch_coord` (B, N, 2) and
+        `patch_valid` (B, N). With `--naflex-patch-sizes`, patches are (B, N, height, width, channels).
 
     Raises:
-        ConfigError: see `check_naflex`.
-        DatasetError: see `dataset.build_dataset`; also a streamed dataset.
+        ConfigError: Model or flags do not work with the loader, see `check_naflex`.
+        DatasetError: The dataset is streamed or cannot be opened, see `build_dataset`.
     """
     patch_size = check_naflex(settings, model)
     dataset = _open(settings, data_config, classes, settings.train_split, True, settings.train_num_samples)
@@ -196,8 +172,8 @@ def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_con
             built: Any = create_naflex_loader(
                 images,
                 patch_size=None if settings.naflex_patch_sizes else patch_size,
-                patch_size_choices=_listed(settings.naflex_patch_sizes),
-                patch_size_choice_probs=_listed(settings.naflex_patch_size_probs),
+                patch_size_choices=list(settings.naflex_patch_sizes or ()) or None,
+                patch_size_choice_probs=list(settings.naflex_patch_size_probs or ()) or None,
                 train_seq_lens=settings.naflex_train_seq_lens,
                 batch_size=settings.batch_size,
                 is_training=True,
@@ -215,22 +191,21 @@ def build_naflex_train_loader(settings: LossSettings, runtime: Runtime, data_con
             from error
     batches: Any = built.loader.dataset
     batches.collate_fns = {length: ReportingCollate(each, images) for length, each in batches.collate_fns.items()}
-    log = UnreadableLog(dataset, settings.max_bad_samples)
-    stream = NaflexStream(built.loader, settings.seed, runtime.rank, log)
+    stream = NaflexStream(
+        built.loader, settings.seed, runtime.rank, UnreadableLog(dataset, settings.max_bad_samples))
     built.loader = stream
     if built.random_erasing is not None:
-        built.random_erasing = KeyedPatchErasing(
-            built.random_erasing, stream, settings.seed, runtime.rank, runtime.device)
+        built.random_erasing = KeyedErasing(built.random_erasing, stream, settings.seed, runtime.rank, runtime.device)
     return built
 
 
 def build_naflex_eval_loader(settings: DataSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
                              model: nn.Module, split: str, batch_size: int, num_samples: int | None) -> Loader:
-    """Loader of a validation split, with sequences of at most `--naflex-max-seq-len` patches of the model's size.
+    """Builds the loader of a validation split, with sequences of at most `--naflex-max-seq-len` patches.
 
     Raises:
-        ConfigError: see `check_naflex`.
-        DatasetError: see `dataset.build_dataset`; also a streamed dataset.
+        ConfigError: Model or flags do not work with the loader, see `check_naflex`.
+        DatasetError: The dataset is streamed or cannot be opened, see `build_dataset`.
     """
     patch_size = check_naflex(settings, model)
     dataset = _open(settings, data_config, classes, split, False, num_samples)
@@ -250,10 +225,10 @@ def build_naflex_eval_loader(settings: DataSettings, runtime: Runtime, data_conf
 
 
 def naflex_loss_scale(settings: DataSettings, runtime: Runtime, images: int) -> float:
-    """Factor on the mean loss of a batch of `images`.
+    """Returns the factor for the mean loss of a batch of `images`.
 
-    It is (images / `--batch-size`), its root or 1, as
-    `--naflex-loss-scale` says, times the share that the batch has of those of all processes, relative to an equal one.
+    The factor is images / `--batch-size`, its square root or 1, depending on `--naflex-loss-scale`. In distributed
+    training it also includes images / (mean over all processes), so that every image has the same weight.
     """
     ratio = images / settings.batch_size
     scale = {'none': 1., 'sqrt': ratio ** 0.5, 'linear': ratio}[settings.naflex_loss_scale]

@@ -1,4 +1,4 @@
-"""The training loader: yields (image, target) from a given batch on."""
+"""Training loaders that can start at any batch of an epoch."""
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,46 +18,41 @@ _logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """Batches of a split, as loaders of torch, of timm and of this package give them."""
+    """A data loader of torch, timm or this package."""
 
     @property
     def dataset(self) -> Any:
-        """The set."""
+        """Dataset that the loader reads."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Images, or dictionaries of patches, and targets."""
+        """Yields batches (input, target); input is a tensor or, with NaFlex, a dictionary of patches."""
 
     def __len__(self) -> int:
-        """How many batches."""
+        """Returns the number of batches."""
 
 
 class _Stream:
-    """What is asked of a torch loader."""
-    loader: Any
+    loader: Any  # a DataLoader, or what stands for one in tests
 
     @property
     def dataset(self) -> Any:
-        """The set."""
+        """Dataset that the loader reads."""
         return self.loader.dataset
-
-    @property
-    def collate_fn(self) -> Any:
-        """How samples become a batch."""
-        return self.loader.collate_fn
 
     def __len__(self) -> int:
         return len(self.loader)
 
 
 class TrainStream(_Stream):
-    """Batches of an indexed set from (epoch, batch) on, the same for any number of workers.
+    """Batches of an indexed dataset, starting at any batch of any epoch.
 
-    Iterating does not move the start: only `start_at` does. Global generators of the process are left as found.
+    Batches do not depend on the number of workers. Every iteration begins where `start_at` was set last. The global
+    generators of the process are left unchanged.
 
     Args:
         loader: `DataLoader` with `BatchKeys`, a `KeyedDataset` and `KeyedCollate`.
-        unreadable: where to note images that were replaced.
-        read_ahead: begin to load the next epoch when one ends.
+        unreadable: Log of images that were replaced.
+        read_ahead: Start loading the next epoch as soon as one ends.
 
     Attributes:
         current: (epoch, batch) of the batch that was yielded last.
@@ -73,24 +68,24 @@ class TrainStream(_Stream):
 
     @property
     def batch_sampler(self) -> BatchKeys:
-        """The keys."""
+        """Sampler of the batches."""
         return self.loader.batch_sampler
 
     @property
     def sampler(self) -> list[int]:
-        """Images of the current epoch, of this process, in order; also those that no full batch is left for."""
+        """Indices of this process's images in the current epoch, in order, including those of a partial last batch."""
         return self.batch_sampler.order.draw(self.batch_sampler.epoch)[0].tolist()
 
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Where the next iteration begins.
+        """Sets the epoch and batch at which the next iteration begins.
 
         Raises:
-            ConfigError: no such batch.
+            ConfigError: There is no such batch.
         """
         self.batch_sampler.start_at(epoch, batch)
 
     def close(self) -> None:
-        """Ends the workers; left to the garbage collector after an exception, they would take many seconds."""
+        """Stops the workers. After an exception, the garbage collector would take many seconds to do so."""
         iterator, self.loader._iterator = self.loader._iterator, None
         if hasattr(iterator, '_shutdown_workers'):
             iterator._shutdown_workers()
@@ -109,7 +104,7 @@ class TrainStream(_Stream):
         keys.start_at(*here)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # without workers the samples are made here, and seed the global generators
+        # without workers, samples are read in this process and seed its global generators
         kept = nullcontext if self.loader.num_workers else kept_generators
         batches = self._open()
         while True:
@@ -128,59 +123,49 @@ class TrainStream(_Stream):
         self.unreadable.add(report.unreadable)
         if failed:
             last = report.unreadable[-1]
-            raise DatasetError(f'no readable image was found to replace {last.path} ({last.reason}): fix the '
+            raise DatasetError(f'no readable image was found to replace {last.path} ({last.reason}): repair the '
                                'dataset, or lower --max-bad-samples to stop earlier')
 
 
 class StreamedTrainStream(_Stream):
     """Batches of a streamed dataset (wds, tfds, hfids), which has no index.
 
-    An epoch is repeated if the reader's order depends on seed and epoch only, by workers that are restarted and
-    seeded by (seed, epoch, rank); their number must stay the same. A batch within an epoch is reached by loading
-    what comes before it. Without workers the reader lives on in this process and can only go from epoch to epoch.
+    Workers are restarted in each epoch and seeded by (seed, epoch, rank). A resumed epoch has the same batches if the
+    reader's order depends on seed and epoch only and the number of workers is the same. Starting inside an epoch loads
+    the batches before it again. Without workers, the reader lives in this process and can only go from one epoch to
+    the next.
 
     Args:
-        loader: `DataLoader` over the set, without persistent workers.
-        seed, rank: seed of the run, number of the process.
+        loader: `DataLoader` of the dataset, without persistent workers.
+        seed: Seed of the run.
+        rank: Rank of the process.
+        unreadable: Log of images that were replaced, which must be the third item of each batch.
 
     Attributes:
         current: (epoch, batch) of the batch that was yielded last.
     """
 
-    def __init__(self, loader: torch.utils.data.DataLoader[Any], seed: int, rank: int) -> None:
+    def __init__(self, loader: torch.utils.data.DataLoader[Any], seed: int, rank: int,
+                 unreadable: UnreadableLog | None = None) -> None:
         self.loader = loader
         self.loader.worker_init_fn = WorkerSignals(loader.worker_init_fn)
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.unreadable = seed, rank, unreadable
         self.epoch = self.batch = 0
         self.current = (0, 0)
-        self.unreadable: Any = None  # an UnreadableLog where there is one
         self._next_epoch = 0
 
-    @property
-    def batch_sampler(self) -> Any:
-        """None: the workers cut the batches."""
-        return None
-
-    @property
-    def sampler(self) -> Any:
-        """torch's placeholder."""
-        return self.loader.sampler
-
     def start_at(self, epoch: int, batch: int = 0) -> None:
-        """Where the next iteration begins.
+        """Sets the epoch and batch at which the next iteration begins.
 
         Raises:
-            ConfigError: no such batch.
+            ConfigError: There is no such batch, or it cannot be reached without workers.
         """
         if epoch < 0 or batch < 0:
-            raise ConfigError(f'there is no batch {batch} in epoch {epoch}: both count from 0')
+            raise ConfigError(f'there is no batch {batch} in epoch {epoch}: both are counted from 0')
         if not self.loader.num_workers and (epoch, batch) != (self._next_epoch, 0):
-            raise ConfigError(f'a streamed dataset that is read without workers cannot continue at batch {batch} of '
-                              f'epoch {epoch}: start the run with --workers 1 or more')
+            raise ConfigError(f'without workers, a streamed dataset cannot continue at batch {batch} of epoch {epoch}: '
+                              'start the run with --workers 1 or more')
         self.epoch, self.batch = epoch, batch
-
-    def _note(self, item: Any) -> None:
-        """Takes what travels with a batch from its worker."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         epoch, first = self.epoch, self.batch
@@ -188,9 +173,9 @@ class StreamedTrainStream(_Stream):
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
         seed = keyed_seeds(WORKERS, self.seed, epoch, [0], [self.rank])[0]
-        self.loader.generator = torch.Generator().manual_seed(seed)  # from which the workers' seeds are drawn
+        self.loader.generator = torch.Generator().manual_seed(seed)  # torch draws the seeds of the workers from it
         if first:
-            _logger.info('A streamed dataset cannot be entered in the middle: loading %d batches of epoch %d again.',
+            _logger.info('A streamed dataset can only be read from its start: loading %d batches of epoch %d again.',
                          first, epoch)
         batches, number = iter(self.loader), 0
         while True:
@@ -203,10 +188,11 @@ class StreamedTrainStream(_Stream):
             if item is None:
                 break
             if number >= first:
-                self._note(item)
+                if self.unreadable is not None:
+                    self.unreadable.add(item[2])
                 self.current = epoch, number
                 yield tuple(item[:2])
             number += 1
         if number < first:
             raise DatasetError(f'epoch {epoch} of the streamed dataset ended after {number} batches, before batch '
-                               f'{first} to resume from: use the data, batch size and --workers of the previous run')
+                               f'{first}: resume with the data, batch size and --workers of the previous run')

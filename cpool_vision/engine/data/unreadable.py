@@ -1,34 +1,32 @@
-"""Images that cannot be decoded: found, counted, listed and capped."""
+"""Images that cannot be decoded: replaced or skipped, listed, and limited by `--max-bad-samples`."""
 import logging
 import math
 import os
 import struct
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torch.distributed
 from PIL import Image
 from timm.data import ImageDataset
-from torch.utils.data import Dataset
 
 from cpool_vision.data.images import open_image
 from cpool_vision.errors import DatasetError
-from cpool_vision.files import write_atomic
+from cpool_vision.files import write_text
 from cpool_vision.reading import one_line, open_text
 
 _logger = logging.getLogger(__name__)
-UNREADABLE = -100  # label of an image that could not be decoded: the ignore_index of cross-entropy
+UNREADABLE = -100  # label of an image that cannot be decoded; cross-entropy ignores it
 DECODE_ERRORS = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 LIST_NAME = 'unreadable.txt'
 
 
 class UnreadableImageError(Exception):
-    """The image of a sample cannot be decoded."""
+    """An image cannot be decoded."""
 
 
 class StrictImageDataset(ImageDataset):
-    """timm's `ImageDataset`, but an unreadable image is an error, where timm's hands out its neighbor.
+    """timm's `ImageDataset`, but an unreadable image raises an error; timm's returns the next image instead.
 
     Images are decoded by `data.images.open_image`.
     """
@@ -38,7 +36,7 @@ class StrictImageDataset(ImageDataset):
                          input_img_mode=dataset.input_img_mode, transform=dataset.transform,
                          target_transform=dataset.target_transform)
 
-    def _load(self, index: int) -> tuple[Any, Any]:
+    def _load(self, index: int) -> tuple[Image.Image | bytes, object]:
         try:
             file, target, *_ = self.reader[index]
             with file:
@@ -46,10 +44,9 @@ class StrictImageDataset(ImageDataset):
         except (*DECODE_ERRORS, ValueError) as error:
             raise UnreadableImageError(' '.join(str(error).split()) or type(error).__name__) from error
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image, target = self._load(index)
-        if self.transform is not None:
-            image = self.transform(image)
+    def __getitem__(self, index: int) -> tuple[object, object]:
+        source, target = self._load(index)
+        image = source if self.transform is None else self.transform(source)
         if getattr(self.target_transform, 'takes_all', False):
             target = self.target_transform(target)
         elif target is None:
@@ -60,9 +57,9 @@ class StrictImageDataset(ImageDataset):
 
 
 class CountingImageDataset(StrictImageDataset):
-    """Validation images, of which an unreadable one comes out blank with the label `UNREADABLE`."""
+    """Images for validation: an unreadable one is returned as a blank image with the label `UNREADABLE`."""
 
-    def _load(self, index: int) -> tuple[Any, Any]:
+    def _load(self, index: int) -> tuple[Image.Image | bytes, object]:
         try:
             return super()._load(index)
         except UnreadableImageError as error:
@@ -70,8 +67,8 @@ class CountingImageDataset(StrictImageDataset):
             return Image.new(self.input_img_mode or 'RGB', (64, 64)), UNREADABLE
 
 
-def sample_name(dataset: Dataset[Any], index: int) -> str:
-    """Path of a sample within its set, or its number where the set has no names."""
+def sample_name(dataset: object, index: int) -> str:
+    """Returns the path of a sample within its dataset, or 'sample INDEX' if the dataset has no paths."""
     filename = getattr(dataset, 'filename', None)
     if filename is not None:
         return str(filename(index))
@@ -79,40 +76,49 @@ def sample_name(dataset: Dataset[Any], index: int) -> str:
     return str(samples[index][0]) if samples else f'sample {index}'
 
 
+def gather_numbers(numbers: list[int], distributed: bool) -> list[int]:
+    """Returns the sorted union of the integers of all processes. Every process must call it."""
+    if not distributed:
+        return sorted(numbers)
+    parts: list[list[int]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, numbers)
+    return sorted({number for part in parts for number in part})
+
+
 def count_allowed(limit: float, total: int) -> int:
-    """How many of `total` images `--max-bad-samples` allows: from 1 on a number, below 1 a share, rounded up."""
+    """Returns how many of `total` images may be unreadable: `limit` if at least 1, else that fraction, rounded up."""
     return int(limit) if limit >= 1 else math.ceil(limit * total)
 
 
-def refuse_unreadable(dataset: Dataset[Any], positions: list[int], total: int, limit: float = 0.) -> None:
-    """Refuses validation images that cannot be read, or warns of as many as are allowed.
+def refuse_unreadable(dataset: object, positions: list[int], total: int, limit: float = 0.) -> None:
+    """Raises an error if too many validation images cannot be read, else warns about them.
 
     Args:
-        dataset: validation set.
-        positions: numbers of the images that could not be decoded.
-        total: images in all.
-        limit: see `count_allowed`.
+        dataset: Validation dataset.
+        positions: Indices of the images that could not be decoded.
+        total: Number of images.
+        limit: Number or fraction of images to tolerate, see `count_allowed`.
 
     Raises:
-        DatasetError: there are more than allowed.
+        DatasetError: There are more than allowed.
     """
     if not positions:
         return
     text = f'{len(positions)} of {total} images cannot be read: {_enumerate(dataset, positions)}'
     if len(positions) > count_allowed(limit, total):
-        raise DatasetError(f'{text}; restore or remove them, or allow them with --max-bad-samples; the accuracy would '
-                           'be wrong')
+        raise DatasetError(f'{text}; restore or remove them, or tolerate them with --max-bad-samples (the metrics then '
+                           'leave them out)')
     _logger.warning('%s; they are left out of the metrics.', text)
 
 
-def _enumerate(dataset: Any, indices: list[int]) -> str:
+def _enumerate(dataset: object, indices: list[int]) -> str:
     more = f' and {len(indices) - 5} more' if len(indices) > 5 else ''
     return ', '.join(one_line(sample_name(dataset, index)) for index in indices[:5]) + more
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A training image that was replaced: its number, its path within the set, and why."""
+    """A training image that was replaced: its index, its path within the dataset, and the reason."""
 
     index: int
     path: str
@@ -120,14 +126,14 @@ class Unreadable:
 
 
 class UnreadableLog:
-    """The unreadable training images of a run, listed in the file `unreadable.txt` of its folder.
+    """Unreadable training images of a run, listed in the file `unreadable.txt` of its folder.
 
     Args:
-        dataset: training set.
-        limit: how many are tolerated, see `count_allowed`.
+        dataset: Training dataset.
+        limit: Number or fraction of images to tolerate, see `count_allowed`.
     """
 
-    def __init__(self, dataset: Any, limit: float) -> None:
+    def __init__(self, dataset: Sized, limit: float) -> None:
         self.dataset = dataset
         self.allowed = count_allowed(limit, len(dataset))
         self.limit = limit
@@ -136,7 +142,7 @@ class UnreadableLog:
         self._listed: set[int] = set()
 
     def open(self, folder: str) -> None:
-        """Lists into `folder` from now on, beside what an earlier part of the run listed; '' for no list."""
+        """Starts listing images in `folder`, and keeps what the run listed before it was resumed; '' for no list."""
         self.folder = folder
         path = os.path.join(folder, LIST_NAME)
         if folder and os.path.exists(path):
@@ -150,21 +156,21 @@ class UnreadableLog:
             return
         self._listed |= indices
         text = ''.join(f'{index}\t{one_line(sample_name(self.dataset, index))}\n' for index in sorted(self._listed))
-        content = text.encode(errors='surrogateescape')  # as file names may hold bytes that are not UTF-8
-        write_atomic(os.path.join(self.folder, LIST_NAME), lambda file: file.write(content))
+        # file names may contain bytes that are not UTF-8
+        write_text(os.path.join(self.folder, LIST_NAME), text, errors='surrogateescape')
 
     def add(self, images: list[Unreadable]) -> None:
-        """Takes note of images that a batch did without.
+        """Records images that were replaced in a batch.
 
         Raises:
-            DatasetError: there are more than tolerated.
+            DatasetError: There are more than tolerated.
         """
         new = {image.index: image for image in images if image.index not in self.found}
         if not new:
             return
         self.found.update(new)
         for image in new.values():
-            _logger.warning('Training image %s (number %d) cannot be read (%s): it is replaced by another one.',
+            _logger.warning('Training image %s (index %d) cannot be read (%s). Another one replaces it.',
                             one_line(image.path), image.index, image.reason)
         self._list(set(self.found))
         if len(self.found) > self.allowed:
@@ -173,23 +179,13 @@ class UnreadableLog:
                 f'({self.allowed}): {_enumerate(self.dataset, list(self.found))}; restore or remove them, or raise '
                 '--max-bad-samples')
 
-    def share(self, device: torch.device) -> int:
-        """Lists what all processes found, on the one that has a folder; every process must call it.
+    def share(self) -> int:
+        """Merges and lists what all processes found. Every process must call it.
 
         Returns:
-            How many there are in all.
+            Number of unreadable images found so far by any process.
         """
-        found = set(self.found)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world_size = torch.distributed.get_world_size()
-            count = torch.tensor([len(found)], device=device)
-            counts = [torch.zeros_like(count) for _ in range(world_size)]
-            torch.distributed.all_gather(counts, count)
-            longest = int(torch.cat(counts).max())
-            if longest:
-                mine = torch.tensor([*sorted(found), *[-1] * (longest - len(found))], device=device)
-                all_found = [torch.empty_like(mine) for _ in range(world_size)]
-                torch.distributed.all_gather(all_found, mine)
-                found = set(torch.cat(all_found).tolist()) - {-1}
-        self._list(found)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        found = gather_numbers(list(self.found), distributed)
+        self._list(set(found))
         return len(found)

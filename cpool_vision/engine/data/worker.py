@@ -1,5 +1,6 @@
-"""Signals in data loading workers."""
+"""Signal handling in data loading workers, and clear errors when a worker dies."""
 import atexit
+import ctypes
 import multiprocessing
 import os
 import re
@@ -8,37 +9,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
-from typing import Any
 
 from cpool_vision.errors import DatasetError
 
 _KILLED = re.compile(r'DataLoader worker \(pid.*(exited unexpectedly|is killed by signal: Killed)')
-_LITTLE = re.compile(r'DataLoader worker .* is killed by signal: Bus error')
+_NO_SHARED_MEMORY = re.compile(r'DataLoader worker .* is killed by signal: Bus error')
 
 
 @cache
-def _leaving() -> Any:
-    """Shared with workers: 1 from the moment when this process begins to exit."""
-    flag = multiprocessing.RawValue('b', 0)
-    # later than multiprocessing's own hook, which terminates the workers, and so called before it
+def _exiting() -> ctypes.c_byte:
+    """Returns a value shared with the workers, which becomes 1 when this process begins to exit."""
+    flag = multiprocessing.RawValue(ctypes.c_byte, 0)
+    # registered after multiprocessing's own hook, which terminates the workers, and so called before it
     atexit.register(setattr, flag, 'value', 1)
     return flag
 
 
 class WorkerSignals:
-    """Start of a worker that outlives the signals which schedulers and terminals send to every process of a job.
+    """Worker initialization that ignores the signals which schedulers and terminals send to every process of a job.
 
-    The training process still needs batches until it has saved and stops. SIGINT and SIGUSR1 are ignored, and SIGTERM
-    too, which torch lets end a worker, until the training process exits and terminates its workers itself. A worker
-    notices when that process was killed.
+    The training process needs more batches until it has saved a checkpoint. Its workers therefore ignore SIGINT,
+    SIGUSR1 and SIGTERM until it exits and terminates them. A worker still notices when the training process was killed.
 
     Args:
-        start: further function to call with the number of the worker.
+        start: Another initialization function, called with the worker's number.
     """
 
     def __init__(self, start: Callable[[int], None] | None = None) -> None:
         self.start = start
-        self.leaving = _leaving()
+        self.exiting = _exiting()
 
     def __call__(self, worker: int) -> None:
         for name in ('SIGINT', 'SIGUSR1'):
@@ -49,16 +48,16 @@ class WorkerSignals:
             self.start(worker)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        if self.leaving.value:
+        if self.exiting.value:
             os._exit(0)
 
 
 @contextmanager
 def explained_deaths() -> Iterator[None]:
-    """Turns torch's error about a loader worker that died into one that names the likely cause.
+    """Replaces torch's error about a dead data loading worker by one that names the likely cause.
 
     Raises:
-        DatasetError: in its place.
+        DatasetError: A worker was killed or ran out of shared memory.
     """
     try:
         yield
@@ -67,7 +66,7 @@ def explained_deaths() -> Iterator[None]:
         if _KILLED.search(text):
             raise DatasetError('a data loading worker was killed, most likely because memory ran out: lower --workers '
                                'or --batch-size, or give the job more memory') from error
-        if _LITTLE.search(text):
+        if _NO_SHARED_MEMORY.search(text):
             raise DatasetError('a data loading worker ran out of shared memory (/dev/shm): lower --workers or '
                                '--batch-size, or enlarge it (docker run --shm-size)') from error
         raise

@@ -113,7 +113,7 @@ def fit(run: Run) -> RunResult:
 
 def _share_training(run: Run) -> None:
     """Exchanges unreadable images and batch norm statistics between the processes after an epoch."""
-    unreadable = loaders.share_unreadable(run.loader, run.runtime.device)
+    unreadable = loaders.share_unreadable(run.loader)
     if unreadable:
         _logger.warning('%d training images so far could not be read and were replaced: see %s.', unreadable,
                         LIST_NAME)

@@ -9,6 +9,7 @@ from timm.task import TrainingTask
 
 from ..checkpoints.progress import Progress
 from ..checkpoints.saver import CheckpointSaver
+from ..data.fingerprint import Fingerprint
 from ..data.stream import Loader
 from ..device import Runtime
 from ..distributed.signals import StopSignals
@@ -72,7 +73,7 @@ class Run:
     after_update: Callable[[int, bool, Verdict], None] = lambda *_: None
     after_epoch: Callable[[float | None, bool], None] = lambda *_: None
     metric: str = 'loss'
-    data: dict[str, object] | None = None
+    data: Fingerprint | None = None
     validator: Validator | None = None
     record: RunFolder | None = None
     saver: CheckpointSaver | None = None

@@ -1,1 +1,1 @@
-"""Measuring models: one pass, metrics, costs, results."""
+"""Validation: evaluation loop, metrics, cost and results files."""

@@ -2,20 +2,22 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
 
 from timm.utils import natural_key
 
 from cpool_vision.errors import DatasetError, DatasetNotFoundError
 
+from .results_rows import Row
+
 
 @dataclass(frozen=True)
 class Corruption:
-    """One folder of images.
+    """Images with one corruption at one severity.
 
     Attributes:
-        corruption, severity: names of the folders.
-        path: the folder with the classes.
+        corruption, severity: Names of the folders.
+        path: Folder of the class folders.
     """
 
     corruption: str
@@ -29,11 +31,11 @@ def _folders(path: str) -> list[str]:
 
 
 def find_corruptions(root: str) -> list[Corruption]:
-    """Folders of `--corruptions`, by corruption and severity.
+    """Finds the folders in `--corruptions`, sorted by corruption and severity.
 
     Raises:
-        DatasetNotFoundError: no such folder.
-        DatasetError: it, or a corruption in it, has no folders.
+        DatasetNotFoundError: The folder does not exist.
+        DatasetError: The folder, or one of a corruption, contains no folders.
     """
     if not os.path.isdir(root):
         raise DatasetNotFoundError(f'--corruptions {root!r} does not exist: check the path')
@@ -41,41 +43,39 @@ def find_corruptions(root: str) -> list[Corruption]:
     for name in _folders(root):
         severities = _folders(os.path.join(root, name))
         if not severities:
-            raise DatasetError(f'--corruptions {root!r}: {name!r} holds no folders; expected {name}/SEVERITY/CLASS/*')
+            raise DatasetError(f'--corruptions {root!r}: {name!r} contains no folders; expected '
+                               f'{name}/SEVERITY/CLASS/*')
         found += [Corruption(name, severity, os.path.join(root, name, severity)) for severity in severities]
     if not found:
-        raise DatasetError(f'--corruptions {root!r} holds no folders: expected CORRUPTION/SEVERITY/CLASS/* in it')
+        raise DatasetError(f'--corruptions {root!r} contains no folders: expected CORRUPTION/SEVERITY/CLASS/* in it')
     return found
 
 
-def line(place: Corruption, row: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one folder."""
+def line(folder: Corruption, row: Row) -> Row:
+    """Returns the metrics of one folder, from the row of its validation."""
     kept = ('top1', 'top1_err', 'top1_low', 'top1_high', 'top5', 'top5_err', 'loss', 'nll', 'ece', 'brier', 'images',
             'nonfinite', 'unreadable')
-    return {'corruption': place.corruption, 'severity': place.severity, **{key: row[key] for key in kept}}
+    return {'corruption': folder.corruption, 'severity': folder.severity, **{key: row[key] for key in kept}}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def summarize(about: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a model over all corruptions.
+def summarize(about: Row, lines: Sequence[Row]) -> Row:
+    """Averages the metrics of all folders.
 
     Args:
-        about: what the row says of the model.
-        lines: see `line`.
+        about: Description of the model, see `head_of_row`.
+        lines: Metrics of each folder, see `line`.
 
     Returns:
-        `top1`, `top5`, `loss` and the like: means over corruptions of the mean over their severities, in percent (mean
-        corruption error of Hendrycks and Dietterich, arXiv:1903.12261, but not divided by the error of AlexNet);
-        `images` in all; `corruptions`: the lines; `corruption_means`: top-1 `by_corruption` and `by_severity`.
+        A row with `top1`, `top5`, `loss`, `nll`, `ece` and `brier` as means over corruptions of the mean over
+        severities (the mean corruption error of Hendrycks and Dietterich, arXiv:1903.12261, without division by
+        AlexNet's error), the total number of `images`, `corruption_means` of top-1 (`by_corruption` and
+        `by_severity`), and the lines themselves as `corruptions`.
     """
     names = list(dict.fromkeys(each['corruption'] for each in lines))
     severities = sorted({each['severity'] for each in lines}, key=natural_key)
 
     def mean(key: str) -> float:
-        return _mean([_mean([each[key] for each in lines if each['corruption'] == name]) for name in names])
+        return fmean(fmean(each[key] for each in lines if each['corruption'] == name) for name in names)
 
     top1, top5 = mean('top1'), mean('top5')
     return {
@@ -88,9 +88,9 @@ def summarize(about: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[st
         **{key: mean(key) for key in ('nll', 'ece', 'brier')},
         **{key: sum(each[key] for each in lines) for key in ('nonfinite', 'unreadable')},
         'corruption_means': {
-            'by_corruption': {name: _mean([each['top1'] for each in lines if each['corruption'] == name])
+            'by_corruption': {name: fmean(each['top1'] for each in lines if each['corruption'] == name)
                               for name in names},
-            'by_severity': {severity: _mean([each['top1'] for each in lines if each['severity'] == severity])
+            'by_severity': {severity: fmean(each['top1'] for each in lines if each['severity'] == severity)
                             for severity in severities}},
         'corruptions': list(lines),
     }

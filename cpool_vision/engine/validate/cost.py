@@ -1,8 +1,7 @@
-"""What a model costs: parameters, multiply-adds, time and memory."""
+"""Measures the cost of a model: multiply-adds, latency, throughput and memory."""
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +12,17 @@ from ..device import Precision
 from .evaluate import first_output
 
 _RUNS = 200
-_LIMIT_S = 20.  # a model that takes longer for all runs gets fewer
+_LIMIT_S = 20.  # slower models get fewer runs
 
 
 def count_macs(model: nn.Module, image: torch.Tensor) -> int:
-    """Multiply-adds of one forward pass: half the operations that `FlopCounterMode` counts.
+    """Counts the multiply-adds of a forward pass: half the operations that `FlopCounterMode` counts.
 
-    A context pool counts as if each output cell read the whole map; attention as its matrix products.
+    A context pool counts as if each output cell read the whole map, attention as its matrix products.
 
     Args:
-        model: not compiled or scripted.
-        image: `(1, C, H, W)`.
+        model: A model that is not compiled or scripted.
+        image: Input `(1, C, H, W)`.
     """
     switched = [module for module in model.modules() if getattr(module, 'fused_attn', False) is True]
     for module in switched:
@@ -38,7 +37,7 @@ def count_macs(model: nn.Module, image: torch.Tensor) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _seconds(call: Callable[[], Any], device: torch.device, fewest: int) -> list[float]:
+def _seconds(call: Callable[[], object], device: torch.device, fewest: int) -> list[float]:
     def settle() -> None:
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
@@ -76,21 +75,24 @@ def measure_cost(
         precision: Precision,
         channels_last: bool = False,
 ) -> dict[str, float]:
-    """Times forward passes on random images that are on the device already.
+    """Times forward passes on random images that are already on the device.
 
     Args:
-        model: in the form that is measured, in eval mode.
+        model: The model, in eval mode, possibly compiled.
         input_size: (channels, height, width).
-        batch_size: images per batch, for throughput and memory.
-        device: where to.
-        precision: autocast and dtype.
-        channels_last: layout of the images.
+        batch_size: Images per batch, for throughput and memory.
+        device: Device of the model.
+        precision: Autocast and dtype.
+        channels_last: Whether images are in NHWC layout.
 
     Returns:
-        `latency_p50_ms`, `latency_p90_ms`, `latency_p99_ms` of a single image with the transfer of control to and from
-        the device, `latency_runs`; `batch_size`, `throughput` in images per second at the median time of a batch;
-        `peak_memory_mib` allocated on a CUDA device by model and batch, or else `peak_process_memory_mib`, the most
-        that the process has had so far.
+        A dictionary of
+
+        - `latency_p50_ms`, `latency_p90_ms`, `latency_p99_ms`: time of a single image, including launch and
+          synchronization; `latency_runs`, the number of runs.
+        - `throughput`: images per second at the median time of a batch of `batch_size`.
+        - `peak_memory_mib`: memory allocated on a CUDA device; on other devices `peak_process_memory_mib`, the peak
+          memory of the process so far.
     """
     def caller(images: int) -> Callable[[], torch.Tensor]:
         image = torch.randn((images, *input_size), device=device, dtype=precision.model_dtype or torch.float32)

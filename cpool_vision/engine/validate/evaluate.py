@@ -1,7 +1,7 @@
-"""One pass of a model over a loader, each image counted once, whatever the number of processes."""
+"""Runs a model over a loader and counts every image once, for any number of processes."""
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from cpool_vision.errors import ConfigError, DatasetError
 
 from ..data.multi_label import unreadable_rows
 from ..data.stream import Loader
+from ..data.unreadable import gather_numbers
 from ..device import Precision, Runtime
 from ..tracking.progress_bar import ProgressBar
 from .metrics import Tally
@@ -23,12 +24,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Evaluation:
-    """What `evaluate` measured.
+    """Result of `evaluate`.
 
     Attributes:
-        metrics: see `metrics.Tally.compute`.
-        images_per_sec: throughput of this process, loading included.
-        unreadable_positions: numbers of images that could not be decoded; those of all processes if distributed.
+        metrics: See `metrics.Tally.read`.
+        images_per_sec: Throughput of this process, including data loading.
+        unreadable_positions: Indices of the images that could not be decoded, over all processes.
     """
 
     metrics: dict[str, float]
@@ -37,16 +38,16 @@ class Evaluation:
 
 
 class Rows:
-    """Which rows of this process's batches are images, and which they are in the dataset.
+    """Maps rows of this process's batches to indices in the dataset, and recognizes padding.
 
-    Process r of W has the images r, r + W, ... and then padding, as timm's `OrderedDistributedSampler` gives them out.
+    As in timm's `OrderedDistributedSampler`, process r of W has images r, r + W, ..., followed by padding.
 
     Args:
-        loader: the loader.
-        distributed: whether other processes share the dataset.
+        loader: The loader.
+        distributed: Whether other processes share the dataset.
 
     Attributes:
-        numbers: of the images so far.
+        numbers: Indices of the images so far.
     """
 
     def __init__(self, loader: Loader, distributed: bool = False) -> None:
@@ -60,7 +61,7 @@ class Rows:
         self._unreadable: list[torch.Tensor] = []
 
     def take(self, target: torch.Tensor) -> list[int]:
-        """Numbers of the images in the rows of a batch; those after them are padding."""
+        """Returns the indices of the images in a batch; further rows are padding."""
         first, self.seen = self.seen, self.seen + len(target)
         last = self.seen if self.limit is None else min(self.seen, self.limit)
         positions = [self.rank + row * self.world_size for row in range(first, last)]
@@ -69,26 +70,40 @@ class Rows:
         return positions
 
     def unreadable(self) -> list[int]:
-        """Numbers of the images of all processes that could not be decoded; every process must call it."""
+        """Returns the indices of unreadable images over all processes. Every process must call it."""
         rows = torch.cat(self._unreadable).nonzero().flatten().tolist() if self._unreadable else []
         return gather_numbers([self.numbers[row] for row in rows], self.distributed)
 
 
-def first_output(output: Any) -> torch.Tensor:
-    """Logits of models that return several heads."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+def first_output(output: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the logits, or those of the first head if the model returns several."""
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def check_views(views: int, naflex: bool = False) -> None:
-    """Raises `ConfigError` unless `--tta` can be done."""
+    """Checks the value of `--tta`.
+
+    Raises:
+        ConfigError: It is not 0, 1 or 2, or does not work with the NaFlex loader.
+    """
     if views not in (0, 1, 2):
-        raise ConfigError(f'--tta {views}: 0 and 1 mean the image alone, 2 the mean of it and its mirror image')
+        raise ConfigError(f'--tta must be 0 or 1 (the image alone) or 2 (average with its mirror image), got {views}')
     if views == 2 and naflex:
-        raise ConfigError('--tta mirrors whole images, of which --naflex-loader keeps none: drop one of them')
+        raise ConfigError('--tta 2 mirrors whole images, but --naflex-loader yields patches: drop one of them')
 
 
 def predict(model: nn.Module, image: Any, precision: Precision, views: int = 0) -> torch.Tensor:
-    """Logits `(B, C)`; with 2 views their fp32 mean over images `(B, C, H, W)` and mirror images."""
+    """Computes the logits of a batch.
+
+    Args:
+        model: The model.
+        image: Images `(B, C, H, W)`, or a dictionary of patches with `views` < 2.
+        precision: Autocast and dtype.
+        views: 2 to average, in float32, the logits of each image and its mirror image.
+
+    Returns:
+        Logits `(B, classes)`.
+    """
     with precision.autocast():
         output = first_output(model(image))
         if views != 2:
@@ -98,11 +113,13 @@ def predict(model: nn.Module, image: Any, precision: Precision, views: int = 0) 
 
 
 def fill_batch(image: Any, size: int) -> Any:
-    """A batch of `size`, missing rows being copies of the first: kernels are chosen, and round, by the size of a batch.
+    """Pads a batch to `size` with copies of its first row.
+
+    Kernels, and so rounding, depend on the batch size. In batches of equal size, an image always has the same logits.
 
     Args:
-        image: images (B, C, H, W) or a dictionary of tensors (B, ...) and other values; B >= 1.
-        size: what to fill up to; a larger batch stays as it is.
+        image: Images `(B, C, H, W)`, or a dictionary of tensors `(B, ...)` and other values; B >= 1.
+        size: Number of rows; a larger batch is returned as it is.
     """
     if isinstance(image, dict):
         return {name: fill_batch(part, size) for name, part in image.items()}
@@ -121,15 +138,6 @@ def _prepare(image: Any, target: torch.Tensor, runtime: Runtime, prefetched: boo
     return image.contiguous(memory_format=torch.channels_last) if channels_last else image, target
 
 
-def gather_numbers(numbers: list[int], distributed: bool) -> list[int]:
-    """Sorted union of the integers of all processes; every process must call it."""
-    if not distributed:
-        return sorted(numbers)
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, numbers)
-    return sorted({number for part in parts for number in part})
-
-
 @torch.inference_mode()
 def evaluate(
         model: nn.Module,
@@ -146,23 +154,24 @@ def evaluate(
         tally: Tally | None = None,
         on_batch: Callable[[torch.Tensor, torch.Tensor, list[int]], None] | None = None,
 ) -> Evaluation:
-    """Runs a model over a loader; every image counts once.
+    """Runs a model over a loader and returns its metrics. Every process must call it.
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes); left in eval mode.
-        loader: yields images and targets, class indices or what `tally` takes.
-        runtime: where to compute; the counts of all its processes are added.
-        prefetched: the loader puts normalized images on the device itself.
-        channels_last: layout of the images.
-        log_interval, title: batches between log lines, and their text.
-        valid_labels: outputs that compete; targets are positions in this list.
+        model: Maps images `(B, C, H, W)` to logits `(B, classes)`; left in eval mode.
+        loader: Yields images and targets: class indices, or what `tally` expects.
+        runtime: Device and processes; metrics are computed over all processes.
+        prefetched: Whether the loader itself normalizes images and moves them to the device.
+        channels_last: Whether to convert images to NHWC layout.
+        log_interval: Batches between log lines.
+        title: Title of log lines and errors.
+        valid_labels: Outputs to choose between; targets are positions in this list. All outputs if None.
         views: 2 to average the logits of each image and its mirror image.
-        fill: size that every batch is filled up to, so that an image gives the same logits in whichever it is.
-        tally: takes the metrics; a plain `Tally` if None.
-        on_batch: called with logits and targets of each batch and the numbers of its images, padding left out.
+        fill: Size to pad every batch to, so that the logits of an image do not depend on its batch; 0 for no padding.
+        tally: Computes the metrics; `Tally` if None.
+        on_batch: Called with the logits, the targets and the indices of the images of each batch, without padding.
 
     Raises:
-        DatasetError: images without a label, or with one that is not a class.
+        DatasetError: An image has no label, or one that is not a class.
     """
     model.eval()
     tally = tally or Tally(runtime.device)
@@ -192,10 +201,10 @@ def evaluate(
 
 
 def _check(metrics: dict[str, float], title: str, primary: bool) -> None:
-    """Refuses images without a class, and warns of logits that are not finite."""
+    """Raises an error about images without a valid label; warns about logits that are NaN or infinite."""
     if metrics.get('unlabeled'):
-        raise DatasetError(f'{metrics["unlabeled"]} images are labeled with none of the classes that compete: check '
-                           '--num-classes and --class-map, or whether the split has labels')
+        raise DatasetError(f'{metrics["unlabeled"]} images have no label, or one that is not a class of the model: '
+                           'check --num-classes and --class-map, or whether the split has labels')
     if primary and metrics['nonfinite']:
-        _logger.warning('%s: %d images gave logits that are NaN or infinite; they count as wrong, and not in the loss.',
-                        title, metrics['nonfinite'])
+        _logger.warning('%s: the logits of %d images are NaN or infinite. These images count as errors, and are left '
+                        'out of the loss.', title, metrics['nonfinite'])

@@ -1,8 +1,7 @@
-"""Accuracy, likelihood and calibration as sums of integers: exact, whatever the order of images and the processes."""
+"""Accuracy, likelihood and calibration from integer sums: exact for any order of the images and number of processes."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,62 +10,69 @@ from torchmetrics import Metric
 
 from ..data.unreadable import UNREADABLE
 
-CONFUSION_LIMIT = 2048  # classes; the matrix of more would take over 32 MB
+CONFUSION_LIMIT = 2048  # classes; a larger matrix would take over 32 MB
 BINS = 15
-FRACTION_BITS = 40  # 2^40 in each of 2^23 images still fits 63 bits
+FRACTION_BITS = 40  # the sum of 2^23 values of 2^40 fits 63 bits
 _Z95 = 1.959963984540054
 
 
 def wilson_interval(hits: int, total: int, z: float = _Z95) -> tuple[float, float]:
-    """Confidence interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927); 95 % by default.
+    """Computes the confidence interval of a proportion (Wilson, J. Am. Stat. Assoc. 22, 1927); 95 % by default.
 
     Args:
-        hits: successes.
-        total: trials.
-        z: quantile of the normal distribution.
+        hits: Number of successes.
+        total: Number of trials.
+        z: Quantile of the normal distribution.
 
     Returns:
-        Lower and upper bound, 0 to 1; both NaN without trials.
+        Lower and upper bound in [0, 1]; NaN without trials.
     """
     if not total:
         return math.nan, math.nan
     share, weight = hits / total, z * z / total
     center = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
-    # at 0 and 1 the bound is the share itself, which rounding would miss
+    # at 0 and 1 the bound is exact; rounding would miss it
     return (0. if not hits else center - half), (1. if hits == total else center + half)
 
 
+def _intervals(images: int, **hits: int) -> dict[str, float]:
+    """Returns NAME_low and NAME_high in percent: 95 % confidence intervals of `hits` in `images`."""
+    return {f'{name}_{side}': 100 * bound for name, count in hits.items()
+            for side, bound in zip(('low', 'high'), wilson_interval(count, images), strict=True)}
+
+
 def _fixed_point(values: torch.Tensor) -> torch.Tensor:
-    """Sum of values >= 0 as whole parts and fractions of 2^-40: `(2,)`, int64. Above 2^40 a value counts as that."""
+    """Sums values >= 0 as integer parts and fractions in units of 2^-40: `(2,)`, int64. Values are capped at 2^40."""
     values = values.clamp(max=2. ** FRACTION_BITS)
     whole = values.floor()
     return torch.stack([whole.long().sum(), ((values - whole) * 2 ** FRACTION_BITS).round().long().sum()])
 
 
 def mean_of_parts(parts: list[int], count: int) -> float:
-    """Mean of `count` values whose sum is given as whole parts and fractions of 2^-40; NaN without values."""
+    """Returns the mean of `count` values from their sum, see `_fixed_point`; NaN without values."""
     return ((parts[0] << FRACTION_BITS) + parts[1]) / (count << FRACTION_BITS) if count else math.nan
 
 
-def _share(hits: int, total: int) -> float:
+def _percent(hits: int, total: int) -> float:
     return 100 * hits / total if total else math.nan
 
 
 class Tally(Metric):
-    """Loss, top-1 and top-5.
+    """Loss, top-1 and top-5 accuracy.
 
-    torchmetrics synchronizes the states; its own classes are not used, as `MulticlassAccuracy` takes NaN for class 0
-    and float sums of others depend on the order. Adding a batch does not wait for the device.
+    A torchmetrics `Metric`, for its synchronization between processes. torchmetrics' own classes are not used:
+    `MulticlassAccuracy` takes NaN for class 0, and the float sums of others depend on the order of the images. Adding a
+    batch does not synchronize the device.
 
-    A row labeled `UNREADABLE` is counted as such and nothing else. A row with a logit that is NaN or infinite is
-    never classed: it counts as wrong, and not in the loss. Rows labeled with no class are counted as unlabeled.
+    Images labeled `UNREADABLE` are only counted. Images with a NaN or infinite logit count as errors and are left out
+    of the loss. Images whose label is not a class are counted as unlabeled.
 
     Args:
-        device: device of the outputs.
+        device: Device of the outputs.
 
     Attributes:
-        columns: figures that summary.csv has.
+        columns: Metrics written to summary.csv.
     """
 
     columns: tuple[str, ...] = ('loss', 'top1', 'top5')
@@ -85,7 +91,7 @@ class Tally(Metric):
         self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx='sum')
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds logits (B, classes) and what `evaluate` got as targets, class indices (B,) here."""
+        """Adds a batch of logits `(B, classes)` and targets, here class indices `(B,)`."""
         if len(target):
             with torch.no_grad():
                 self._count(output.detach().float(), target)
@@ -101,7 +107,7 @@ class Tally(Metric):
         self.counts += torch.stack([
             known.sum(), hits[:, 0].sum(), hits.sum(), (known & ~finite).sum(), unreadable.sum(),
             (~known & ~unreadable).sum()])
-        # float64 where the device has it: what the order of additions does to a row is lost in rounding to 2^-40
+        # float64 if the device has it: rounding to 2^-40 then hides differences in the order of additions
         wide = output if output.device.type == 'mps' else output.double()
         self._score(wide.log_softmax(dim=-1), ranked[:, 0], target, known, valid)
 
@@ -110,43 +116,43 @@ class Tally(Metric):
         self.sums[0] += _fixed_point(-log_prob.gather(1, target[:, None])[:, 0].masked_fill(~valid, 0))
 
     def read(self) -> dict[str, float]:
-        """`loss` (natural logarithm), `top1` and `top5` in percent; `images`, `nonfinite`, `unreadable`, `unlabeled`.
+        """Returns `loss` (natural logarithm), `top1` and `top5` in percent, and numbers of images.
 
-        A figure of no image is NaN.
+        The numbers are `images`, `nonfinite`, `unreadable` and `unlabeled`. Metrics are NaN without images.
         """
         images, top1, top5, nonfinite, unreadable, unlabeled = self.counts.tolist()
-        return {'loss': mean_of_parts(self.sums[0].tolist(), images - nonfinite), 'top1': _share(top1, images),
-                'top5': _share(top5, images), 'images': images, 'nonfinite': nonfinite, 'unreadable': unreadable,
+        return {'loss': mean_of_parts(self.sums[0].tolist(), images - nonfinite), 'top1': _percent(top1, images),
+                'top5': _percent(top5, images), 'images': images, 'nonfinite': nonfinite, 'unreadable': unreadable,
                 'unlabeled': unlabeled}
 
     def headline(self) -> tuple[str, str]:
-        """What a log line, and what a progress bar says of the figures so far."""
+        """Returns the metrics so far, as text for a log line and for a progress bar."""
         now = self.read()
         return (f'loss {now["loss"]:.4f}  top1 {now["top1"]:.3f}  top5 {now["top5"]:.3f}', f'top1 {now["top1"]:.2f}')
 
     def compute(self) -> dict[str, float]:
-        """`read`, as torchmetrics calls it."""
+        """Same as `read`, under torchmetrics' name."""
         return self.read()
 
     def compute_over_processes(self) -> dict[str, float]:
-        """The same over the images of all processes; every process must call it."""
+        """`read` over the images of all processes. Every process must call it."""
         with self.sync_context():
             return self.read()  # `compute` would end the context
 
 
 @dataclass
 class ClassFigures:
-    """Figures by class and by confidence.
+    """Results by class and by confidence.
 
     Attributes:
-        images: `(C,)` int64, images of each class.
-        hits: `(C,)` int64, those of them that top-1 gets right.
-        predicted: `(C,)` int64, images that top-1 takes for the class.
-        confusion: `(C, C)` int64, images by true class (row) and predicted class; those with logits that are not
-            finite are in no column. None for more than `CONFUSION_LIMIT` classes.
-        bin_images: `(15,)` int64, images by confidence: bin b holds b/15 < confidence <= (b + 1)/15.
-        bin_hits: `(15,)` int64, those of them that top-1 gets right.
-        bin_confidence: `(15,)` float64, their mean confidence, NaN where there are none.
+        images: `(C,)` int64, number of images of each class.
+        hits: `(C,)` int64, number of these that are classified correctly.
+        predicted: `(C,)` int64, number of images classified as the class.
+        confusion: `(C, C)` int64, number of images by true class (row) and predicted class (column), without images
+            that have NaN or infinite logits. None for more than `CONFUSION_LIMIT` classes.
+        bin_images: `(15,)` int64, number of images by confidence: bin b is b/15 < confidence <= (b + 1)/15.
+        bin_hits: `(15,)` int64, number of these that are classified correctly.
+        bin_confidence: `(15,)` float64, mean confidence in each bin; NaN for an empty bin.
     """
 
     images: NDArray[np.int64]
@@ -159,15 +165,15 @@ class ClassFigures:
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
-        """Accuracy of each class in percent, NaN for a class without images: `(C,)`."""
+        """Accuracy of each class in percent, `(C,)`; NaN for a class without images."""
         return np.divide(100. * self.hits, self.images, out=np.full(len(self.images), np.nan), where=self.images > 0)
 
     def averaged(self, average: str) -> dict[str, float]:
-        """`precision`, `recall` and `f1_score` in percent, as of torchmetrics, which would class NaN.
+        """Returns `precision`, `recall` and `f1_score` in percent, as torchmetrics does for finite logits.
 
         Args:
-            average: 'micro' over images; 'macro' over classes that an image has or is taken for; or 'weighted' by the
-                images of each class.
+            average: 'micro' averages over images, 'macro' over classes that occur as label or prediction, 'weighted'
+                over classes weighted by their number of images.
         """
         hits, images, predicted = (column.astype(float) for column in (self.hits, self.images, self.predicted))
         if average == 'micro':
@@ -180,13 +186,13 @@ class ClassFigures:
 
 
 class ClassTally(Tally):
-    """Also per-class accuracy, confusion matrix, Brier score and calibration error.
+    """Adds per-class accuracy, a confusion matrix, Brier score and calibration error to `Tally`.
 
-    `MulticlassCalibrationError` keeps all confidences in their own dtype and bins in it; here 15 counts and sums do.
+    Unlike torchmetrics' `MulticlassCalibrationError`, it keeps counts and sums of 15 bins instead of every confidence.
 
     Args:
-        device: device of the outputs.
-        num_classes: number of outputs.
+        device: Device of the outputs.
+        num_classes: Number of outputs.
     """
 
     class_counts: torch.Tensor
@@ -212,7 +218,7 @@ class ClassTally(Tally):
         miss = 1 - prob.gather(1, target[:, None])[:, 0]
         self.sums[1] += _fixed_point((others.square().sum(dim=-1) + miss.square()).masked_fill(~valid, 0))
 
-        # one cell beyond the last takes the rows that do not count, so that no shape depends on the data
+        # rows that do not count go to an extra last cell, so that no shape depends on the data
         hit = valid & (guess == target)
         classes, none = self.num_classes, torch.full_like(target, self.num_classes)
         self.class_counts += torch.stack([
@@ -231,7 +237,7 @@ class ClassTally(Tally):
             valid.long(), hit.long(), parts >> FRACTION_BITS, fraction)])
 
     def figures(self) -> ClassFigures:
-        """Figures by class and by confidence of the states as they are; see `compute_all`."""
+        """Returns results by class and by confidence, of the images added in this process."""
         images, hits, predicted = self.class_counts.cpu().numpy().copy()
         count, correct, whole, fraction = self.bins.tolist()
         confidence = [mean_of_parts([w, f], n) for w, f, n in zip(whole, fraction, count, strict=True)]
@@ -241,9 +247,10 @@ class ClassTally(Tally):
         return ClassFigures(images, hits, predicted, matrix, np.array(count), np.array(correct), np.array(confidence))
 
     def read(self) -> dict[str, float]:
-        """Also `macro_accuracy`, `ece` and `mce` in percent and `brier`; and 95 % intervals of top-1 and top-5.
+        """Returns `Tally.read` plus `macro_accuracy`, `ece`, `mce`, `brier`, and 95 % intervals of top-1 and top-5.
 
-        Accuracy is averaged over classes that have images. For the formulas see docs/validation.md.
+        All of these are in percent except `brier`. The macro accuracy averages over classes with images. Formulas are
+        in docs/validation.md.
         """
         metrics = super().read()
         images, top1, top5, nonfinite = self.counts[:4].tolist()
@@ -254,9 +261,7 @@ class ClassTally(Tally):
             if count]
         weights = [count / scored for count in figures.bin_images.tolist() if count]
         present = figures.accuracy[figures.images > 0].tolist()
-        for name, hits in (('top1', top1), ('top5', top5)):
-            low, high = wilson_interval(hits, images)
-            metrics[f'{name}_low'], metrics[f'{name}_high'] = 100 * low, 100 * high
+        metrics |= _intervals(images, top1=top1, top5=top5)
         metrics['macro_accuracy'] = math.fsum(present) / len(present) if present else math.nan
         metrics['brier'] = mean_of_parts(self.sums[1].tolist(), scored)
         metrics['ece'] = 100 * math.fsum(w * g for w, g in zip(weights, gaps, strict=True)) if scored else math.nan
@@ -264,19 +269,19 @@ class ClassTally(Tally):
         return metrics
 
     def compute_all(self) -> tuple[dict[str, float], ClassFigures]:
-        """`compute_over_processes`, and figures by class and confidence over all processes."""
+        """Returns `compute_over_processes`, and results by class and by confidence over all processes."""
         with self.sync_context():
             return self.read(), self.figures()
 
 
 class MultiLabelTally(Metric):
-    """Top-1 and top-5 where several labels of an image are right (Beyer et al., arXiv:2006.07159, for ImageNet).
+    """Top-1 and top-5 accuracy with several correct classes per image (Beyer et al., arXiv:2006.07159, for ImageNet).
 
-    An image without labels does not count; one with a logit that is not finite counts as wrong.
+    Images without correct classes do not count. Images with a NaN or infinite logit count as errors.
 
     Args:
-        labels: right classes of each image of the dataset; None for one whose labels are not known.
-        device: device of the outputs.
+        labels: Correct classes of each image of the dataset.
+        device: Device of the outputs.
     """
 
     full_state_update = False
@@ -289,7 +294,13 @@ class MultiLabelTally(Metric):
         self.to(device)
 
     def update(self, output: torch.Tensor, target: torch.Tensor, positions: Sequence[int]) -> None:
-        """Adds logits (B, classes), labels (B,), of which `UNREADABLE` is heeded only, and numbers of images."""
+        """Adds a batch.
+
+        Args:
+            output: Logits `(B, classes)`.
+            target: Labels `(B,)`; only `UNREADABLE` matters.
+            positions: Index of each image in the dataset.
+        """
         if not len(target):
             return
         output = output.detach().float()
@@ -303,15 +314,12 @@ class MultiLabelTally(Metric):
                                     device=self.counts.device)
 
     def compute(self) -> dict[str, float]:
-        """`top1` and `top5` in percent, `images` that have labels, and 95 % intervals."""
+        """Returns `top1` and `top5` in percent, their 95 % intervals, and the number of `images` that count."""
         images, top1, top5 = self.counts.tolist()
-        result: dict[str, Any] = {'top1': _share(top1, images), 'top5': _share(top5, images), 'images': images}
-        for name, hits in (('top1', top1), ('top5', top5)):
-            low, high = wilson_interval(hits, images)
-            result[f'{name}_low'], result[f'{name}_high'] = 100 * low, 100 * high
-        return result
+        return {'top1': _percent(top1, images), 'top5': _percent(top5, images), 'images': images,
+                **_intervals(images, top1=top1, top5=top5)}
 
     def compute_over_processes(self) -> dict[str, float]:
-        """The same over the images of all processes; every process must call it."""
+        """`compute` over the images of all processes. Every process must call it."""
         with self.sync_context():
             return self.compute()

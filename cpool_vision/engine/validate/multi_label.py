@@ -1,4 +1,4 @@
-"""Precision, recall, F1, average precision and likelihood of several labels per image, exact like `metrics`."""
+"""Multi-label metrics: precision, recall, F1, average precision and loss, as exact as those in `metrics`."""
 import math
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ from .metrics import FRACTION_BITS, Tally, mean_of_parts
 
 _FRACTION = 2 ** FRACTION_BITS
 _CURVE_POINTS = 500
-_CURVED = 20  # classes up to which each has its own curve
+_CURVED = 20  # up to so many classes, each has its own precision-recall curve
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def _fixed_rows(values: torch.Tensor) -> torch.Tensor:
-    """Sum of values >= 0, `(B,)` or `(B, C)`, as whole parts and fractions of 2^-40: `(2,)`, int64.
+    """Sums values >= 0, `(B,)` or `(B, C)`, as integer parts and fractions in units of 2^-40: `(2,)`, int64.
 
-    Each value is rounded by itself, and one above 2^40 counts as that.
+    Values are rounded one by one and capped at 2^40.
     """
     values = values.clamp(max=float(_FRACTION))
     whole = values.floor()
@@ -28,7 +28,7 @@ def _fixed_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def _carry(parts: torch.Tensor) -> torch.Tensor:
-    """The same sums with fractions below 1."""
+    """Moves whole units from the fractions to the integer parts."""
     return torch.stack([parts[0] + (parts[1] >> FRACTION_BITS), parts[1] & (_FRACTION - 1)])
 
 
@@ -38,27 +38,27 @@ def _percent(above: int, below: int) -> float:
 
 def retrieved(scores: NDArray[np.float32], positive: NDArray[np.bool_],
               ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many positives, and how many entries, reach each of the distinct scores, from the highest down.
+    """Counts the positives, and all entries, that reach each distinct score, in descending order of the scores.
 
     Args:
-        scores: `(N,)`, finite.
-        positive: `(N,)`.
+        scores: Finite scores `(N,)`.
+        positive: Whether each entry is positive, `(N,)`.
     """
     if not scores.size:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # the sum makes -0 the same as 0
-    order = np.where(bits < 0, -1 - (bits & 0x7fffffff), bits)  # integers in the order of the scores
+    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # the sum turns -0 into 0
+    order = np.where(bits < 0, -1 - (bits & 0x7fffffff), bits)  # integers that sort like the scores
     keys = np.sort(order << 1 | positive)[::-1]
     ends = np.append(np.flatnonzero(keys[1:] >> 1 != keys[:-1] >> 1), len(keys) - 1)
     return np.cumsum(keys & 1)[ends], ends + 1
 
 
 def average_precision(hits: NDArray[np.int64], taken: NDArray[np.int64], positives: int) -> float:
-    """Sum over thresholds of precision times gain in recall, 0 to 1; NaN without positives.
+    """Computes the sum over thresholds of precision times gain in recall, in [0, 1]; NaN without positives.
 
     Args:
-        hits, taken: see `retrieved`.
-        positives: how many there are, those that are never retrieved included.
+        hits, taken: Result of `retrieved`.
+        positives: Number of positives, including those without a score.
     """
     if not positives:
         return math.nan
@@ -68,24 +68,24 @@ def average_precision(hits: NDArray[np.int64], taken: NDArray[np.int64], positiv
 
 
 def _curve(hits: NDArray[np.int64], taken: NDArray[np.int64], positives: int) -> Curve:
-    """Recall and precision in percent at up to 500 thresholds."""
-    places = np.unique(np.linspace(0, max(len(hits) - 1, 0), min(len(hits), _CURVE_POINTS)).round().astype(int))
-    return 100 * hits[places] / max(positives, 1), 100 * hits[places] / taken[places]
+    """Returns recall and precision in percent at up to 500 thresholds."""
+    chosen = np.unique(np.linspace(0, max(len(hits) - 1, 0), min(len(hits), _CURVE_POINTS)).round().astype(int))
+    return 100 * hits[chosen] / max(positives, 1), 100 * hits[chosen] / taken[chosen]
 
 
 @dataclass
 class LabelFigures:
-    """Figures by label.
+    """Results by label.
 
     Attributes:
-        images: how many were measured.
-        positives: `(C,)` int64, images that have the label.
-        hits: `(C,)` int64, those of them for which it is predicted.
-        predicted: `(C,)` int64, images for which it is predicted.
-        ap: `(C,)` float64, average precision in percent, NaN for a label that no image has.
-        micro_ap: average precision in percent over all pairs of image and label.
-        micro: recall and precision in percent over all these pairs, by falling threshold.
-        curves: the same of each label; none for more than 20 labels.
+        images: Number of images.
+        positives: `(C,)` int64, number of images with the label.
+        hits: `(C,)` int64, number of these for which the label is predicted.
+        predicted: `(C,)` int64, number of images for which the label is predicted.
+        ap: `(C,)` float64, average precision in percent; NaN for a label without images.
+        micro_ap: Average precision in percent over all pairs of image and label.
+        micro: Recall and precision in percent over all these pairs, in descending order of the threshold.
+        curves: Recall and precision of each label; empty for more than 20 labels.
     """
 
     images: int
@@ -98,18 +98,18 @@ class LabelFigures:
     curves: list[Curve]
 
     def column(self, name: str) -> list[float]:
-        """`precision`, `recall` or `f1` of each label in percent, 0 where nothing is divided by nothing."""
+        """Returns `precision`, `recall` or `f1` of each label in percent; 0 where the denominator is 0."""
         above, below = {'precision': (self.hits, self.predicted), 'recall': (self.hits, self.positives),
                         'f1': (2 * self.hits, self.positives + self.predicted)}[name]
         return [_percent(*pair) for pair in zip(above.tolist(), below.tolist(), strict=True)]
 
     def mean_ap(self) -> float:
-        """Mean average precision over the labels that an image has."""
+        """Returns the mean of the average precision in percent, over labels with images."""
         present = self.ap[self.positives > 0].tolist()
         return math.fsum(present) / len(present) if present else math.nan
 
     def averaged(self) -> dict[str, float]:
-        """Precision, recall and F1: `micro_...` over all pairs of image and label, `macro_...` over labels."""
+        """Returns precision, recall and F1 in percent: `micro_*` over image-label pairs, `macro_*` over labels."""
         hits, positives, predicted = (int(each.sum()) for each in (self.hits, self.positives, self.predicted))
         figures = {'micro_f1': _percent(2 * hits, positives + predicted), 'micro_precision': _percent(hits, predicted),
                    'micro_recall': _percent(hits, positives)}
@@ -119,23 +119,23 @@ class LabelFigures:
 
 
 class LabelTally(Tally):
-    """Loss, average precision, precision, recall, F1 and exact matches of several labels per image.
+    """Multi-label loss, average precision, precision, recall, F1 and exact matches.
 
-    All but average precision are sums of integers. For that the scores are kept, 5 bytes for each image and label on
-    the device; the processes exchange them at the end, and each of them then holds all. torchmetrics'
-    `MultilabelAveragePrecision` would take a logit that is not finite for a score, and sums in float32.
+    All metrics except average precision are computed from integer sums. Average precision needs all scores: 5 bytes per
+    image and label on the device, which the processes exchange at the end. torchmetrics' `MultilabelAveragePrecision`
+    is not used: it takes NaN or infinite logits for scores, and sums in float32.
 
-    An image without labels is one like others. A row marked `UNREADABLE` is counted as such and nothing else. One with
-    a logit that is NaN or infinite is never predicted to have a label: those that it has are missed, at every
-    threshold, it matches no set of labels, and is left out of the loss.
+    Images without labels count like any other. Images labeled `UNREADABLE` are only counted. For images with a NaN or
+    infinite logit no label is predicted at any threshold; they never count as exact matches and are left out of the
+    loss.
 
     Args:
-        device: device of the outputs.
-        num_classes: number of outputs.
-        threshold: probability from which a label is predicted.
+        device: Device of the outputs.
+        num_classes: Number of outputs.
+        threshold: Probability at and above which a label is predicted.
 
     Attributes:
-        columns: figures that summary.csv has.
+        columns: Metrics written to summary.csv.
     """
 
     columns = ('loss', 'map', 'micro_map', 'micro_f1', 'macro_f1', 'sample_f1', 'micro_precision', 'micro_recall',
@@ -154,7 +154,7 @@ class LabelTally(Tally):
         self._read: dict[bool, tuple[dict[str, float], LabelFigures]] = {}
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Removes all images."""
         super().reset()
         self._scores, self._positive, self._read = [], [], {}
 
@@ -166,12 +166,12 @@ class LabelTally(Tally):
         positive = target.ge(0.5) & known[:, None]
         guess = wide.ge(self.cut) & valid[:, None]
         hit = guess & positive
-        self.counts += torch.stack([  # as in `Tally`, with exact matches and images without labels for top-1 and top-5
+        self.counts += torch.stack([  # as in `Tally`, but exact matches and images without labels replace top-1, top-5
             known.sum(), (valid & guess.eq(positive).all(dim=-1)).sum(), (known & ~positive.any(dim=-1)).sum(),
             (known & ~finite).sum(), (~known).sum(), torch.zeros_like(known.sum())])
         self.label_counts += torch.stack([positive.sum(dim=0), hit.sum(dim=0), guess.sum(dim=0)])
 
-        # log_softmax rounds a number in the same way wherever it stands; softplus has another path for the last few
+        # softplus rounds the last few elements of a tensor differently, log_softmax does not
         log_prob = torch.stack([wide, torch.zeros_like(wide)], dim=-1).log_softmax(dim=-1)
         target = target.clamp(min=0).to(wide.dtype)
         loss = -(target * log_prob[..., 0] + (1 - target) * log_prob[..., 1])
@@ -188,7 +188,7 @@ class LabelTally(Tally):
         return mean_of_parts(self.sums[0].tolist(), (images - nonfinite) * self.num_classes)
 
     def headline(self) -> tuple[str, str]:
-        """What a log line, and what a progress bar says of the figures so far."""
+        """Returns the metrics so far, as text for a log line and for a progress bar."""
         positives, hits, predicted = self.label_counts.sum(dim=-1).tolist()
         f1 = _percent(2 * hits, positives + predicted)
         return f'loss {self._loss():.4f}  micro_f1 {f1:.3f}', f'micro_f1 {f1:.2f}'
@@ -231,17 +231,18 @@ class LabelTally(Tally):
         return self._read[shared]
 
     def read(self) -> dict[str, float]:
-        """`columns` and `images`, `nonfinite`, `unreadable` and `empty` (without labels), of this process.
+        """Returns the metrics in `columns` and numbers of images, of this process.
 
-        In percent but for `loss`, the mean binary cross-entropy over images and labels (natural logarithm). For the
-        formulas see docs/validation.md.
+        Metrics are in percent except `loss`, the mean binary cross-entropy over images and labels (natural logarithm).
+        The numbers are `images`, `nonfinite`, `unreadable` and `empty` (images without labels). Formulas are in
+        docs/validation.md.
         """
         return self._measure(False)[0]
 
     def compute_over_processes(self) -> dict[str, float]:
-        """The same over the images of all processes; every process must call it."""
+        """`read` over the images of all processes. Every process must call it."""
         return self._measure(True)[0]
 
     def compute_all(self) -> tuple[dict[str, float], LabelFigures]:
-        """`compute_over_processes`, and figures by label over all processes."""
+        """Returns `compute_over_processes`, and results by label over all processes."""
         return self._measure(True)

@@ -1,11 +1,10 @@
-"""Files of results: JSON with everything, CSV with the columns of timm, Markdown to read, predictions as npz."""
+"""Writes results files (JSON, CSV with timm's columns, or Markdown) and predictions (.npz)."""
 import csv
 import io
 import json
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,38 +16,36 @@ from cpool_vision.files import write_atomic, write_text
 from ..data.multi_label import unreadable_rows
 from ..data.unreadable import UNREADABLE
 from .results_markdown import format_markdown
+from .results_rows import Row
 
 FORMATS = ('csv', 'json', 'md')
-Row = dict[str, Any]
-
-
-# suffixes by which other programs would expect another format
+# suffixes of formats that are not written
 _FOREIGN = frozenset('xlsx xls ods parquet feather html htm tex yaml yml xml pdf pkl npz npy h5 db sqlite tsv'.split())
 
 
 def results_format(path: str, kind: str) -> str:
-    """Format of a results file: that of its suffix if it is .csv, .json or .md, else `kind`.
+    """Returns the format of a results file: csv, json or md by its suffix, or `kind` for other suffixes.
 
     Raises:
-        ConfigError: unknown format, or one other than the suffix says.
+        ConfigError: The format is unknown or contradicts the suffix.
     """
     if kind not in FORMATS:
         raise ConfigError(f'--results-format {kind!r} is unknown: choose {", ".join(FORMATS)}')
     suffix = os.path.splitext(path)[1][1:].lower()
     if suffix in _FOREIGN:
-        raise ConfigError(f'--results-file {path!r}: .{suffix} is not written; use .{", .".join(FORMATS)}')
+        raise ConfigError(f'--results-file {path!r}: .{suffix} is not supported; use .{", .".join(FORMATS)}')
     if suffix not in FORMATS:
         return kind
-    if kind not in ('csv', suffix):  # csv is the default and may stand for no choice
+    if kind not in ('csv', suffix):  # csv is the default
         raise ConfigError(f'--results-format {kind} contradicts --results-file {path!r}: drop it, or change the suffix')
     return suffix
 
 
 def check_writable(path: str, flag: str) -> None:
-    """Finds out before the work whether a file can be written.
+    """Checks that a file can be written, before the work that leads to it.
 
     Raises:
-        OutputError: the folder does not exist or cannot be written, or the path is a folder.
+        OutputError: The folder does not exist or is not writable, or the path is a folder.
     """
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
@@ -56,12 +53,12 @@ def check_writable(path: str, flag: str) -> None:
 
 
 def scalars(row: Row) -> Row:
-    """The figures of a row that are single values, as in a line of CSV."""
+    """Returns the single values of a row, without dictionaries and lists."""
     return {key: value for key, value in row.items() if not isinstance(value, (dict, list))}
 
 
 def table(results: Row | Sequence[Row]) -> list[Row]:
-    """Lines of a table: one for each row, followed by those of its corruptions."""
+    """Returns the lines of a CSV table: one per row, followed by one per corruption and severity."""
     lines: list[Row] = []
     for row in [results] if isinstance(results, dict) else results:
         lines.append(scalars(row))
@@ -69,8 +66,8 @@ def table(results: Row | Sequence[Row]) -> list[Row]:
     return lines
 
 
-def finite(value: Any) -> Any:
-    """Nested values with NaN and infinity, which JSON lacks, as None."""
+def finite(value: object) -> object:
+    """Replaces NaN and infinity, which JSON lacks, by None in nested values."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -79,15 +76,15 @@ def finite(value: Any) -> Any:
 
 
 def write_results(path: str, results: Row | Sequence[Row], kind: str = 'csv') -> None:
-    """Writes results in one step; rows need not have the same columns.
+    """Writes a results file atomically. Rows may have different columns.
 
     Args:
-        path: the file; a former one is replaced.
-        results: one row or several.
+        path: The file; an existing one is replaced.
+        results: A row or several.
         kind: csv, json or md.
 
     Raises:
-        OutputError: the file cannot be written; a former one is intact.
+        OutputError: The file cannot be written; an existing one is left intact.
     """
     if kind == 'json':
         text = json.dumps(finite(results), indent=4, allow_nan=False) + '\n'
@@ -104,12 +101,12 @@ def write_results(path: str, results: Row | Sequence[Row], kind: str = 'csv') ->
 
 
 class Predictions:
-    """Collects what the model says of each image.
+    """Collects the predictions for each image.
 
     Args:
-        top_k: classes to keep of each image with their probabilities; 0 to keep all logits.
-        device: where other processes are reached from.
-        multi_label: probabilities are independent of each other, and targets are labels (B, C).
+        top_k: Number of classes to keep per image, with their probabilities; 0 to keep all logits.
+        device: Device for communication with other processes.
+        multi_label: Probabilities are sigmoids, and targets are labels `(B, C)`.
     """
 
     def __init__(self, top_k: int, device: torch.device, multi_label: bool = False) -> None:
@@ -117,7 +114,7 @@ class Predictions:
         self.parts: dict[str, list[torch.Tensor]] = {}
 
     def update(self, output: torch.Tensor, target: torch.Tensor, positions: list[int]) -> None:
-        """Adds logits (B, C), targets and the numbers of the images."""
+        """Adds a batch of logits `(B, C)`, targets, and the indices of the images."""
         output = output.detach().float()
         if self.top_k:
             prob = output.sigmoid() if self.multi_label else output.softmax(dim=-1)
@@ -134,11 +131,11 @@ class Predictions:
             self.parts.setdefault(name, []).append(column.cpu())
 
     def gather(self, distributed: bool) -> dict[str, np.ndarray]:
-        """All rows in the order of the dataset; every process must call it.
+        """Returns the predictions of all processes, in the order of the dataset. Every process must call it.
 
         Returns:
-            `target` (N,) int64, or of several labels (N, C) int8; `position` (N,) int64; `logits` (N, C) float32, or
-            `topk_index` (N, k) int64 and `topk_prob` (N, k) float32.
+            `target` `(N,)` int64, or `(N, C)` int8 with several labels; `position` `(N,)` int64; and either `logits`
+            `(N, C)` float32, or `topk_index` `(N, k)` int64 and `topk_prob` `(N, k)` float32.
         """
         columns = {name: torch.cat(parts) for name, parts in self.parts.items()}
         if distributed:
@@ -149,9 +146,9 @@ class Predictions:
 
 
 def write_predictions(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays of numbers and of text as a compressed .npz, which `np.load` reads without pickle.
+    """Writes arrays of numbers and text as a compressed .npz, which `np.load` reads without pickle.
 
     Raises:
-        OutputError: the file cannot be written; a former one is intact.
+        OutputError: The file cannot be written; an existing one is left intact.
     """
     write_atomic(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))

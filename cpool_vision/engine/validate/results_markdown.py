@@ -1,34 +1,31 @@
-"""Results as Markdown."""
+"""Formats results as Markdown."""
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+from .results_rows import Row
 
 _WORST = 10
 
 
-def _number(value: Any, digits: int = 2) -> str:
+def _number(value: object, digits: int = 2) -> str:
     if value is None or isinstance(value, float) and math.isnan(value):
         return '-'
     return f'{value:.{digits}f}' if isinstance(value, float) else f'{value}'
 
 
-def _cell(value: Any) -> str:
-    return str(value).replace('|', '\\|')
-
-
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(map(_cell, line)) + ' |' for line in lines)
+    return '\n'.join('| ' + ' | '.join(cell.replace('|', '\\|') for cell in line) + ' |' for line in lines)
 
 
-def _interval(row: dict[str, Any], name: str) -> str:
+def _interval(row: Row, name: str) -> str:
     text = _number(row.get(name))
     if row.get(f'{name}_low') is None:
         return text
     return f'{text} ({_number(row[f"{name}_low"])} to {_number(row[f"{name}_high"])})'
 
 
-def _models(rows: Sequence[dict[str, Any]]) -> str:
+def _models(rows: Sequence[Row]) -> str:
     head = ['model', 'images', 'top-1 % (95 %)', 'top-5 % (95 %)', 'macro %', 'NLL', 'ECE %', 'Brier', 'not finite',
             'parameters (M)', 'input']
     return _table(head, [[
@@ -38,7 +35,7 @@ def _models(rows: Sequence[dict[str, Any]]) -> str:
         _number(row.get('img_size'))] for row in rows])
 
 
-def _label_models(rows: Sequence[dict[str, Any]]) -> str:
+def _label_models(rows: Sequence[Row]) -> str:
     columns = {'images': 'images', 'map': 'mAP %', 'micro_map': 'micro AP %', 'micro_f1': 'micro F1 %',
                'macro_f1': 'macro F1 %', 'micro_precision': 'precision %', 'micro_recall': 'recall %',
                'exact_match': 'exact match %', 'bce': 'BCE', 'nonfinite': 'not finite', 'threshold': 'threshold',
@@ -48,7 +45,7 @@ def _label_models(rows: Sequence[dict[str, Any]]) -> str:
         *(_number(row.get(name), 4 if name == 'bce' else 2) for name in columns)] for row in rows])
 
 
-def _label_details(row: dict[str, Any]) -> Iterable[str]:
+def _label_details(row: Row) -> Iterable[str]:
     classes = [each for each in row.get('per_class', []) if each['images']]
     if classes:
         worst = sorted(classes, key=lambda each: each['ap'])[:_WORST]
@@ -58,7 +55,7 @@ def _label_details(row: dict[str, Any]) -> Iterable[str]:
             for each in worst])
 
 
-def _details(row: dict[str, Any]) -> Iterable[str]:
+def _details(row: Row) -> Iterable[str]:
     classes = [each for each in row.get('per_class', []) if each['images']]
     if 'map' in row:
         yield from _label_details(row)
@@ -93,8 +90,8 @@ def _details(row: dict[str, Any]) -> Iterable[str]:
         yield _table(['figure', 'value'], [[key, _number(value)] for key, value in row['cost'].items()])
 
 
-def format_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of all rows; of a single one also classes or labels, confusions, calibration, corruptions and cost."""
+def format_markdown(rows: Sequence[Row]) -> str:
+    """Formats rows as a table, followed by details (classes, confusions, calibration, cost) if there is only one."""
     parts = ['## Validation', _label_models(rows) if 'map' in rows[0] else _models(rows)]
     if len(rows) == 1:
         parts += _details(rows[0])

@@ -1,7 +1,8 @@
-"""Pictures of one validation: confusion matrix, reliability diagram, figures by class, precision and recall."""
+"""Plots of a validation: confusion matrix, reliability diagram, accuracy by class, precision over recall."""
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,12 +15,12 @@ from .multi_label import LabelFigures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NAMED = 40  # more class names than these would not be legible
-_WRITTEN = 20  # likewise numbers in the cells of the matrix
+_NAMED = 40  # with more classes, their names would be illegible
+_WRITTEN = 20  # with more classes, numbers in the cells of the matrix would be illegible
 _BLUE, _RED, _GREY = '#3b6ea5', '#c0504d', '#9a9a9a'
 
 
-def _matplotlib() -> Any:
+def _matplotlib() -> ModuleType:
     try:
         return require_matplotlib()
     except PlotDependencyError as error:
@@ -27,23 +28,23 @@ def _matplotlib() -> Any:
 
 
 def check_plots(folder: str) -> None:
-    """Finds out before the work whether pictures can be drawn.
+    """Checks that plots can be written, before the work that leads to them.
 
     Raises:
         ConfigError: matplotlib is not installed.
-        OutputError: the folder cannot be made or written.
+        OutputError: The folder cannot be created or is not writable.
     """
     _matplotlib()
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise OutputError(f'--plots {folder!r} cannot be made ({error.strerror}): choose another folder') from error
+        raise OutputError(f'--plots {folder!r} cannot be created ({error.strerror}): choose another folder') from error
     if not os.access(folder, os.W_OK):
         raise OutputError(f'--plots {folder!r} cannot be written: choose another folder')
 
 
 def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> 'Figure':
-    """Share of each true class (row) that is predicted as each class (column)."""
+    """Draws a confusion matrix: percentage of each true class (row) that is predicted as each class (column)."""
     classes = len(confusion)
     side = 2.6 + min(classes, _NAMED) * 0.13
     figure = new_figure(side + 0.5, side, layout='constrained')
@@ -52,7 +53,7 @@ def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> 'Figure':
     share = np.divide(100. * confusion, total, out=np.zeros(confusion.shape), where=total > 0)
     if classes <= _NAMED:
         image = axes.imshow(share, cmap='Blues', vmin=0, vmax=100, interpolation='nearest')
-    else:  # a few percent in cells of a pixel would be lost on a linear scale
+    else:  # in pixel-sized cells, a few percent would be invisible on a linear scale
         shown = np.ma.masked_less_equal(share, 0)
         image = axes.imshow(shown, cmap='magma_r', norm='log', clim=(0.5, 100), interpolation='nearest')
     if classes <= _NAMED:
@@ -68,7 +69,7 @@ def confusion_figure(confusion: np.ndarray, names: Sequence[str]) -> 'Figure':
 
 
 def reliability_figure(figures: ClassFigures, ece: float) -> 'Figure':
-    """Accuracy over confidence in bins, and how many images each bin holds."""
+    """Draws accuracy over confidence, and the number of images in each bin."""
     figure = new_figure(3.0, 3.6, layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     edges = np.linspace(0, 100, BINS + 1)
@@ -88,7 +89,7 @@ def reliability_figure(figures: ClassFigures, ece: float) -> 'Figure':
 
 
 def per_class_figure(values: np.ndarray, names: Sequence[str], unit: str = 'accuracy (%)') -> 'Figure':
-    """A figure of each class that has one (not NaN), best first, beside their mean."""
+    """Draws a value per class, best first, and their mean; skips NaN."""
     present = np.flatnonzero(~np.isnan(values))
     order = present[np.argsort(-values[present], kind='stable')]
     accuracy = values[order]
@@ -98,8 +99,8 @@ def per_class_figure(values: np.ndarray, names: Sequence[str], unit: str = 'accu
     axes.barh(range(len(order)), accuracy, height=0.8 if named else 1., color=_BLUE)
     if named:
         axes.set_yticks(range(len(order)), [names[index] for index in order])
-        for place, value in enumerate(accuracy):
-            axes.text(1 if value > 12 else value + 1, place, f'{value:.1f}', va='center', fontsize=5,
+        for row, value in enumerate(accuracy):
+            axes.text(1 if value > 12 else value + 1, row, f'{value:.1f}', va='center', fontsize=5,
                       color='white' if value > 12 else 'black')
     else:
         axes.set_ylabel(f'{len(order)} classes, best first')
@@ -111,7 +112,7 @@ def per_class_figure(values: np.ndarray, names: Sequence[str], unit: str = 'accu
 
 
 def precision_recall_figure(figures: LabelFigures, names: Sequence[str]) -> 'Figure':
-    """Precision over recall by falling threshold: of all pairs of image and label, and of each label of a few."""
+    """Draws precision over recall, for all pairs of image and label and, with up to 20 labels, for each label."""
     figure = new_figure(4.6, 3.2, layout='constrained')
     axes = figure.subplots()
     for index, (recall, precision) in enumerate(figures.curves):
@@ -138,26 +139,26 @@ def _draw(folder: str, drawn: Mapping[str, 'Figure']) -> list[str]:
 
 
 def draw_label_plots(folder: str, figures: LabelFigures, names: Sequence[str]) -> list[str]:
-    """Writes per_class.png (average precision) and precision_recall.png; see `draw_plots`."""
+    """Writes per_class.png (average precision) and precision_recall.png, see `draw_plots`."""
     with _matplotlib().rc_context(STYLE):
         return _draw(folder, {'per_class': per_class_figure(figures.ap, names, 'average precision (%)'),
                               'precision_recall': precision_recall_figure(figures, names)})
 
 
 def draw_plots(folder: str, figures: ClassFigures, names: Sequence[str], ece: float) -> list[str]:
-    """Writes confusion_matrix.png (not beyond `metrics.CONFUSION_LIMIT` classes), reliability.png and per_class.png.
+    """Writes reliability.png, per_class.png and, for up to `CONFUSION_LIMIT` classes, confusion_matrix.png.
 
     Args:
-        folder: where to; it exists.
-        figures: what was measured.
-        names: names of the classes.
-        ece: expected calibration error in percent.
+        folder: Existing folder to write to.
+        figures: Results by class and confidence.
+        names: Names of the classes.
+        ece: Expected calibration error in percent.
 
     Returns:
-        Their paths.
+        Paths of the plots.
 
     Raises:
-        OutputError: a file cannot be written.
+        OutputError: A file cannot be written.
     """
     with _matplotlib().rc_context(STYLE):
         drawn = {'reliability': reliability_figure(figures, ece),

@@ -1,4 +1,4 @@
-"""Rows of results: what was measured, as plain values under the names of timm and ours."""
+"""Rows of results: metrics as plain values, under timm's names where timm has them."""
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,14 @@ from .labels import describe_classes
 from .metrics import ClassFigures
 from .multi_label import LabelFigures, LabelTally
 
+Row = dict[str, Any]  # plain values, for JSON
 _MATRIX_IN_JSON = 100  # classes
 _CONFUSIONS = 20
 
 
 @dataclass
 class Measurement:
-    """Figures of one split; see `metrics.ClassTally` and `metrics.MultiLabelTally`."""
+    """Results of a split, see `metrics.ClassTally`; `several` is that of `metrics.MultiLabelTally`, if used."""
 
     metrics: dict[str, float]
     figures: ClassFigures
@@ -33,7 +34,7 @@ class Measurement:
 
 @dataclass
 class LabelMeasurement:
-    """Figures of one split whose images have several labels; see `multi_label.LabelTally`."""
+    """Results of a multi-label split, see `multi_label.LabelTally`."""
 
     metrics: dict[str, float]
     figures: LabelFigures
@@ -41,14 +42,14 @@ class LabelMeasurement:
     names: list[str]
 
 
-def class_details(measured: Measurement) -> dict[str, Any]:
-    """Figures by class and by confidence, as lists of plain values."""
+def class_details(measured: Measurement) -> Row:
+    """Returns results by class and by confidence, as lists of plain values."""
     figures, names = measured.figures, describe_classes(measured.names)
     accuracy = figures.accuracy.tolist()
-    details: dict[str, Any] = {'per_class': [
+    details: Row = {'per_class': [
         {'class': index, 'name': name, 'images': int(figures.images[index]), 'accuracy': accuracy[index]}
         for index, name in enumerate(names)]}
-    edges = [100 * place / len(figures.bin_images) for place in range(len(figures.bin_images) + 1)]
+    edges = [100 * index / len(figures.bin_images) for index in range(len(figures.bin_images) + 1)]
     details['reliability'] = [
         {'low': low, 'high': high, 'images': int(count), 'confidence': 100 * float(confidence),
          'accuracy': 100 * int(hits) / int(count) if count else math.nan}
@@ -67,8 +68,8 @@ def class_details(measured: Measurement) -> dict[str, Any]:
     return details
 
 
-def label_details(measured: LabelMeasurement) -> dict[str, Any]:
-    """Figures by label, as a list of plain values."""
+def label_details(measured: LabelMeasurement) -> Row:
+    """Returns results by label, as a list of plain values."""
     figures = measured.figures
     columns = {name: figures.column(name) for name in ('precision', 'recall', 'f1')}
     return {'per_class': [
@@ -78,8 +79,8 @@ def label_details(measured: LabelMeasurement) -> dict[str, Any]:
         for index, name in enumerate(describe_classes(measured.names))]}
 
 
-def environment(batch_size: int, runtime: Runtime) -> dict[str, Any]:
-    """What the last digits of the figures may depend on."""
+def environment(batch_size: int, runtime: Runtime) -> Row:
+    """Returns device, dtype, batch size and versions, which the last digits of metrics may depend on."""
     device, precision = runtime.device, runtime.precision
     dtype = precision.amp_dtype or precision.model_dtype or torch.float32
     return {
@@ -90,9 +91,8 @@ def environment(batch_size: int, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def head_of_row(model: str, parameters: int, data_config: InputConfig, crop_pct: float,
-                ) -> dict[str, Any]:
-    """What a row says of the model and its input."""
+def head_of_row(model: str, parameters: int, data_config: InputConfig, crop_pct: float) -> Row:
+    """Returns the part of a row that describes the model and its input."""
     return {
         'model': model,
         'param_count': round(parameters / 1e6, 2),
@@ -102,12 +102,12 @@ def head_of_row(model: str, parameters: int, data_config: InputConfig, crop_pct:
     }
 
 
-def row_of(settings: ValidateSettings, world_size: int, about: dict[str, Any], measured: Measurement) -> dict[str, Any]:
-    """Single figures of a split, in the order of timm's columns first; see `run.validate`."""
+def row_of(settings: ValidateSettings, world_size: int, about: Row, measured: Measurement) -> Row:
+    """Returns the metrics of a split, timm's columns first and in timm's order, see `run.validate`."""
     metrics = measured.metrics
     best = measured.several or metrics
     averaged = measured.figures.averaged(settings.metrics_avg) if settings.metrics_avg else {}
-    row: dict[str, Any] = {
+    row: Row = {
         'model': about['model'],
         'top1': round(best['top1'], 4), 'top1_err': round(100 - best['top1'], 4),
         'top5': round(best['top5'], 4), 'top5_err': round(100 - best['top5'], 4),
@@ -125,9 +125,8 @@ def row_of(settings: ValidateSettings, world_size: int, about: dict[str, Any], m
     return row | {name: metrics[name] for name in ('macro_accuracy', 'ece', 'mce', 'brier', 'nonfinite', 'unreadable')}
 
 
-def label_row_of(settings: ValidateSettings, world_size: int, about: dict[str, Any], measured: LabelMeasurement,
-                 ) -> dict[str, Any]:
-    """Single figures of a split whose images have several labels, in the order of timm's columns where it has them."""
+def label_row_of(settings: ValidateSettings, world_size: int, about: Row, measured: LabelMeasurement) -> Row:
+    """Returns the metrics of a multi-label split, in timm's order where timm has them."""
     metrics = measured.metrics
     rates = {name: round(metrics[name], 4) for name in LabelTally.columns if name != 'loss'}
     return {

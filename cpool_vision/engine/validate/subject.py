@@ -1,5 +1,6 @@
-"""The model that is validated: its weights, its classes, and the form in which it is measured."""
+"""Prepares a model for validation: weights, classes, compilation and cost."""
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,20 +27,20 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Subject:
-    """A model ready to be measured.
+    """A model to validate.
 
     Attributes:
-        settings: what was asked for.
-        runtime: where and how.
-        classes: outputs of the model.
-        model: with its weights, compiled if asked for.
-        parameters: how many.
-        data_config: input size, normalization, interpolation, crop.
-        crop_pct: side of the crop over the resized side.
-        valid_labels: outputs that compete, None for all.
-        subset: folders and classes of `--class-subset`.
-        cost: see `cost.measure_cost`; None if not asked for.
-        numbers: those of the classes by name as the model was trained with them; empty if not known.
+        settings: Settings of the validation.
+        runtime: Device and processes.
+        classes: Number and names of the model's classes.
+        model: Model with its weights; on the CPU after `prepare`, on its device after `compile_subject`.
+        parameters: Number of parameters.
+        data_config: Input size, normalization, interpolation and crop.
+        crop_pct: Side of the crop relative to the resized side.
+        valid_labels: Outputs to choose between, None for all.
+        subset: Folders and classes of `--class-subset`.
+        cost: Result of `measure_cost`; None without `--measure-cost`.
+        numbers: Class index of each class name in training; empty if unknown.
     """
 
     settings: ValidateSettings
@@ -67,28 +68,29 @@ def _generate_code(model: nn.Module, settings: ValidateSettings) -> Any:
     return model
 
 
-def _warn_of_mismatch(settings: ValidateSettings, content: dict[str, Any], data_config: InputConfig) -> None:
-    """Warns if the measurement differs from what the checkpoint contains or was trained with."""
+def _warn_of_mismatch(settings: ValidateSettings, content: Mapping[str, object], data_config: InputConfig) -> None:
+    """Warns if the checkpoint lacks averaged weights or was trained with another input."""
     averaged = any(content.get(key) is not None for key in ('state_dict_ema', 'model_ema'))
     if settings.use_ema and content and not averaged:
-        _logger.warning('--use-ema: %s has no averaged weights; its plain weights are measured.', settings.checkpoint)
+        _logger.warning('--use-ema: %s has no averaged weights. Using its plain weights.', settings.checkpoint)
     trained = settings_of(content)
     size = trained.get('input_size') or trained.get('img_size')
     side = size[-1] if isinstance(size, (list, tuple)) and size else size
     if isinstance(side, int) and side != data_config['input_size'][-1]:
-        _logger.warning('%s was trained on images of %d pixels and is measured on %d: pass --img-size %d to measure '
-                        'it as it was trained.', settings.checkpoint, side, data_config['input_size'][-1], side)
+        _logger.warning('%s was trained at image size %d and is validated at %d. Pass --img-size %d to validate it at '
+                        'the training size.', settings.checkpoint, side, data_config['input_size'][-1], side)
     for key in ('mean', 'std'):
         values = trained.get(key)
         if isinstance(values, (list, tuple)) and list(values) != list(data_config[key]):
-            _logger.warning(
-                '%s was trained with --%s %s and is measured with %s: pass the former to agree with the training run.',
-                settings.checkpoint, key, ' '.join(map(str, values)), ' '.join(map(str, data_config[key])))
+            text = ' '.join(map(str, values))
+            _logger.warning('%s was trained with --%s %s and is validated with %s. Pass --%s %s to validate it as it '
+                            'was trained.', settings.checkpoint, key, text, ' '.join(map(str, data_config[key])), key,
+                            text)
 
 
 @torch.inference_mode()
-def _warm_up(model: Any, size: tuple[int, ...], settings: ValidateSettings, runtime: Runtime) -> None:
-    """One unmeasured batch: the first call compiles and allocates."""
+def _warm_up(model: nn.Module, size: tuple[int, ...], settings: ValidateSettings, runtime: Runtime) -> None:
+    """Runs a batch that is not timed: the first call compiles and allocates."""
     image = torch.zeros((settings.batch_size, *size), device=runtime.device,
                         dtype=runtime.precision.model_dtype or torch.float32)
     if settings.channels_last:
@@ -97,8 +99,8 @@ def _warm_up(model: Any, size: tuple[int, ...], settings: ValidateSettings, runt
         model(image)
 
 
-def known_classes(content: dict[str, Any], model: nn.Module, num_classes: int) -> dict[str, int]:
-    """Numbers of the classes by name that a model was trained with, from its checkpoint or its configuration."""
+def known_classes(content: Mapping[str, object], model: nn.Module, num_classes: int) -> dict[str, int]:
+    """Returns the class index of each class name in training, from the checkpoint or the model's configuration."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if classes_in(content) or not names or not len(names) == len(set(names)) == num_classes:
         return classes_in(content)
@@ -106,10 +108,11 @@ def known_classes(content: dict[str, Any], model: nn.Module, num_classes: int) -
 
 
 def prepare(settings: ValidateSettings, runtime: Runtime) -> Subject:
-    """The model on the CPU, with its weights, and what the checkpoint and the flags say of its classes.
+    """Loads a model on the CPU, and finds its input and classes from the checkpoint and the flags.
 
     Raises:
-        UserError: see `model.load_eval_model` and `labels`.
+        UserError: The model or its weights cannot be loaded (see `load_eval_model`), or its classes do not fit the
+            flags (see `labels`).
     """
     seed_everything(settings.seed)
     wanted = replace(settings, pretrained=settings.pretrained or not settings.checkpoint)
@@ -134,14 +137,14 @@ def prepare(settings: ValidateSettings, runtime: Runtime) -> Subject:
         if len(subject.subset.valid_labels) < classes.count:
             subject.valid_labels = subject.subset.valid_labels
         if subject.valid_labels and settings.real_labels:
-            raise ConfigError('--real-labels go with all classes: drop --class-subset, or name imagenet-1k')
+            raise ConfigError('--real-labels needs all classes: drop --class-subset, or use --class-subset imagenet-1k')
     elif settings.valid_labels:
         subject.valid_labels = read_valid_labels(settings.valid_labels, classes.count)
     return subject
 
 
 def compile_subject(subject: Subject) -> None:
-    """Puts the model on its device in the form that is measured, and measures its cost if asked for."""
+    """Moves the model to its device, compiles it and, with `--measure-cost`, measures its cost."""
     settings, runtime = subject.settings, subject.runtime
     device, dtype, size = runtime.device, runtime.precision.model_dtype, subject.data_config['input_size']
     model = subject.model.to(device=device, dtype=dtype).eval()
@@ -159,4 +162,4 @@ def compile_subject(subject: Subject) -> None:
         subject.cost = {'parameters': subject.parameters, 'macs': macs, **measure_cost(
             model, size, settings.batch_size, device, runtime.precision, settings.channels_last)}
     if settings.measure_cost and runtime.distributed:
-        torch.distributed.barrier()  # the others would take its time
+        torch.distributed.barrier()  # other processes would slow down the measurement

@@ -144,8 +144,8 @@ def test_a_class_map_orders_the_labels_and_may_know_more(pictures: Path) -> None
 
 @pytest.mark.parametrize('name, text, options, words', [
     ('a.txt', 'x', {}, 'suffix must be .csv or .jsonl'),
-    ('a.csv', '', {}, 'must name the columns'),
-    ('a.csv', 'file_name,labels,labels\n', {}, 'each once'),
+    ('a.csv', '', {}, 'must name two or more different columns, got nothing'),
+    ('a.csv', 'file_name,labels,labels\n', {}, 'must name two or more different columns'),
     ('a.csv', 'file_name,labels\n', {}, 'lists no image'),
     ('a.csv', 'file_name,labels\n0.png,red,blue\n', {}, 'line 2: 3 cells for 2 columns'),
     ('a.csv', 'file_name,labels\n0.png,red\n\n,blue\n', {}, "line 4: '' is not a file name"),
@@ -153,18 +153,18 @@ def test_a_class_map_orders_the_labels_and_may_know_more(pictures: Path) -> None
     ('a.csv', 'file_name,labels\n0.png,red\n1.png,blue\n./0.png,green\n', {},
      "line 4: './0.png' is already listed in line 2"),
     ('a.csv', 'file_name,labels\n0.png,red|gray\n', {'class_map': {'red': 0, 'grays': 1}}, "did you mean 'grays'"),
-    ('a.csv', 'file_name,labels\n0.png,red|gray\n', {'class_map': {'red': 0, 'x': 1}}, "known are 'red' and 1 more"),
-    ('a.csv', 'file_name,labels\n0.png,red\n', {}, '1 different labels, the model 3 classes: set --num-classes 1'),
-    ('a.csv', 'file_name,labels\n0.png,1|3\n', {}, '3 is not a class below 3'),
+    ('a.csv', 'file_name,labels\n0.png,red|gray\n', {'class_map': {'red': 0, 'x': 1}}, "are 'red' and 1 more"),
+    ('a.csv', 'file_name,labels\n0.png,red\n', {}, 'but the model has 3 classes: set --num-classes 1'),
+    ('a.csv', 'file_name,labels\n0.png,1|3\n', {}, '3 is not a class index below 3'),
     ('a.csv', 'file_name,red,blue\n0.png,1,2\n', {}, "'2' in 'blue' is neither 0 nor 1"),
     ('a.csv', 'file_name,labels\n0.png,red\n', {'target_key': 'colors'}, "no column 'colors'.*file_name, labels"),
     ('a.csv', 'file_name,labels\n0.png,red\n', {'multihot': 3}, 'multihot works with JSON lines'),
     ('a.jsonl', '{"file_name": "0.png", "labels": ["red"]\n', {}, 'line 1: not valid JSON'),
     ('a.jsonl', '\n[1]\n', {}, 'line 2: expected an object, got list'),
     ('a.jsonl', '{"file_name": "0.png", "label": 1}\n', {}, "no field 'labels'"),
-    ('a.jsonl', '{"file_name": "0.png", "labels": "red"}\n', {}, "must be a list of names or class numbers, got 'red'"),
-    ('a.jsonl', '{"file_name": "0.png", "labels": [true]}\n', {}, 'must be a list of names or class numbers'),
-    ('a.jsonl', '{"file_name": "0.png", "labels": [-1]}\n', {}, '-1 is not a class below 3'),
+    ('a.jsonl', '{"file_name": "0.png", "labels": "red"}\n', {}, "must be a list of names or class indices, got 'red'"),
+    ('a.jsonl', '{"file_name": "0.png", "labels": [true]}\n', {}, 'must be a list of names or class indices'),
+    ('a.jsonl', '{"file_name": "0.png", "labels": [-1]}\n', {}, '-1 is not a class index below 3'),
     ('a.jsonl', '{"file_name": "0.png", "labels": ["red", 1]}\n', {}, 'mixes names'),
     ('a.jsonl', '{"file_name": "0.png", "labels": [1, 0]}\n', {'multihot': 3}, 'list of 3 numbers'),
     ('a.jsonl', '{"file_name": "0.png", "labels": [1, 0, 0.5]}\n', {'multihot': 3}, r'labels\[2\].* neither 0 nor 1'),
@@ -272,7 +272,7 @@ def test_splits_must_agree_on_the_classes(train_args: Args, label_root: str, pic
     classes, _ = built(train_args, label_root)
     write_csv(pictures / 'labels.csv', ['file_name', 'red', 'green', 'blue'], [['0.png', 1, 0, 0]])
     other = DataSettings(data_dir=str(pictures), task='multi_label', class_map={'red': 0, 'green': 1, 'blue': 2})
-    with pytest.raises(DatasetError, match="unknown label|class 0 is 'red', and was 'blue'"):
+    with pytest.raises(DatasetError, match="unknown label|class 0 is 'red', but it is 'blue'"):
         dataset.build_dataset(other, classes, '', False, 'RGB', None)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from loader_tools import unreadable_images
 from timm.models import create_model
 
 from cpool_vision.engine.data import loaders as data
@@ -234,7 +235,7 @@ def test_unreadable_images_are_replaced_listed_and_capped(
     data.list_unreadable(loader, str(tmp_path))
     batches = take(loader)
     assert sum(len(target) for _, target in batches) == 24
-    assert [(image.index, image.path) for image in data.unreadable_report(loader)] == [
+    assert [(image.index, image.path) for image in unreadable_images(loader)] == [
         (3, 'cat/3.png'), (8, 'dog/0.png')]
     assert (tmp_path / 'unreadable.txt').read_text() == '3\tcat/3.png\n8\tdog/0.png\n'
     assert same(take(build(*flags, '--max-bad-samples', '2')[0]), batches)

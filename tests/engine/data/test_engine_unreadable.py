@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loader_tools import CASES, CPU, Build, builder, same
+from loader_tools import CASES, Build, builder, same, unreadable_images
 from PIL import Image
 from process_tools import in_processes
 from timm.data import ImageDataset
@@ -49,10 +49,10 @@ def test_unreadable_images_are_replaced_in_the_same_way(
     assert same(two.take(0, 2), whole[2:])
     assert same(two.take(0), whole)
     assert not same(one.take(1), whole)
-    report = data.unreadable_report(one.loader)
+    report = unreadable_images(one.loader)
     assert [(image.index, image.path[-9:]) for image in report] == [(3, 'cat/3.png'), (8, 'dog/0.png')]
     assert 'identify' in report[0].reason and report[1].reason
-    assert [image.index for image in data.unreadable_report(two.loader)] == [3, 8]
+    assert [image.index for image in unreadable_images(two.loader)] == [3, 8]
     with open(tmp_path / 'unreadable.txt', encoding='utf-8') as file:
         assert [line.split('\t')[0] for line in file] == ['3', '8']
 
@@ -85,7 +85,7 @@ def test_the_list_of_a_resumed_run_is_kept(build: Build, broken: str, tmp_path: 
     prepared.take(0)
     data.list_unreadable(prepared.loader, str(tmp_path))
     assert (tmp_path / 'unreadable.txt').read_text() == '3\tcat/3.png\n5\tcat/5.png\n8\tdog/0.png\n'
-    assert data.share_unreadable(prepared.loader, CPU) == 2
+    assert data.share_unreadable(prepared.loader) == 2
     assert sorted(os.listdir(tmp_path)) == ['broken', 'unreadable.txt']
 
 
@@ -114,9 +114,9 @@ def test_faults_of_a_transform_are_not_taken_for_unreadable_images(build: Build)
 def share(image_root: str, folder: Path, rank: int) -> list[int]:
     log = UnreadableLog(StrictImageDataset(ImageDataset(os.path.join(image_root, 'train'))), 10)
     log.open(str(folder) if rank == 0 else '')
-    before = log.share(CPU)
+    before = log.share()
     log.add([Unreadable(index, str(index), '') for index in ([8], [3, 17])[rank]])
-    return [before, log.share(CPU)]
+    return [before, log.share()]
 
 
 def test_the_first_process_lists_what_all_found(image_root: str, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from loader_tools import (
     CASES,
-    CPU,
     INPUT,
     Batch,
     Build,
@@ -23,6 +22,7 @@ from loader_tools import (
     check_workers_and_positions,
     same,
     states,
+    unreadable_images,
 )
 from timm.data import IterableImageDataset
 
@@ -187,7 +187,7 @@ def test_streamed_sets_are_entered_by_loading_again(
         two.take(0, 7)
     with pytest.raises(ConfigError, match='no batch -1'):
         data.start_at(two.loader, 0, -1)
-    assert data.unreadable_report(two.loader) == [] and data.share_unreadable(two.loader, CPU) == 0
+    assert unreadable_images(two.loader) == [] and data.share_unreadable(two.loader) == 0
 
 
 @pytest.mark.parametrize('place', [(0, 1), (1, 0), (2, 0)])

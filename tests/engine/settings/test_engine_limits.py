@@ -134,4 +134,4 @@ def test_names_of_one_file_are_measured_once(tmp_path: pathlib.Path, validate_ar
 
 def test_results_in_a_format_that_is_not_written_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert validate.main(['--results-file', 'x.xlsx', '--device', 'cpu']) == 2
-    assert '.xlsx is not written; use .csv, .json, .md' in capsys.readouterr().err
+    assert '.xlsx is not supported; use .csv, .json, .md' in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_files_of_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('text, suffix, words', [
     ('fox 10', 'txt', "'fox' has no class index below 10"), ('fox', 'txt', 'FOLDER INDEX'), ('', 'txt', 'FOLDER INDEX'),
-    ('fox 1\nfox 2', 'txt', "names folder 'fox' twice"), ('{', 'json', 'cannot be read'),
+    ('fox 1\nfox 2', 'txt', "lists folder 'fox' twice"), ('{', 'json', 'cannot be read'),
     ('[1]', 'json', 'must map folder names'), ('{"fox": true}', 'json', 'no class index'),
     ('{"fox": "1"}', 'json', 'no class index'), ('{"fox": -1}', 'json', 'no class index'),
 ])
@@ -107,7 +107,7 @@ def test_labels_of_imagenet_real_are_read(tmp_path: Path) -> None:
 
 def test_valid_labels_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / 'labels').write_bytes(b'\xff\xfe\x80')
-    with pytest.raises(ConfigError, match='no UTF-8 text'):
+    with pytest.raises(ConfigError, match='not UTF-8 text'):
         read_valid_labels(str(tmp_path / 'labels'), 10)
 
 
@@ -184,7 +184,7 @@ def test_bad_folders_of_corruptions(run: Callable[..., Any], tmp_path: Path) -> 
     with pytest.raises(DatasetError, match='CORRUPTION/SEVERITY/CLASS'):
         run('--corruptions', str(tmp_path / 'empty'))
     (tmp_path / 'empty' / 'noise').mkdir()
-    with pytest.raises(DatasetError, match="'noise' holds no folders"):
+    with pytest.raises(DatasetError, match="'noise' contains no folders"):
         run('--corruptions', str(tmp_path / 'empty'))
     with pytest.raises(ConfigError, match='--corruptions and --plots cannot be combined'):
         run('--corruptions', str(tmp_path), '--plots', 'x')

@@ -224,7 +224,7 @@ def test_processes_change_no_digit(rows: tuple[torch.Tensor, torch.Tensor], tmp_
 
 
 def test_labels_that_are_no_class_are_an_error() -> None:
-    with pytest.raises(DatasetError, match='2 images are labeled with none .* --num-classes'):
+    with pytest.raises(DatasetError, match='2 images have no label, .* --num-classes'):
         measure(torch.rand(3, CLASSES), torch.tensor([0, -1, CLASSES]))
 
 

@@ -122,7 +122,7 @@ def test_predictions_agree_with_the_figures(run: Callable[..., Any], tmp_path: P
 def test_bad_paths_are_told_before_the_work(run: Callable[..., Any], base: list[str], tmp_path: Path,
                                             validate_args: Callable[..., Any]) -> None:
     for flags, error, words in (
-            (['--predictions', 'p.csv'], ConfigError, 'suffix .npz'),
+            (['--predictions', 'p.csv'], ConfigError, 'suffix must be .npz'),
             (['--predictions', '/none/p.npz'], OutputError, '--predictions'),
             (['--predictions-topk', '-1'], ConfigError, '--predictions-topk must be >= 0'),
             (['--plots', '/dev/null/x'], OutputError, '--plots'),
@@ -133,7 +133,7 @@ def test_bad_paths_are_told_before_the_work(run: Callable[..., Any], base: list[
     for number in range(2):
         shutil.copy(tmp_path / 'weights.pth', tmp_path / 'many' / f'{number}.pth')
     for flag, value in (('--predictions', 'p.npz'), ('--plots', 'x')):
-        with pytest.raises(ConfigError, match=f'{flag} is for one model, and 2 are'):
+        with pytest.raises(ConfigError, match=f'{flag} works with one model, not 2'):
             run('--checkpoint', str(tmp_path / 'many'), flag, value)
 
 
@@ -257,7 +257,7 @@ def test_several_processes_refuse_what_cannot_be_exact(validate_args: Callable[.
     with pytest.raises(ConfigError, match='--num-gpu 2 splits batches within one process'):
         validate_run.validate(dataclasses.replace(args, num_gpu=2), two)
     monkeypatch.setattr(validate_run, 'build_eval_loader', lambda *_, **__: Streamed())
-    with pytest.raises(ConfigError, match='a streamed dataset cannot be shared between processes'):
+    with pytest.raises(ConfigError, match='several processes would count images of a streamed dataset twice'):
         validate_run.validate(args, two)
 
 

@@ -214,7 +214,7 @@ def test_folder_of_checkpoints(validate: Validate, weights: str, tmp_path: Path)
     with open(out, newline='', encoding='utf-8') as file:
         table = list(csv.DictReader(file))
     assert [row['checkpoint'] for row in table] == [row['checkpoint'] for row in rows]
-    with pytest.raises(CheckpointNotFoundError, match='holds no'):
+    with pytest.raises(CheckpointNotFoundError, match='contains no'):
         empty = tmp_path / 'none'
         empty.mkdir()
         validate('--checkpoint', str(empty))
@@ -231,7 +231,7 @@ def test_wildcards_names_and_files_of_names(tmp_path: Path) -> None:
     assert bulk.plan(ValidateSettings(model=str(tmp_path / 'names.txt'))) == [
         ('test_vit', ''), ('test_resnet', '')]
     (tmp_path / 'names.txt').write_text('\n')
-    with pytest.raises(ConfigError, match='without names'):
+    with pytest.raises(ConfigError, match='is an empty file'):
         bulk.plan(ValidateSettings(model=str(tmp_path / 'names.txt')))
     with pytest.raises(ConfigError, match='matches no model'):
         bulk.plan(ValidateSettings(model='zzz*'))
@@ -379,7 +379,7 @@ def test_another_normalization_than_in_training_is_reported(
     run_validation(validate_args(*flags, '--std', '0.3', '0.3', '0.3'))
     assert 'was trained with' not in caplog.text
     run_validation(validate_args(*flags))
-    assert 'was trained with --std 0.3 0.3 0.3 and is measured with' in caplog.text
+    assert 'was trained with --std 0.3 0.3 0.3 and is validated with' in caplog.text
     assert 'trained with --mean' not in caplog.text
 
 
