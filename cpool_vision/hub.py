@@ -1,4 +1,4 @@
-"""Saving a model as a folder for the Hugging Face Hub."""
+"""Saves a model as a folder for the Hugging Face Hub."""
 import json
 import os
 import shutil
@@ -13,23 +13,23 @@ CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 _MODEL_FILES = (CONFIG, WEIGHTS, 'pytorch_model.bin')
 
 
-def _pack(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
-    """safetensors refuses tensors in other memory formats, such as `channels_last`."""
+def _pack(_: nn.Module, state_dict: dict[str, object], *__: object) -> None:
+    """Makes tensors contiguous: safetensors rejects other memory formats, such as `channels_last`."""
     state_dict.update({key: value.contiguous() for key, value in state_dict.items() if torch.is_tensor(value)})
 
 
 def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool = False, **kwargs: Any) -> None:
-    """Writes `model.safetensors` and `config.json` that `local-dir:`, `hf-hub:` and transformers' wrapper all read.
+    """Writes `model.safetensors` and `config.json` for timm (`local-dir:`, `hf-hub:`) and transformers' timm wrapper.
 
-    timm records every argument of the model under `model_args`, including the number of classes. transformers passes
-    that number itself and fails if it is given twice, so it is stored only at the top level, where timm reads it too.
-    If writing fails, the folder does not change.
+    timm stores all arguments of the model under `model_args`, including the number of classes. transformers passes that
+    number itself and fails if it is given twice, so it is stored at the top level only, where timm reads it too. If
+    writing fails, the folder does not change.
 
     Args:
         model: A model made by `timm.create_model`.
-        folder: Created if missing; other files in it are kept.
-        force: Overwrite the model in the folder.
-        **kwargs: `data_config`, `model_config` of `timm.models.save_for_hf`.
+        folder: Folder to write to; created if missing. Other files in it are kept.
+        force: Overwrite an existing model in the folder.
+        **kwargs: More arguments of `timm.models.save_for_hf`, such as `model_config`.
 
     Raises:
         FileExistsError: The folder already has a model, or is a file.
@@ -54,7 +54,7 @@ def save_for_hub(model: nn.Module, folder: str | os.PathLike[str], force: bool =
         with open(path, 'w', encoding='utf-8') as file:
             json.dump(config, file, indent=2)
             file.write('\n')
-        shutil.copymode(path, os.path.join(temporary, WEIGHTS))  # safetensors writes for the owner's eyes only
+        shutil.copymode(path, os.path.join(temporary, WEIGHTS))  # safetensors makes it readable by the owner only
         os.makedirs(folder, exist_ok=True)
         for name in (WEIGHTS, CONFIG):
             os.replace(os.path.join(temporary, name), os.path.join(folder, name))

@@ -1,4 +1,4 @@
-"""Command line of looking into models and runs: `cpool-inspect MODEL IMAGE... -o sheet.png --html report.html`."""
+"""Command line to inspect models and runs: `cpool-inspect MODEL IMAGE... -o sheet.png --html report.html`."""
 import argparse
 import json
 import logging
@@ -16,62 +16,66 @@ from .pictures import RANDOM, Loaded, add_picture_args, drawing, layers_of, load
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from cpool_vision.inspect import ReceptiveField
+    from cpool_vision.inspect.footprints import Footprints
     from cpool_vision.inspect.report import Report
 
 _logger = logging.getLogger(__name__)
-# by flag: the method that draws, and the caption in a report
+# flag: method that draws the figure, and its caption in a report
 _FIGURES = {
-    'output': ('sheet', 'Per layer, the supports over the image (circles of one standard deviation σ), the map of '
-               'supports, and the map of pooling weights relative to equal ones: means over the groups of channels.'),
+    'output': ('sheet', 'For each layer: supports over the image (circles of one standard deviation σ), map of '
+               'supports, and map of pooling weights relative to uniform weights, averaged over the groups of '
+               'channels.'),
     'groups': ('groups', 'Supports and pooling weights of each group of channels of one context pool.'),
-    'footprints': ('footprints', 'Weights with which the cells at the points read the map: every footprint sums to '
-                   'one. Dashed circles have a radius of one standard deviation σ.'),
+    'footprints': ('footprints', 'Weights with which the cells at the points read the map. Each footprint sums to one. '
+                   'Dashed circles have a radius of one standard deviation σ.'),
     'depth': ('depth', 'Supports of every context pool over all images and cells, in pixels of the image.'),
     'receptive_field': ('receptive_field', 'Effective receptive field of one unit of the last feature map, or of '
-                        '--rf-layer: root mean square of its gradient with respect to each pixel. Circles hold 50 % '
-                        '(solid) and 90 % (dashed).'),
+                        '--rf-layer: root mean square of its gradient with respect to each pixel. Circles contain '
+                        '50 % (solid) and 90 % (dashed).'),
 }
 _FLAGS = {'output': '--output', 'groups': '--groups', 'footprints': '--footprints', 'depth': '--depth',
           'receptive_field': '--receptive-field', 'json': '--json', 'html': '--html'}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A fresh parser with every flag of `cpool-inspect`."""
+    """Returns a new parser with the flags of `cpool-inspect`."""
     parser = argparse.ArgumentParser(
         prog='cpool-inspect',
-        description='Look into a model: what its context pools read, how far, and what that does to the receptive '
-                    'field, as pictures, numbers or a report; or report on a run of train.py.')
+        description="Inspect a model's context pools: supports, pooling weights and receptive fields, as pictures, "
+                    'numbers or an HTML report; or report on a training run.')
     add_version_arg(parser)
     add = parser.add_argument
     add('model', nargs='?', metavar='MODEL', help='registered name, local-dir:FOLDER or hf-hub:OWNER/NAME')
-    add('images', nargs='*', metavar='IMAGE', help='image files; without them --dataset is drawn from')
-    group = parser.add_argument_group('what to write (pictures: .png, .pdf or .svg)')
+    add('images', nargs='*', metavar='IMAGE', help='image files (default: images of --dataset)')
+    group = parser.add_argument_group('output files (pictures: .png, .pdf or .svg)')
     add = group.add_argument
-    add('-o', '--output', metavar='FILE', help='sheet of images with their supports and pooling weights by layer')
+    add('-o', '--output', metavar='FILE', help='images with their supports and pooling weights by layer')
     add('--groups', metavar='FILE',
-        help='supports and pooling weights of each group of channels, of the first pool of --layers')
+        help='supports and pooling weights of each group of channels in the first layer of --layers')
     add('--footprints', metavar='FILE', help='pooling weights of the cells at --points, by layer')
     add('--depth', metavar='FILE', help='distribution of supports by depth')
-    add('--receptive-field', metavar='FILE', help='effective receptive field with the pools off and as they are')
+    add('--receptive-field', metavar='FILE', help='effective receptive field with pools off and on')
     add('--json', metavar='FILE', help='all numbers')
     add('--html', metavar='FILE', help='report with everything above in one file')
-    group = parser.add_argument_group('what to look at')
+    group = parser.add_argument_group('what to inspect')
     add = group.add_argument
-    add('--run', metavar='RUN', help='folder of a run of train.py, for --html; MODEL may be left out then')
+    add('--run', metavar='RUN', help='folder of a training run, for --html; MODEL is then optional')
     add('--points', type=float, nargs='+', default=None, metavar='Y X',
-        help="points in pixels of the model's input (default: 3 x 3 over the image)")
+        help="points in pixels of the model's input (default: a 3 x 3 grid)")
     add('--rf-layer', default=None, metavar='LAYER',
-        help="feature map of the receptive field: a module that returns maps, or a number of the model's "
-             'forward_intermediates (default: the last)')
+        help='feature map of the receptive field: name of a module that returns maps, or an index of the '
+             "model's forward_intermediates (default: the last)")
     add('--rf-point', type=float, nargs=2, default=None, metavar=('Y', 'X'),
-        help='point whose unit is taken, in pixels (default: the middle unit)')
-    add('--rf-probes', type=int, default=8, metavar='N', help='random signs per image over the channels (default: 8)')
+        help='point of the receptive field, in pixels (default: the middle unit)')
+    add('--rf-probes', type=int, default=8, metavar='N',
+        help='random projections of the channels, per image, for the receptive field (default: 8)')
     add_picture_args(parser)
     return parser
 
 
 class Inspection:
-    """Everything that can be asked about a model, computed when it is first needed."""
+    """Figures and numbers of a model, each computed when it is first needed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from cpool_vision.errors import ConfigError
@@ -82,20 +86,20 @@ class Inspection:
         self.args = args
         self.loaded: Loaded = load(args)
         self.maps = load_maps(args, self.loaded)
-        # pools of windows have no map over the image
+        # window pools have no map of the whole image
         self.whole = {name: each for name, each in self.maps.items() if each.windows == 1}
         self._figures: dict[str, Figure] = {}
         flat = args.points
         self.points = grid_points(self.loaded.size) if flat is None else list(zip(flat[::2], flat[1::2], strict=True))
 
     @cached_property
-    def _footprints(self) -> dict[str, Any]:
+    def _footprints(self) -> dict[str, 'Footprints']:
         from cpool_vision.inspect.footprints import footprints_of
 
         return {name: footprints_of(each, self.loaded.size, self.points, name) for name, each in self.whole.items()}
 
     @cached_property
-    def _fields(self) -> tuple[Any, Any]:
+    def _fields(self) -> tuple['ReceptiveField', 'ReceptiveField']:
         from cpool_vision.inspect import effective_receptive_field
 
         layer = self.args.rf_layer
@@ -107,25 +111,25 @@ class Inspection:
         return before, after
 
     def figure(self, flag: str) -> 'Figure':
-        """The picture that a flag asks for, drawn once."""
+        """Returns the figure of a flag; draws it once."""
         if flag not in self._figures:
             self._figures[flag] = getattr(self, _FIGURES[flag][0])()
         return self._figures[flag]
 
     def _over_images(self) -> None:
         if not self.whole:
-            raise ValueError(f'model {self.args.model!r} pools windows only, not maps of the image: leave '
-                             '--output, --groups and --footprints out')
+            raise ValueError(f'model {self.args.model!r} pools windows only, not maps of the image: drop '
+                             '--output, --groups and --footprints')
 
     def sheet(self) -> 'Figure':
-        """Images with supports and pooling weights by layer."""
+        """Draws images with supports and pooling weights by layer."""
         from cpool_vision.inspect.draw import supports_figure
 
         self._over_images()
         return supports_figure(self.loaded.shown, self.whole, layers_of(self.args), self.loaded.labels)
 
     def groups(self) -> 'Figure':
-        """Every group of channels of the first layer to draw."""
+        """Draws every group of channels of the first layer."""
         from cpool_vision.inspect.draw import groups_figure
 
         self._over_images()
@@ -138,7 +142,7 @@ class Inspection:
         return pick_layers(list(self.whole), layers_of(self.args))[0]
 
     def footprints(self) -> 'Figure':
-        """Footprints of the cells at the points."""
+        """Draws the footprints of the cells at the points."""
         from cpool_vision.inspect.figures import footprints_figure
 
         self._over_images()
@@ -146,20 +150,20 @@ class Inspection:
             self.loaded.shown, self._footprints, self.points, layers_of(self.args), self.loaded.labels)
 
     def depth(self) -> 'Figure':
-        """Supports by depth."""
+        """Draws supports by depth."""
         from cpool_vision.inspect.figures import depth_figure
 
         return depth_figure(self.maps, self.loaded.size)
 
     def receptive_field(self) -> 'Figure':
-        """Effective receptive fields with the pools off and as they are."""
+        """Draws effective receptive fields with pools off and on."""
         from cpool_vision.inspect.figures import receptive_field_figure
 
         return receptive_field_figure(*self._fields)
 
     @cached_property
     def numbers(self) -> dict[str, Any]:
-        """Everything measured, as plain values."""
+        """All results as plain values."""
         from cpool_vision import __version__
         from cpool_vision.inspect import numbers
 
@@ -202,9 +206,9 @@ class Inspection:
               '' if each['limits_px'] is None else '–'.join(f'{limit:.3g}' for limit in each['limits_px']),
               100 * each['effective_pixels'], '–' if each['gate'] is None else each['gate'])
              for each in numbers['layers']],
-            'Supports are standard deviations in pixels of the image. Effective pixels: how many equally weighted ones '
-            'would have the entropy of the pooling weights, of all in the map. Gate: mean size of the gates of a layer '
-            'that began as the identity, of which 0 leaves its input as it is.', digits=3)
+            'Supports are standard deviations in pixels of the image. Effective pixels: number of equally weighted '
+            'pixels with the same entropy as the pooling weights, relative to all pixels of the map. Gate: mean '
+            'absolute gate of a layer with init="identity"; 0 returns the input.', digits=3)
         for name, (_, caption) in _FIGURES.items():
             if name in ('output', 'groups', 'footprints') and not self.whole:
                 continue
@@ -217,15 +221,15 @@ class Inspection:
         report.table(
             ('', '50 % within (px)', '90 % within (px)'),
             [(title, field[key]['radius_50_px'], field[key]['radius_90_px'])
-             for title, key in (('pools off', 'pools_off'), ('pools as they are', 'pools_as_they_are'))])
+             for title, key in (('pools off', 'pools_off'), ('pools on', 'pools_as_they_are'))])
 
 
 def _check(args: argparse.Namespace) -> list[str]:
-    """Names of the files asked for, all of which can be written.
+    """Checks the flags; returns the names of the output flags that are set.
 
     Raises:
-        ConfigError: nothing to do, or a combination that says nothing.
-        OutputError: a file that cannot be written.
+        ConfigError: No output flag is set, or flags cannot be combined.
+        OutputError: A file cannot be written.
     """
     from cpool_vision.engine.validate.results import check_writable
     from cpool_vision.errors import ConfigError
@@ -237,9 +241,9 @@ def _check(args: argparse.Namespace) -> list[str]:
     if args.dpi < 1:
         raise ConfigError(f'--dpi must be >= 1, got {args.dpi}')
     if args.run and not args.html:
-        raise ConfigError(f'--run {args.run!r} goes into a report: add --html FILE')
+        raise ConfigError(f'--run {args.run!r} needs --html FILE: add it')
     if args.model is None and (wanted != ['html'] or not args.run):
-        raise ConfigError(f'{_FLAGS[wanted[0]]} needs a MODEL: name one, or a --run with --html alone')
+        raise ConfigError(f'{_FLAGS[wanted[0]]} needs a MODEL: name one, or use --run with --html only')
     for name in wanted:
         path = getattr(args, name)
         if name in _FIGURES:
@@ -278,12 +282,12 @@ def _inspect(argv: Sequence[str] | None) -> None:
                 save_figure(inspection.figure(name), path, args.dpi)
         print(path)
     if inspection is not None and inspection.loaded.weights == RANDOM:
-        _logger.warning('Model %s has random weights, so that what it pools means nothing: name trained ones with '
+        _logger.warning('Model %s has random weights, so these results mean little. Load trained weights with '
                         '--checkpoint, --pretrained or local-dir:FOLDER.', args.model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Looks into a model or a run; see `--help`. Returns the exit code."""
+    """Inspects a model or a run, see `--help`. Returns the exit code."""
     return common.run(_inspect, argv)
 
 

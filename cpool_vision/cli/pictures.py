@@ -1,4 +1,4 @@
-"""What commands that draw a model share: their arguments, the model and the images, and errors of drawing."""
+"""Arguments, model and images of the commands that draw a model."""
 import argparse
 import os
 from collections.abc import Iterator
@@ -9,62 +9,65 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from cpool_vision.engine.settings.shared import InputConfig
+    from cpool_vision.inspect import ContextMaps
 
 RANDOM = 'none loaded, random'
 
 
 def add_picture_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that say which model, which images and which layers."""
+    """Adds the arguments that select model weights, images and layers."""
     from timm.utils import ParseKwargs
 
     class KeyValues(ParseKwargs):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
             for value in values:
                 if '=' not in value:
-                    parser.error(f'{option_string} takes KEY=VALUE, got {value!r}: put it before the flag, or behind '
-                                 'another one')
+                    parser.error(f'{option_string} takes KEY=VALUE, got {value!r}: put it before the flag, or after '
+                                 'another flag')
             super().__call__(parser, namespace, values, option_string)
 
     add = parser.add_argument
     add('--checkpoint', default='', metavar='PATH', help='weights to load')
-    add('--use-ema', action='store_true', help='take the averaged weights from the checkpoint if it has them')
+    add('--use-ema', action='store_true', help='load averaged weights if the checkpoint has them')
     add('--pretrained', action='store_true',
-        help="load the model's pretrained weights; a local-dir: or hf-hub: name without --checkpoint does so anyway")
-    add('--num-classes', type=int, default=None, metavar='N', help='number of classes (model default if left out)')
+        help="load the model's pretrained weights (always on for local-dir: and hf-hub: models without --checkpoint)")
+    add('--num-classes', type=int, default=None, metavar='N', help="number of classes (default: the model's)")
     add('--img-size', type=int, default=None, metavar='N', help='side of a square input image, in pixels')
     add('--mean', type=float, nargs='+', default=None, metavar='MEAN', help='channel means used in training')
-    add('--std', type=float, nargs='+', default=None, metavar='STD', help='channel standard deviations of training')
+    add('--std', type=float, nargs='+', default=None, metavar='STD',
+        help='channel standard deviations used in training')
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='more arguments of the model')
-    add('--dataset', default=None, metavar='NAME', help='dataset to draw from (default: cpool/shapes)')
+    add('--dataset', default=None, metavar='NAME', help='dataset to take images from (default: cpool/shapes)')
     add('--data-dir', default=None, metavar='DIR', help='root folder of the data')
-    add('--split', default='validation', metavar='NAME', help='split to draw from (default: validation)')
-    add('--num-images', type=int, default=4, metavar='N', help='images from the dataset (default: 4)')
-    add('--seed', type=int, default=0, metavar='S', help='which images are taken (default: 0)')
+    add('--split', default='validation', metavar='NAME', help='split to take images from (default: validation)')
+    add('--num-images', type=int, default=4, metavar='N', help='number of images from the dataset (default: 4)')
+    add('--seed', type=int, default=0, metavar='S', help='seed that selects the images (default: 0)')
     add('--layers', nargs='+', default=['2'], metavar='NAME',
-        help='names of context pools, or one number: so many, spread over the model (default: 2)')
+        help='names of context pools, or how many to choose, spread over the model (default: 2)')
     add('--dpi', type=int, default=200, help='dots per inch (default: 200)')
 
 
 def layers_of(args: argparse.Namespace) -> list[str] | int:
-    """What `--layers` asks for, as `inspect.draw.pick_layers` takes it."""
+    """Returns the value of `--layers` for `inspect.draw.pick_layers`: names, or a number."""
     return int(args.layers[0]) if len(args.layers) == 1 and args.layers[0].isdigit() else args.layers
 
 
 @dataclass
 class Loaded:
-    """A model in eval mode and images for it.
+    """A model in eval mode, and images.
 
     Attributes:
-        model: the model, on the CPU.
-        batch: `(B, C, H, W)`, its input.
-        shown: `(B, H, W, 3)` uint8, the same images to look at.
-        labels: B names.
-        weights: where the model's weights come from.
-        data_config: size and normalization of the input, as timm's `resolve_data_config` gives them.
+        model: The model, on the CPU.
+        batch: Input of the model, `(B, C, H, W)`.
+        shown: The same images for display, `(B, H, W, 3)` uint8.
+        labels: Names of the images.
+        weights: Source of the model's weights.
+        data_config: Size and normalization of the input.
     """
 
     model: 'nn.Module'
@@ -81,7 +84,7 @@ class Loaded:
 
 
 def _file_labels(paths: list[str]) -> list[str]:
-    """Names of files without their suffix, below that of their folder where names alone are not unique."""
+    """Returns file names without suffix, preceded by the folder if they are not unique."""
     stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     if len(set(stems)) < len(stems):
         folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
@@ -89,54 +92,54 @@ def _file_labels(paths: list[str]) -> list[str]:
     return [stem if len(stem) <= 18 else f'{stem[:17]}…' for stem in stems]
 
 
-def _pictures(args: argparse.Namespace, num_classes: int) -> tuple[list[Any], list[str]]:
-    """PIL images and their labels."""
+def _pictures(args: argparse.Namespace, num_classes: int) -> tuple[list['Image'], list[str]]:
+    """Loads the images, and returns them with their labels."""
     import numpy as np
-    from PIL import Image
+    from PIL.Image import DecompressionBombError
 
     from cpool_vision.data.images import open_image
     from cpool_vision.engine.data.dataset import build_dataset
+    from cpool_vision.engine.data.fingerprint import classes_of
     from cpool_vision.engine.data.multi_label import Classes
     from cpool_vision.engine.data.unreadable import UnreadableImageError, sample_name
     from cpool_vision.engine.settings.shared import DataSettings
     from cpool_vision.errors import ConfigError, DatasetError
     from cpool_vision.reading import reason
 
-    pictures: list[Any] = []
+    pictures: list[Image] = []
     labels = []
     if args.images:
         for path in args.images:
             try:
                 pictures.append(open_image(path))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
                 raise DatasetError(f'image {path!r} cannot be read ({reason(error)}): name an image file') from error
         return pictures, _file_labels(args.images)
     if args.num_images < 1:
         raise ConfigError(f'--num-images must be >= 1, got {args.num_images}')
-    # a folder of images has no name of its own
+    # a folder of images is a dataset without a name
     name = args.dataset if args.dataset is not None else '' if args.data_dir else 'cpool/shapes'
     settings = DataSettings(dataset=name, data_dir=args.data_dir)
     dataset = build_dataset(settings, Classes(num_classes), args.split, False, 'RGB', None)
     if not hasattr(dataset, '__len__'):
-        raise DatasetError(f'dataset {name!r} is a stream: name image files instead')
-    names = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
-    names = {index: name for name, index in names.items()}
+        raise DatasetError(f'dataset {name!r} is streamed: name image files instead')
+    names = {index: name for name, index in classes_of(dataset).items()}
     for index in np.random.default_rng(args.seed).permutation(len(dataset))[:args.num_images]:
         try:
             image, target = dataset[int(index)]
         except UnreadableImageError as error:
             raise DatasetError(f'image {sample_name(dataset, index)!r} cannot be read ({error}): restore it, or choose '
-                               'others with --seed') from error
+                               'other images with --seed') from error
         pictures.append(image)
         labels.append(str(names.get(target, target)).replace('_', ' ')[:18])
     return pictures, labels
 
 
 def load(args: argparse.Namespace) -> Loaded:
-    """The model and the images that the arguments name.
+    """Loads the model and the images that the arguments select.
 
     Raises:
-        UserError: either cannot be had; the subclass and message say why.
+        UserError: The model or an image cannot be loaded.
     """
     import torch
     from timm.data import create_transform
@@ -145,7 +148,7 @@ def load(args: argparse.Namespace) -> Loaded:
     from cpool_vision.engine.model import create_eval_model, resolve_input
     from cpool_vision.engine.settings.shared import ModelSettings
 
-    # a folder or repository is named for its weights
+    # whoever names a folder or repository wants its weights
     pretrained = args.pretrained or (':' in args.model and not args.checkpoint)
     model: Any = create_eval_model(
         args.model, args.checkpoint, pretrained=pretrained, use_ema=args.use_ema, num_classes=args.num_classes,
@@ -159,15 +162,15 @@ def load(args: argparse.Namespace) -> Loaded:
     batch = torch.stack([transform(picture) for picture in pictures])
     mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ('mean', 'std'))
     shown = ((batch * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    weights = args.checkpoint or ('those named by the model' if pretrained else RANDOM)
+    weights = args.checkpoint or ('pretrained' if pretrained else RANDOM)
     return Loaded(model, batch, shown, labels, weights, data_config)
 
 
-def load_maps(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
-    """`context_maps` of what was loaded.
+def load_maps(args: argparse.Namespace, loaded: Loaded) -> dict[str, 'ContextMaps']:
+    """Returns the `context_maps` of a loaded model and its images.
 
     Raises:
-        UnknownModelError: the model has no context pool.
+        UnknownModelError: The model has no context pool.
     """
     from cpool_vision.errors import UnknownModelError
     from cpool_vision.inspect import context_maps
@@ -175,13 +178,13 @@ def load_maps(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     try:
         return context_maps(loaded.model, loaded.batch)
     except ValueError as error:
-        raise UnknownModelError(f'model {args.model!r}: {error}, or put pools into this one with cpool-retrofit') \
+        raise UnknownModelError(f'model {args.model!r}: {error}, or add pools to this one with cpool-retrofit') \
             from error
 
 
 @contextmanager
 def drawing(flag: str, path: str) -> Iterator[None]:
-    """Turns the errors of drawing into `path`, which `flag` named, into those of the command line."""
+    """Turns errors of drawing to `path`, the value of `flag`, into errors of the command line."""
     from cpool_vision.errors import ConfigError, OutputError, UserError
     from cpool_vision.inspect.draw import PlotDependencyError
 
@@ -192,4 +195,4 @@ def drawing(flag: str, path: str) -> Iterator[None]:
     except (PlotDependencyError, ValueError) as error:
         raise ConfigError(str(error)) from error
     except OSError as error:
-        raise OutputError(f'{flag} {path!r} cannot be written ({error.strerror}): name another file') from error
+        raise OutputError(f'{flag} {path!r} cannot be written ({error.strerror}): choose another file') from error

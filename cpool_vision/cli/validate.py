@@ -1,4 +1,4 @@
-"""Command line of validation: `python validate.py` or `cpool-validate`."""
+"""Command line for validation: `python validate.py` or `cpool-validate`."""
 import json
 import os
 import sys
@@ -11,7 +11,7 @@ def _validate(argv: Sequence[str] | None) -> None:
     from cpool_vision.engine.settings.config import read_validate
 
     settings = read_validate(argv)
-    from cpool_vision.engine.validate.bulk import run_validation  # after the flags, so that --help need not wait
+    from cpool_vision.engine.validate.bulk import run_validation  # imported late, so that --help is fast
     from cpool_vision.engine.validate.results import finite, scalars
 
     results = run_validation(settings)
@@ -21,7 +21,7 @@ def _validate(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures models; see `--help`. Returns the exit code."""
+    """Validates models, see `--help`. Returns the exit code."""
     return common.run(_validate, argv)
 
 

@@ -1,4 +1,4 @@
-"""albumentations instead of timm's training transforms: `Pipeline` reads a file, `Augmentation` transforms images."""
+"""albumentations in place of timm's training transforms: `Pipeline` reads a file, `Augmentation` transforms images."""
 import functools
 import importlib.metadata
 import inspect
@@ -25,23 +25,23 @@ _INTERPOLATION = {'nearest': 0, 'linear': 1, 'cubic': 2, 'area': 3, 'lanczos': 4
 _BORDER = {'constant': 0, 'replicate': 1, 'reflect': 2, 'wrap': 3, 'reflect_101': 4}  # cv2.BORDER_*
 _NAMED = {'interpolation': _INTERPOLATION, 'upscale': _INTERPOLATION, 'downscale': _INTERPOLATION,
           'border_mode': _BORDER}
-# settings of a Compose for boxes, key points and masks; a file of albumentations itself lists them
+# settings of a Compose for boxes, key points and masks, which files of albumentations itself list
 _IDLE: dict[str, tuple[Any, ...]] = {
     'bbox_params': (None,), 'keypoint_params': (None,), 'additional_targets': ({}, None), 'is_check_shapes': (True,)}
 _VERSION = '2.0.'
 
 
 def _import_albumentations() -> Any:
-    os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # else its import asks pypi.org for a newer release
+    os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')  # else importing it asks pypi.org for a newer release
     try:
         version = importlib.metadata.version('albumentations')
         import albumentations
-    except ImportError as error:  # also where a fork under the same import name is installed
+    except ImportError as error:  # also if a fork with the same import name is installed
         raise AugmentationError(f'albumentations cannot be imported ({error}): pip install albumentations==2.0.8') \
             from error
     if not version.startswith(_VERSION):
-        raise AugmentationError(f'albumentations {version} is installed, and the pipelines are for {_VERSION}x: pip '
-                                'install albumentations==2.0.8')
+        raise AugmentationError(f'albumentations {version} is installed, but pipelines need {_VERSION}x: pip install '
+                                'albumentations==2.0.8')
     return albumentations
 
 
@@ -52,7 +52,7 @@ def _input_value(key: str, size: tuple[int, int]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
+    """Converts a value to plain JSON types."""
     if isinstance(value, Enum):
         return _plain(value.value)
     if isinstance(value, np.ndarray):
@@ -75,7 +75,7 @@ def _inherited(kind: type) -> set[str]:
 
 
 class _Builder:
-    """Makes transforms of a configuration, and beside each the record of all its arguments."""
+    """Builds transforms from a configuration, each with a record of all its arguments."""
 
     def __init__(self, source: str, size: tuple[int, int]) -> None:
         self.library = _import_albumentations()
@@ -83,7 +83,7 @@ class _Builder:
         self.count = 0
 
     def build(self, node: Any, where: str, depth: int = 0) -> tuple[Any, dict[str, Any]]:
-        """A transform and its record, which gives the same transform when it is built."""
+        """Returns a transform and its record, from which the same transform can be built again."""
         self.count += 1
         if depth > _MAX_DEPTH or self.count > _MAX_TRANSFORMS:
             raise AugmentationError(f'{self.source} nests deeper than {_MAX_DEPTH}, or has more than {_MAX_TRANSFORMS} '
@@ -94,12 +94,12 @@ class _Builder:
         if name in COMPOSITIONS:
             return self._compose(kind, name, arguments, where, depth)
         known = set(inspect.signature(kind.__init__).parameters) - {'self'}
-        if isinstance(node, dict) and CLASS in node:  # albumentations also writes what only the parent class takes
+        if isinstance(node, dict) and CLASS in node:  # albumentations also writes arguments of the parent class only
             arguments = {key: value for key, value in arguments.items() if key in known or key not in _inherited(kind)}
         self._check_names(name, arguments, known, where)
         values = {key: self._value(key, value, where) for key, value in arguments.items()}
         if 'InitSchema' in vars(next(each for each in kind.__mro__ if '__init__' in vars(each))):
-            values['strict'] = True  # else some wrong values only lead to a warning and the defaults
+            values['strict'] = True  # else some invalid values only cause a warning
         built = self._make(kind, values, where)
         record = {key: value for key, value in _plain(built.to_dict_private()).items() if key in known or key == CLASS}
         record.update({key: INPUT for key, value in arguments.items() if value == INPUT})
@@ -123,7 +123,7 @@ class _Builder:
         if name == 'OneOrOther' and len(nodes) != 2:
             raise AugmentationError(f'{where}: it takes 2 transforms, not {len(nodes)}')
         if name == 'OneOf' and not any(part.p for part, _ in parts):
-            raise AugmentationError(f'{where}: each of its transforms has p=0, and p is what it weighs them by')
+            raise AugmentationError(f'{where}: all of its transforms have p=0: give one of them a larger p')
         built = self._make(kind, {**others, 'transforms': [part for part, _ in parts]}, where)
         record = {CLASS: name, 'p': built.p, **others, 'transforms': [record for _, record in parts]}
         if 'n' in COMPOSITIONS[name]:
@@ -153,7 +153,7 @@ class _Builder:
             warnings.simplefilter('always')
             try:
                 built = kind(**arguments)
-            except Exception as error:  # what a wrong value leads to is up to each transform
+            except Exception as error:  # each transform has its own errors for invalid values
                 raise AugmentationError(f'{where} cannot be built: {" ".join(str(error).split())}') from error
         for warning in caught:
             _warn_once(f'{where}: {warning.message}')
@@ -161,21 +161,22 @@ class _Builder:
 
 
 class Pipeline:
-    """A checked pipeline from a file or a preset.
+    """An augmentation pipeline, read from a file or a preset and checked.
 
-    A file lists transforms, or maps `transforms` to that list and `p` to the probability of the whole; files that
-    albumentations writes (`albumentations.save`) and the records of runs are read as well. In place of a size,
-    `input` stands for that of the network's input. See docs/augmentation.md.
+    A file contains a list of transforms, or `transforms` with that list and `p` with the probability of the pipeline.
+    Files written by albumentations (`albumentations.save`) and records of runs can be read as well. As a size, `input`
+    stands for the input size of the network. See docs/augmentation.md.
 
     Args:
-        source: name of a preset, or path of a .yaml, .yml or .json file.
+        source: Name of a preset, or path of a .yaml, .yml or .json file.
 
     Attributes:
-        source: the same.
-        record: every transform with all its arguments, and the release of albumentations. As JSON it is such a file.
+        source: Name or path that the pipeline was read from.
+        record: All transforms with all their arguments, and the albumentations version. Saved as JSON, it can be read
+            as a pipeline.
 
     Raises:
-        AugmentationError: the file is missing or malformed, or names an unknown transform or argument.
+        AugmentationError: The file is missing or malformed, or contains an unknown transform or argument.
     """
 
     def __init__(self, source: str) -> None:
@@ -196,7 +197,7 @@ class Pipeline:
         self.record: dict[str, object] = {
             '__version__': importlib.metadata.version('albumentations'), 'transform': tree}
 
-    def _check_version(self, version: Any) -> None:
+    def _check_version(self, version: object) -> None:
         here = importlib.metadata.version('albumentations')
         if version is not None and version != here:
             _warn_once(f'{self._where} was written by albumentations {version}, this is {here}.')
@@ -207,31 +208,32 @@ class Pipeline:
             normalization: tuple[Sequence[float], Sequence[float]] | None = None,
             error: type[Exception] = AugmentationError,
     ) -> 'Augmentation':
-        """The pipeline for one input size.
+        """Builds the pipeline for an input size.
 
         Args:
-            size: (channels, height, width) of what it must give.
-            normalization: means and standard deviations of images in 0..1; None leaves that to timm's prefetcher.
-            error: class of the errors that are raised on images.
+            size: (channels, height, width) of the images to return.
+            normalization: Means and standard deviations for images in 0..1; None to leave normalization to timm's
+                prefetcher.
+            error: Class of errors that are raised when an image cannot be augmented.
 
         Raises:
-            AugmentationError: an argument does not fit this size.
+            AugmentationError: An argument does not fit this size.
         """
         compose, _ = _Builder(self.source, (size[1], size[2])).build(self._config, self._where)
         return Augmentation(compose, size, normalization, self._where, error)
 
 
 class Augmentation:
-    """Maps a PIL image to a tensor `(channels, height, width)`: uint8, or float32 if it normalizes.
+    """Transforms a PIL image to a tensor `(channels, height, width)`: uint8, or float32 if normalized.
 
-    Its random numbers depend only on the last seed; without a seed it uses its own generator.
+    The random numbers depend only on the seed set last; without a seed, albumentations' own generators are used.
 
     Args:
         compose: albumentations pipeline.
-        size: (channels, height, width) that must come out.
-        normalization: means and standard deviations of images in 0..1, None for uint8.
-        name: for messages.
-        error: class of errors.
+        size: (channels, height, width) of the images to return.
+        normalization: Means and standard deviations for images in 0..1, None for uint8.
+        name: Name of the pipeline, for messages.
+        error: Class of errors to raise.
     """
 
     def __init__(
@@ -250,10 +252,10 @@ class Augmentation:
         self._process = 0
 
     def set_random_seed(self, seed: int) -> None:
-        """Starts the stream of random numbers that all transforms of the next image share.
+        """Seeds the random numbers that all transforms share.
 
-        albumentations' method of this name gives each transform its own stream with the same seed, by which
-        transforms of equal probability are applied together or not at all.
+        albumentations' own method gives each transform a separate generator with the same seed, so that transforms with
+        equal probability are applied either all or not at all.
         """
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))  # noqa: S311
 
@@ -261,28 +263,29 @@ class Augmentation:
         """Augments an image.
 
         Raises:
-            AugmentationError: it is not of 8 bits, a transform fails on it, or its size is wrong in the end.
+            AugmentationError: The image does not have 8 bits per channel, a transform fails, or the result has the
+                wrong size or dtype.
         """
         if self._process != os.getpid():
             import cv2
 
-            cv2.setNumThreads(0)  # one process per core loads already, and threads do not survive a fork
+            cv2.setNumThreads(0)  # workers already use all cores, and threads do not survive a fork
             self._process = os.getpid()
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8:
-            raise self.error(f'{self.name} takes images of 8 bits, not of PIL mode {image.mode!r}: set '
+            raise self.error(f'{self.name} needs images with 8 bits per channel, got PIL mode {image.mode!r}: set '
                              '--input-img-mode RGB or L')
         if pixels.ndim == 2:
             pixels = pixels[..., None]
         try:
             result = self.compose(image=pixels)['image']
-        except Exception as error:  # what an image can lead to is up to each transform
+        except Exception as error:  # each transform has its own errors
             raise self.error(f'{self.name} fails on an image of {image.height} x {image.width} pixels: '
                              f'{" ".join(str(error).split())}') from error
         if result.ndim == 2:
             result = result[..., None]
         if result.dtype != np.uint8:
-            raise self.error(f'{self.name} gives {result.dtype} images: it must keep them uint8')
+            raise self.error(f'{self.name} returns {result.dtype} images: it must return uint8')
         if (result.shape[2], *result.shape[:2]) != self.size:
             channels, height, width = self.size
             raise self.error(

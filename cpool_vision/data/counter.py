@@ -1,4 +1,4 @@
-"""Counter-based random numbers: the draws of sample i depend on its key alone, whatever is drawn beside it."""
+"""Counter-based random numbers: the draws of a sample depend on its key only, not on other samples."""
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,15 @@ def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class CounterDraws:
-    """Streams of uniform numbers, one per sample, from integer arithmetic only.
+    """Streams of uniform random numbers, one per sample, by integer arithmetic.
 
-    The n-th draw of a sample is a hash of (its key, n), so it is the same on every machine, in every worker and beside
-    whatever other samples it is made.
+    The n-th draw of a sample is a hash of its key and n. It is the same on every machine and in every worker, and does
+    not depend on which other samples are drawn.
 
     Args:
-        seed: seed of the dataset, any non-negative integer below 2^64.
-        stream: number of the split.
-        indices: `(N,)` integers, the samples.
+        seed: Seed of the dataset, an integer in [0, 2^64).
+        stream: Number of the split.
+        indices: Indices of the samples, `(N,)` integers.
     """
 
     def __init__(self, seed: int, stream: int, indices: NDArray[Any]) -> None:

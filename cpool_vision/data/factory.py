@@ -1,4 +1,4 @@
-"""`create_dataset`: timm's, plus the datasets that the package generates."""
+"""`create_dataset`: timm's dataset factory, plus the datasets that this package generates."""
 import re
 from typing import Any
 
@@ -10,7 +10,7 @@ from .shapes_seg import ShapesSegDataset
 
 PREFIX = 'cpool/'
 _SHAPES = re.compile(r'shapes(-seg)?(\d{1,4})?')
-# arguments of timm's factory that mean nothing to a set made in memory; its `seed` is that of the shuffle
+# arguments of timm's factory that generated datasets ignore; `seed` is the seed of the shuffle
 _NOT_FOR_OURS = (
     'search_split', 'load_bytes', 'is_training', 'download', 'batch_size', 'seed', 'repeats', 'trust_remote_code',
     'input_key', 'target_key',
@@ -18,7 +18,7 @@ _NOT_FOR_OURS = (
 
 
 def list_datasets() -> list[str]:
-    """Names under `cpool/` that `create_dataset` knows; `<SIZE>` stands for a side in pixels."""
+    """Returns the names under `cpool/` that `create_dataset` knows; `<SIZE>` stands for a side in pixels."""
     return ['cpool/shapes', 'cpool/shapes<SIZE>', 'cpool/shapes-seg', 'cpool/shapes-seg<SIZE>']
 
 
@@ -28,24 +28,25 @@ def create_dataset(
         split: str = 'validation',
         **kwargs: Any,
 ) -> torch.utils.data.Dataset:
-    """Creates a dataset by name; every name but those under `cpool/` goes to `timm.data.create_dataset` unchanged.
+    """Creates a dataset by name. Names outside `cpool/` go to `timm.data.create_dataset` unchanged.
 
     Args:
-        name: 'cpool/shapes' (32 pixels), 'cpool/shapes64' (any side), 'cpool/shapes-seg' (64 pixels) and
+        name: 'cpool/shapes' (32 pixels), 'cpool/shapes64' (any side), 'cpool/shapes-seg' (64 pixels) or
             'cpool/shapes-seg128' with a mask as the target, or a name that timm knows ('' for a folder).
-        root: folder of the data; ignored by generated datasets.
-        split: name of the split.
+        root: Folder of the data; ignored by generated datasets.
+        split: Name of the split.
         **kwargs: timm's arguments. Generated datasets take `num_samples`, `transform`, `target_transform`,
             `input_img_mode`, `image_size` and `data_seed`, and ignore loader settings of timm's factory (`batch_size`,
-            `is_training`, `seed`, ...), so every training seed sees the same images. 'cpool/shapes-seg' also takes
+            `is_training`, `seed`, ...), so that every training seed sees the same images. 'cpool/shapes-seg' also takes
             `mean_radius`, `size_range` and `objects`, but not `input_img_mode`.
 
     Returns:
         A dataset whose items are `(image, class index)`, or `(image, mask)`.
 
     Raises:
-        ValueError: unknown name under `cpool/`, unknown split, `num_samples` < 1, or a `class_map` for a generated one.
-        TypeError: an argument that neither timm's factory nor the set knows.
+        ValueError: The name under `cpool/` or the split is unknown, `num_samples` is below 1, or a `class_map` is given
+            for a generated dataset.
+        TypeError: Neither timm's factory nor the dataset knows an argument.
     """
     if not name.lower().startswith(PREFIX):
         return timm.data.create_dataset(name, root=root, split=split, **kwargs)
@@ -54,14 +55,14 @@ def create_dataset(
         raise ValueError(f'unknown dataset {name!r}: choose one of {", ".join(list_datasets())}')
     options = {key: value for key, value in kwargs.items() if value is not None and key not in _NOT_FOR_OURS}
     if options.pop('class_map', None):
-        raise ValueError(f'class_map has no meaning for {name!r}: its classes are fixed; leave it out')
+        raise ValueError(f'class_map does not work with {name!r}, whose classes are fixed: drop it')
     if match.group(2):
         size = int(match.group(2))
         if options.setdefault('image_size', size) != size:
-            raise ValueError(f'image_size={options["image_size"]} contradicts the name {name!r}: give one of the two')
+            raise ValueError(f'image_size={options["image_size"]} contradicts the name {name!r}: drop one of the two')
     if match.group(1):
         if options.pop('input_img_mode', 'RGB') != 'RGB':
-            raise ValueError(f'{name!r} has RGB images only: leave input_img_mode out')
+            raise ValueError(f'{name!r} has RGB images only: drop input_img_mode')
         return ShapesSegDataset(split=split, **options)
     dataset = ShapesDataset(split=split, **options)
     dataset.preload()

@@ -1,8 +1,8 @@
-"""Folders of class folders: each real folder once, and regular files only."""
+"""Datasets in class folders; each folder is read once, and only regular files are read."""
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
@@ -19,10 +19,10 @@ _logger = logging.getLogger(__name__)
 
 
 def walk_files(folder: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    """Folder and name of each wanted file below `folder`, through symbolic links too.
+    """Yields folder and name of each wanted file below `folder`, and follows symbolic links.
 
-    A folder that several paths lead to, by a loop of links say, is entered once, by the shortest path that uses the
-    fewest links. What is neither a file nor a folder is skipped. Both are told in the log.
+    A folder that can be reached by several paths, for example through a loop of links, is entered once, by the shortest
+    path with the fewest links. Entries that are neither files nor folders are skipped. Both are logged.
 
     Raises:
         OSError: `folder` cannot be listed.
@@ -35,7 +35,7 @@ def walk_files(folder: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str
         path = waiting.pop(0)
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in known:
-            _logger.warning('Folder %s is reached by another path already: its images are taken once.', one_line(path))
+            _logger.warning('Folder %s was already read by another path. Skipping it.', one_line(path))
             continue
         known.add((status.st_dev, status.st_ino))
         with os.scandir(path) as entries:
@@ -46,21 +46,21 @@ def walk_files(folder: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str
                     if entry.is_file():
                         yield path, entry.name
                     else:
-                        _logger.warning('%s is not a regular file: it is left out.', one_line(entry.path))
+                        _logger.warning('%s is not a regular file. Skipping it.', one_line(entry.path))
 
 
 class PathReader(Reader):
-    """Reader of timm's `ImageDataset` over files with a path each.
+    """Reader for timm's `ImageDataset` over a list of files.
 
     Attributes:
-        root: folder that names of samples start from.
-        samples: path and target of each image.
+        root: Folder that names of samples are relative to.
+        samples: Path and target of each image.
     """
 
     root: str
-    samples: list[tuple[str, Any]]
+    samples: Sequence[tuple[str, object]]
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> tuple[BinaryIO, object]:
         path, target = self.samples[index]
         return open_regular(path), target
 
@@ -75,25 +75,26 @@ class PathReader(Reader):
 
 
 class FolderReader(PathReader):
-    """Reader of timm's `ImageDataset` for a folder: samples and classes as timm's own reader finds them.
+    """Reader for timm's `ImageDataset` over class folders; finds the same samples and classes as timm's own reader.
 
-    A class is named by the last folder above an image.
+    The class of an image is the name of the folder it is in.
 
     Args:
-        root: folder of class folders.
-        class_map: file or mapping of names to numbers, as of timm; images in other folders are left out. None or ''
-            to number the names in natural order.
-        input_key: endings of image files, separated by ';'.
+        root: Folder of class folders.
+        class_map: File or mapping of class names to indices, as in timm; images in other folders are ignored. Without
+            one, class names are numbered in natural order.
+        input_key: Suffixes of image files, separated by ';'.
 
     Attributes:
-        samples: path and class number of each image.
-        class_to_idx: class numbers by name.
+        samples: Path and class index of each image.
+        class_to_idx: Class index of each class name.
 
     Raises:
-        RuntimeError: there is no image.
+        RuntimeError: There are no images.
     """
 
-    def __init__(self, root: str, class_map: Any = None, input_key: str | None = None) -> None:
+    def __init__(self, root: str, class_map: str | Mapping[str, int] | None = None, input_key: str | None = None,
+                 ) -> None:
         super().__init__()
         self.root = root
         endings = set(input_key.split(';')) if input_key else get_img_extensions(as_set=True)
@@ -109,12 +110,12 @@ class FolderReader(PathReader):
         samples = [(path, self.class_to_idx[label]) for path, label in found if label in self.class_to_idx]
         self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
         if not self.samples:
-            raise RuntimeError(f'there is no image in class folders below {root!r}; endings that count: '
-                               f'{", ".join(sorted(endings))}')
+            raise RuntimeError(f'there are no images in class folders below {root!r} (suffixes: '
+                               f'{", ".join(sorted(endings))})')
 
 
 class SafeImageFolder(ImageFolder):
-    """torchvision's `ImageFolder` with the files of `walk_files`, decoded by `images.open_image`."""
+    """torchvision's `ImageFolder`, with files found by `walk_files` and decoded by `images.open_image`."""
 
     def __init__(self, root: str, **kwargs: Any) -> None:
         super().__init__(root, loader=load_image, **kwargs)
@@ -122,12 +123,12 @@ class SafeImageFolder(ImageFolder):
     @staticmethod
     def make_dataset(directory: Any, class_to_idx: dict[str, int], extensions: Any = None, is_valid_file: Any = None,
                      allow_empty: bool = False) -> list[tuple[str, int]]:
-        """Path and class number of each image; see torchvision."""
+        """Returns path and class index of each image, see torchvision."""
         def wanted(name: str) -> bool:
             return has_file_allowed_extension(name, extensions)
 
         samples = [(os.path.join(folder, name), class_to_idx[label]) for label in sorted(class_to_idx)
                    for folder, name in sorted(walk_files(os.path.join(directory, label), wanted))]
         if not samples:
-            raise FileNotFoundError(f'no image in the folders of {", ".join(sorted(class_to_idx)[:5])}')
+            raise FileNotFoundError(f'no images in the folders of {", ".join(sorted(class_to_idx)[:5])}')
         return samples

@@ -1,4 +1,4 @@
-"""Decoding of image files: formats that are named here, from regular files, up to a size."""
+"""Decodes image files: known formats only, from regular files, up to a maximum size."""
 import os
 from typing import IO, Any
 
@@ -6,22 +6,22 @@ from PIL import Image, UnidentifiedImageError
 
 from cpool_vision.reading import open_regular
 
-# what image datasets come in; Pillow would also start Ghostscript for PostScript, and knows some forty more
+# the formats of image datasets; Pillow knows some forty more, and would run Ghostscript for PostScript
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM')
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses by default: half a gigabyte as RGB
+MAX_PIXELS = 178_956_970  # Pillow's default limit: half a gigabyte as RGB
 
 
 def open_image(source: str | os.PathLike[str] | IO[bytes], mode: str = 'RGB') -> Image.Image:
-    """Decodes an image whole.
+    """Decodes an image.
 
     Args:
-        source: path, or an open file, which is left open.
-        mode: Pillow's mode to convert to.
+        source: Path, or an open file, which is left open.
+        mode: PIL mode to convert to.
 
     Raises:
-        OSError: the file cannot be read, is not a regular file, or is none of `FORMATS`.
-        ValueError: larger than `MAX_PIXELS`, or a mode that there is not.
-        SyntaxError, EOFError, struct.error, Image.DecompressionBombError: damaged, as Pillow says it.
+        OSError: The file cannot be read, is not a regular file, or has none of the `FORMATS`.
+        ValueError: The image is larger than `MAX_PIXELS`, or the mode is unknown.
+        SyntaxError, EOFError, struct.error, Image.DecompressionBombError: The file is damaged; errors of Pillow.
     """
     if isinstance(source, (str, os.PathLike)):
         with open_regular(source) as file:
@@ -36,18 +36,18 @@ def open_image(source: str | os.PathLike[str] | IO[bytes], mode: str = 'RGB') ->
 
 
 def limit_formats() -> None:
-    """Lets `Image.open` know `FORMATS` only, in this process, for readers of other packages that call it themselves."""
-    Image.init()  # all, so that no call loads more later
+    """Restricts `Image.open` to `FORMATS` in this process, for other packages that call it themselves."""
+    Image.init()  # loads all formats, so that no later call adds more
     Image.ID[:] = [each for each in Image.ID if each in FORMATS]
 
 
 def load_image(path: str) -> Image.Image:
-    """`open_image` as torchvision's sets take it for a loader."""
+    """`open_image` as a loader for torchvision's datasets."""
     return open_image(path)
 
 
 def guard_images(dataset: Any) -> None:
-    """Lets a set of another package decode with `open_image` or, where it has no such hook, under `limit_formats`."""
+    """Makes a dataset of another package decode images with `open_image` or, if it has no loader, `limit_formats`."""
     if hasattr(dataset, 'loader') and callable(dataset.loader):
         dataset.loader = load_image
     else:

@@ -35,15 +35,15 @@ class ShapesDataset(torch.utils.data.Dataset):
 
     Args:
         split: 'train', 'validation' or 'test' (or a synonym that timm knows).
-        num_samples: samples in the split; by default 10,000 for train, 2,000 for the others.
-        image_size: side in pixels.
-        transform: applied to the PIL image; timm's `create_loader` assigns it.
-        target_transform: applied to the class index.
+        num_samples: Number of samples; by default 10,000 for train, 2,000 for other splits.
+        image_size: Side in pixels.
+        transform: Applied to the PIL image; timm's `create_loader` sets it.
+        target_transform: Applied to the class index.
         input_img_mode: PIL mode of the image, 'RGB' or 'L'.
-        data_seed: another seed gives other images of the same kind.
+        data_seed: Seed of the images.
 
     Raises:
-        ValueError: unknown split, or `num_samples`, `image_size` or `data_seed` out of range.
+        ValueError: The split is unknown, or `num_samples`, `image_size` or `data_seed` is out of range.
     """
 
     classes: tuple[str, ...] = tuple(f'{texture}_{outline}' for outline in OUTLINES for texture in TEXTURES)
@@ -77,7 +77,7 @@ class ShapesDataset(torch.utils.data.Dataset):
 
     @property
     def class_to_idx(self) -> dict[str, int]:
-        """Class index by class name."""
+        """Class index of each class name."""
         return {name: index for index, name in enumerate(self.classes)}
 
     @property
@@ -95,7 +95,7 @@ class ShapesDataset(torch.utils.data.Dataset):
         return render_scenes(self.data_seed, stream, indices, outline, texture, self.image_size)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """All pictures as `(num_samples, image_size, image_size, 3)` uint8; made once, at about 0.3 ms each."""
+        """Returns all images, `(num_samples, image_size, image_size, 3)` uint8; rendered once, in 0.3 ms each."""
         if self._pixels is None:
             side = self.image_size
             pixels = np.empty((len(self), side, side, 3), np.uint8)
@@ -107,12 +107,12 @@ class ShapesDataset(torch.utils.data.Dataset):
         return self._pixels
 
     def preload(self) -> None:
-        """Makes the pictures now if the set is small enough to keep, so that worker processes share one copy."""
+        """Renders all images now if they are small enough to keep, so that worker processes share one copy."""
         if 3 * self.image_size ** 2 * len(self) <= _CACHE_BYTES:
             self.pixels()
 
     def targets(self) -> NDArray[np.int64]:
-        """All class indices, `(num_samples,)`."""
+        """Returns all class indices, `(num_samples,)`."""
         return np.arange(len(self)) % self.num_classes
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
@@ -131,10 +131,10 @@ class ShapesDataset(torch.utils.data.Dataset):
         )
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Name of a sample in the manner of timm's readers; there is no such file."""
+        """Returns a name for a sample, like timm's readers; there is no such file."""
         name = f'{index:06d}.png'
         return name if basename else f'{self.split}/{self.classes[index % self.num_classes]}/{name}'
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
-        """Names of all samples, see `filename`."""
+        """Returns the names of all samples, see `filename`."""
         return [self.filename(index, basename, absolute) for index in range(len(self))]

@@ -1,4 +1,4 @@
-"""Pictures of several textured objects of many sizes on cluttered ground, with what every pixel shows."""
+"""Renders images of several textured objects of many sizes on a cluttered background, with the class of every pixel."""
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,21 +22,21 @@ from .scene import (
     turn,
 )
 
-# Places tried for every object; the one farthest from the objects before it is taken.
+# Candidate places for every object; the one farthest from earlier objects is used.
 _PLACES = 8
-# A texture's period in radii of its object: an object seen from nearer by is the same picture, magnified.
+# Period of a texture in radii of its object, so that a closer object looks the same, magnified.
 _PERIOD = (0.55, 0.8)
 _LEAST_PERIOD = 1.25
 _HALF = np.float32(0.5)
 
 
 class Crowd(NamedTuple):
-    """Pictures `(N, size, size, 3)` uint8 and what their pixels show, both `(N, size, size)` and 0 for the ground.
+    """Images, and class and radius of the object at each pixel.
 
     Attributes:
-        pixels: The pictures.
-        masks: Class, uint8.
-        radii: Radius of the object in pixels, fp32.
+        pixels: Images, `(N, size, size, 3)` uint8.
+        masks: Class, `(N, size, size)` uint8, 0 for the background.
+        radii: Radius of the object in pixels, `(N, size, size)` fp32, 0 for the background.
     """
     pixels: NDArray[np.uint8]
     masks: NDArray[np.uint8]
@@ -49,7 +49,7 @@ def _radius_table(mean: float, size_range: float) -> F32:
 
 
 def _places(draws: CounterDraws, radii: F32) -> F32:
-    """Centers `(N, K, 2)` of discs that lie apart as well as a few tries allow."""
+    """Chooses centers `(N, K, 2)` of discs that are far apart, from a few random candidates."""
     n, count = radii.shape
     at = np.empty((n, count, 2), np.float32)
     for k in range(count):
@@ -65,13 +65,13 @@ def _places(draws: CounterDraws, radii: F32) -> F32:
 
 
 def _period(draws: CounterDraws, radius: F32) -> F32:
-    """Periods of textures on objects of these radii."""
+    """Draws texture periods for objects of these radii."""
     return np.maximum(radius * draws.uniform(1, *_PERIOD)[:, 0], np.float32(_LEAST_PERIOD))
 
 
 def _paint_clutter(draws: CounterDraws, image: F32, x: F32, y: F32, radius_of: F32, textures: int, scale: float,
                    ) -> None:
-    """Paints what carries no class: a texture without an outline, strokes, and an outline without texture."""
+    """Paints clutter without class: texture without an outline, strokes, and an outline without texture."""
     mean, difference = pair_of_colors(draws)
     at, reach = draws.uniform(2, 2, 30), radius_of[draws.integers(1, 256)[:, 0]]
     px, py = x - column(at[:, 0]), y - column(at[:, 1])
@@ -91,7 +91,7 @@ def _paint_clutter(draws: CounterDraws, image: F32, x: F32, y: F32, radius_of: F
 
 def _paint_objects(draws: CounterDraws, image: F32, x: F32, y: F32, radii: F32, textures: int, scale: float,
                    ) -> tuple[NDArray[np.uint8], F32]:
-    """Paints objects of radii `(N, K)`, the largest first; gives masks and radii as in `Crowd`."""
+    """Paints objects of radii `(N, K)`, largest first; returns masks and radii as in `Crowd`."""
     objects = radii.shape[1]
     kinds = draws.integers(objects, len(OUTLINES) * textures)
     places = _places(draws, radii)
@@ -122,21 +122,21 @@ def render_crowds(
         objects: int = 4,
         textures: int = 3,
 ) -> Crowd:
-    """Renders one picture per index; the same scene at every `size`, up to pixel noise.
+    """Renders one image per index; scenes are the same at every `size`, up to pixel noise.
 
-    Every object has its own class, outline times texture, and its own radius, uniform in its logarithm.
-    Smaller objects lie in front of larger ones. The period of a texture grows with its object. What carries no class:
-    a flat object, a patch of texture without an outline, line strokes, colors, light and noise.
+    Every object has a class (outline times texture) and a radius with a uniform logarithm. Smaller objects are in front
+    of larger ones. The period of a texture grows with its object. Clutter does not depend on the class: a flat object,
+    a patch of texture without an outline, line strokes, colors, light and noise.
 
     Args:
-        seed: seed of the dataset.
-        stream: number of the split.
-        indices: `(N,)` sample numbers.
-        size: side in pixels.
-        mean_radius: geometric mean of the smallest and the largest radius, in 64ths of the side.
-        size_range: largest radius over the smallest; 1 gives objects of one size.
-        objects: objects in every picture.
-        textures: how many of `TEXTURES` make classes.
+        seed: Seed of the dataset.
+        stream: Number of the split.
+        indices: Indices of the samples, `(N,)`.
+        size: Side in pixels.
+        mean_radius: Geometric mean of the smallest and the largest radius, in 64ths of the side.
+        size_range: Largest radius relative to the smallest; 1 gives objects of equal size.
+        objects: Number of objects per image.
+        textures: Number of `TEXTURES` that form classes.
     """
     n = len(indices)
     draws = CounterDraws(seed, stream, indices)

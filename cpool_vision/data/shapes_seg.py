@@ -19,25 +19,25 @@ _TEXTURES = 3
 class ShapesSegDataset(torch.utils.data.Dataset):
     """Segmentation of textured objects of widely varying size on cluttered backgrounds: 6 classes and the background.
 
-    A class is one of two outlines times one of three textures. The textures grow with their objects: an object twice as
-    large looks the same, magnified, so a model must look as far as the object reaches to recognize it. Flat objects and
-    patches of texture without an outline belong to the background. Sample i of a split is a function of
-    (`data_seed`, split, i) and the sizes asked for: the same on every machine, in every worker and for any
-    `num_samples`. Items are the image and its mask, a PIL image of mode 'L' that holds class indices, 0 for the ground.
+    A class is one of two outlines times one of three textures. Textures grow with their objects: an object twice as
+    large looks the same, magnified, so a model must see the whole object to recognize it. Flat objects and patches of
+    texture without an outline belong to the background. Sample i of a split depends only on (`data_seed`, split, i) and
+    the sizes: it is the same on every machine, in every worker and for any `num_samples`. Items are the image and its
+    mask, a PIL image of mode 'L' with class indices, 0 for the background.
 
     Args:
         split: 'train', 'validation' or 'test' (or a synonym that timm knows).
-        num_samples: samples in the split; by default 4,000 for train, 1,000 for the others.
-        image_size: side in pixels; the same scenes at every size.
-        mean_radius: geometric mean of the smallest and the largest radius, in 64ths of the side.
-        size_range: largest radius over the smallest. The default gives radii of 4 to 16 pixels at 64 pixels a side.
-        objects: objects in every picture.
-        transform: applied to the PIL image.
-        target_transform: applied to the mask.
-        data_seed: another seed is another set of pictures of the same kind.
+        num_samples: Number of samples; by default 4,000 for train, 1,000 for other splits.
+        image_size: Side in pixels; scenes are the same at every size.
+        mean_radius: Geometric mean of the smallest and the largest radius, in 64ths of the side.
+        size_range: Largest radius relative to the smallest. The default gives radii of 4 to 16 pixels at size 64.
+        objects: Number of objects per image.
+        transform: Applied to the PIL image.
+        target_transform: Applied to the mask.
+        data_seed: Seed of the images.
 
     Raises:
-        ValueError: unknown split, or a number out of range.
+        ValueError: The split is unknown, or a number is out of range.
     """
 
     classes: tuple[str, ...] = (
@@ -81,20 +81,20 @@ class ShapesSegDataset(torch.utils.data.Dataset):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, the ground included."""
+        """Number of classes, including the background."""
         return len(self.classes)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def render(self, indices: NDArray[Any]) -> Crowd:
-        """Pictures, masks and radii of the samples `indices`, at about 3 ms each."""
+        """Renders images, masks and radii of the samples `indices`, in about 3 ms each."""
         return render_crowds(
             self.data_seed, STREAMS[self.split], indices, self.image_size, self.mean_radius, self.size_range,
             self.objects, _TEXTURES)
 
     def arrays(self) -> Crowd:
-        """The whole split: pictures, masks and radii by pixel. Made anew at every call."""
+        """Renders images, masks and radii of the whole split; nothing is cached."""
         step = max(1, _CHUNK_BYTES // (12 * self.image_size ** 2))
         parts = [
             self.render(np.arange(start, min(start + step, len(self)))) for start in range(0, len(self), step)]

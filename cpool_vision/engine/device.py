@@ -1,4 +1,4 @@
-"""Device, processes, arithmetic and seeds of one run."""
+"""Device, processes, precision and seeds of a run."""
 import importlib
 import logging
 import os
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ _DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch
 
 @dataclass(frozen=True)
 class Precision:
-    """Arithmetic of a run.
+    """Numeric precision of a run.
 
     Attributes:
         model_dtype: dtype of the weights, None for float32.
@@ -42,22 +41,22 @@ class Precision:
     device_type: str
 
     @property
-    def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Factory of the context that forward passes run in."""
+    def autocast(self) -> Callable[[], AbstractContextManager[object]]:
+        """Function that creates the context manager for forward passes."""
         if self.amp_dtype is None:
             return nullcontext
         return partial(torch.autocast, device_type=self.device_type, dtype=self.amp_dtype)
 
     def loss_scaler(self) -> torch.amp.GradScaler:
-        """Loss scaler; acts for float16 autocast, whose gradients would underflow without, and is inert otherwise."""
+        """Creates a loss scaler, enabled for float16 autocast only; without it, float16 gradients would underflow."""
         return torch.amp.GradScaler(self.device_type, enabled=self.amp_dtype is torch.float16)
 
 
 def resolve_precision(settings: DeviceSettings, device: torch.device) -> Precision:
-    """Reads `--amp`, `--amp-dtype` and `--model-dtype`; warns of half precision that the CPU must emulate.
+    """Reads `--amp`, `--amp-dtype` and `--model-dtype`; warns if the CPU has to emulate half precision.
 
     Raises:
-        ConfigError: unknown dtype, or autocast over weights that are not float32.
+        ConfigError: A dtype is unknown, or autocast is combined with weights that are not float32.
     """
     for flag, value in (('--amp-dtype', settings.amp_dtype), ('--model-dtype', settings.model_dtype)):
         if value and value not in _DTYPES:
@@ -79,19 +78,20 @@ def _warn_of_emulation(dtype: torch.dtype | None, device: torch.device, flag: st
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type == 'cpu' and dtype in (torch.float16, torch.bfloat16) and capability == 'AVX2':
         _logger.warning(
-            'This CPU (%s) has no instructions for %s: its products can take ten times as long as in float32 and more. '
-            'Drop %s here.', capability, str(dtype).removeprefix('torch.'), flag)
+            'This CPU (%s) has no instructions for %s: matrix products can be more than ten times slower than in '
+            'float32. Drop %s on this machine.', capability, str(dtype).removeprefix('torch.'), flag)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how this process computes, and which of the processes it is.
+    """Device, precision and rank of this process.
 
     Attributes:
-        device: its device.
-        precision: autocast and dtype.
-        rank, world_size: number of the process, number of processes.
-        local_rank: number of the process on its machine.
+        device: Device of this process.
+        precision: Autocast and dtype.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        local_rank: Rank of this process on its machine.
     """
 
     device: torch.device
@@ -102,32 +102,33 @@ class Runtime:
 
     @property
     def distributed(self) -> bool:
-        """Whether there are other processes."""
+        """Whether there are several processes."""
         return self.world_size > 1
 
     @property
     def primary(self) -> bool:
-        """Whether this process reports and writes."""
+        """Whether this process logs and writes files."""
         return self.rank == 0
 
 
 def start_runtime(settings: DeviceSettings, join: bool = True) -> Runtime:
-    """Imports `--device-modules`, joins the process group of torchrun or SLURM, and picks this process's device.
+    """Imports `--device-modules`, joins the process group of torchrun or SLURM, and selects the device.
 
-    `--deterministic` holds for the whole process from then on.
+    `--deterministic` affects the whole process from then on.
 
     Args:
-        settings: device and arithmetic.
-        join: whether to join a process group.
+        settings: Device and precision.
+        join: Whether to join a process group.
 
     Raises:
-        ConfigError: the module or the device does not exist, or see `resolve_precision`.
+        ConfigError: A module or the device is not available, or the precision is invalid (see `resolve_precision`).
     """
     for module in settings.device_modules or ():
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ConfigError(f'--device-modules {module!r} cannot be imported ({error})') from error
+            raise ConfigError(f'--device-modules {module!r} cannot be imported ({error}): install it, or drop the '
+                              'flag') from error
     try:
         device = torch.device(settings.device)
     except RuntimeError as error:
@@ -140,13 +141,13 @@ def start_runtime(settings: DeviceSettings, join: bool = True) -> Runtime:
         raise ConfigError(
             f'--device {settings.device!r} cannot be used here ({reason(error, 120)}): use --device cpu') from error
     if settings.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
     rank, world_size, local_rank = 0, 1, 0
     if join:
-        place = init_distributed_device_so(settings.device, dist_url=rendezvous_url())
-        device = torch.device(place['device'])
-        rank, world_size, local_rank = (place[name] for name in ('global_rank', 'world_size', 'local_rank'))
+        joined = init_distributed_device_so(settings.device, dist_url=rendezvous_url())
+        device = torch.device(joined['device'])
+        rank, world_size, local_rank = (joined[name] for name in ('global_rank', 'world_size', 'local_rank'))
         if world_size > 1:
             _logger.info('Process %d of %d on %s.', rank, world_size, device)
     if torch.cuda.is_available():
@@ -160,16 +161,17 @@ def start_runtime(settings: DeviceSettings, join: bool = True) -> Runtime:
 
 
 def leave_processes() -> None:
-    """Leaves the process group, if this process has joined one."""
+    """Leaves the process group, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def settle_threads(distributed: bool) -> None:
-    """Waits 20 ms, so that data loading workers can be forked after a collective operation.
+    """Waits 20 ms in distributed runs, so that data loading workers can be forked after a collective operation.
 
-    Threads of gloo that end what they did take a lock of the interpreter, and a child forked in that instant waits for
-    it forever (CPython up to 3.11; up to 6 of 1000 forks after an all-reduce, see test_engine_kill.py).
+    When gloo's threads finish an operation, they briefly hold a lock of the interpreter. A child forked at that instant
+    waits for the lock forever (CPython up to 3.11; up to 6 of 1000 forks after an all-reduce, see
+    test_engine_kill.py).
     """
     if distributed:
         time.sleep(0.02)
@@ -178,8 +180,8 @@ def settle_threads(distributed: bool) -> None:
 def seed_everything(*keys: int) -> None:
     """Seeds `random`, numpy and torch from non-negative integers, such as (seed, rank, epoch).
 
-    Nearby keys give unrelated streams. Training calls it at the start of every epoch, so that the randomness of an
-    epoch depends on these keys alone and a resumed run repeats it.
+    Similar keys give unrelated streams. Training calls it before each batch, so that a resumed run draws the same
+    numbers.
     """
     seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
     random.seed(seed)

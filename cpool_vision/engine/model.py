@@ -1,4 +1,4 @@
-"""Creation of the model, with errors that say what to do."""
+"""Creates models and loads their weights, with errors that say what to do."""
 import difflib
 import logging
 import math
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 @cache
 def settle_hub() -> None:
-    """Looks once whether the hub of weights answers; if not, only its cache is asked, instead of waiting each time."""
+    """Checks once per process whether the Hugging Face Hub answers; if not, switches to its local cache."""
     from huggingface_hub import constants
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return
@@ -41,29 +41,32 @@ def settle_hub() -> None:
         socket.create_connection((host.hostname or '', host.port or 443), timeout=5).close()
     except OSError as error:
         constants.HF_HUB_OFFLINE = True
-        _logger.warning('%s cannot be reached (%s): pretrained weights come from the cache only.', host.hostname,
+        _logger.warning('%s cannot be reached (%s). Using cached pretrained weights only.', host.hostname,
                         reason(error))
 
 
 def check_model_name(name: str) -> None:
-    """Raises `UnknownModelError`, with close matches, unless a model of this name can be looked up."""
+    """Checks that a model name is registered or refers to a model folder or repository.
+
+    Raises:
+        UnknownModelError: It does not; the message lists close matches.
+    """
     source, _, rest = name.partition(':')
     if rest and source in ('hf-hub', 'hf_hub'):
         return
     if rest and source == 'local-dir':
         if not os.path.isfile(os.path.join(rest, 'config.json')):
-            raise UnknownModelError(f'--model {name!r}: {rest!r} is not a model folder; it needs a config.json')
+            raise UnknownModelError(f'--model {name!r}: {rest!r} is not a model folder, as it has no config.json')
         return
     arch = name.split('.', 1)[0]
     if is_model(arch):
         return
-    # last resort for names that share words but not letters in a row: the zoo's own variants
+    # if no name is similar, suggest variants of this package
     close = difflib.get_close_matches(arch, list_models(), n=4, cutoff=0.6) or list_models('*cpool*')[:4]
-    hint = f'close matches: {", ".join(close)}' if close else 'timm.list_models() lists the names'
-    raise UnknownModelError(f'unknown model {name!r}: {hint}')
+    raise UnknownModelError(f'unknown model {name!r}: close matches: {", ".join(close)}')
 
 
-def _build(settings: ModelSettings, **kwargs: Any) -> Any:
+def _build(settings: ModelSettings, **kwargs: Any) -> nn.Module:
     check_model_name(settings.model)
     kwargs.update(
         pretrained=settings.pretrained,
@@ -78,7 +81,7 @@ def _build(settings: ModelSettings, **kwargs: Any) -> Any:
     if settings.pretrained or settings.model.startswith(('hf-hub:', 'hf_hub:')):
         settle_hub()
     try:
-        # models of a fixed input size must be built for the size that they will be fed with
+        # models with a fixed input size must be created for the size they will be used with
         size = resolve_model_input_args(settings.model, settings.as_dict(), **settings.model_kwargs).get('img_size')
         model = create_model(settings.model, **{**kwargs, **settings.model_kwargs, 'img_size': size})
         if ':' in settings.model and 'pretrained_cfg_overlay' not in kwargs:
@@ -97,11 +100,11 @@ def _build(settings: ModelSettings, **kwargs: Any) -> Any:
                                     '--model-kwargs') from error
         raise UnknownModelError(
             f'pretrained weights of {settings.model!r} cannot be loaded ({reason(error, 300)}): drop --pretrained, or '
-            'name a local-dir: folder or a checkpoint') from error
+            'use a local-dir: folder or a checkpoint') from error
 
 
-def _check_classes(config: dict[str, Any]) -> None:
-    """Raises ValueError at what another's config.json may hold in place of the number and the names of classes."""
+def _check_classes(config: Mapping[str, object]) -> None:
+    """Raises ValueError if a downloaded config.json has an invalid number of classes or invalid class names."""
     count, names = config.get('num_classes', 0), config.get('label_names')
     if type(count) is not int or count < 0:
         raise ValueError(f'num_classes of its config.json must be a number >= 0, got {count!r}')
@@ -113,7 +116,7 @@ def _check_classes(config: dict[str, Any]) -> None:
 
 
 def _check_input(config: dict[str, Any]) -> None:
-    """Raises ValueError at values that another's config.json may hold and no transform can work with."""
+    """Raises ValueError if a downloaded config.json has invalid input settings."""
     size, interpolation, crop = config['input_size'], config['interpolation'], config['crop_pct']
     if len(size) != 3 or not all(isinstance(each, int) and each > 0 for each in size):
         raise ValueError(f'input_size must be three numbers above 0, got {size!r}')
@@ -131,36 +134,41 @@ def _check_input(config: dict[str, Any]) -> None:
 
 
 def resolve_input(model: nn.Module, settings: ModelSettings, use_test_size: bool = False) -> InputConfig:
-    """Input size, normalization, interpolation and crop: from the flags, else from the model.
+    """Returns input size, normalization, interpolation and crop, from the flags or the model's configuration.
+
+    Args:
+        model: The model.
+        settings: Flags; None stands for the model's own value.
+        use_test_size: Use the model's test input size, if it has one.
 
     Raises:
-        ConfigError: the flags contradict each other or the model, or the configuration of the model makes no sense.
+        ConfigError: The flags contradict each other or the model, or the model's configuration is invalid.
     """
     try:
         config: Any = resolve_input_data_config(model, settings.as_dict(), use_test_size=use_test_size)
         _check_input(config)
         return config
     except (AssertionError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f'the input of {settings.model!r} is not clear ({error}): check --img-size, --input-size, '
-                          '--in-chans, --mean and --std') from error
+        raise ConfigError(f'invalid input of {settings.model!r} ({error}): check --img-size, --input-size, --in-chans, '
+                          '--mean and --std') from error
 
 
 def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_ema: bool) -> dict[str, Any]:
-    """Loads a checkpoint into a model and insists on an exact fit.
+    """Loads a checkpoint into a model; all keys and shapes must match.
 
     Args:
-        model: the model.
-        path: `.pth`, `.pth.tar`, `.safetensors`, or the `.npz` of a model that reads such files itself.
-        flag: flag that named the file, for messages.
-        name: name of the model, for messages.
-        use_ema: take averaged weights where the file has them.
+        model: The model.
+        path: `.pth`, `.pth.tar`, `.safetensors`, or `.npz` for models that can load one.
+        flag: Flag that the path comes from, for messages.
+        name: Name of the model, for messages.
+        use_ema: Load averaged weights if the file has them.
 
     Returns:
         Content of the file; empty for `.npz` and `.npy`.
 
     Raises:
-        CheckpointNotFoundError: no such file.
-        CheckpointError: unreadable, unsafe, or of another architecture or class count.
+        CheckpointNotFoundError: The file does not exist.
+        CheckpointError: The file is unreadable or unsafe, or does not match the model.
     """
     if os.path.splitext(path)[1].lower() in ('.npz', '.npy'):
         if not os.path.isfile(path):
@@ -176,21 +184,24 @@ def load_model_weights(model: nn.Module, path: str, flag: str, name: str, use_em
 
 
 def create_train_model(settings: NetworkSettings) -> nn.Module:
-    """Model to train, on the CPU.
+    """Creates a model for training, on the CPU, with the weights that the flags ask for.
 
     Raises:
-        UnknownModelError, CheckpointError, CheckpointNotFoundError, ConfigError: see their docstrings.
+        UnknownModelError: The model is unknown or cannot be created as requested.
+        CheckpointNotFoundError: A file of weights does not exist.
+        CheckpointError: The weights cannot be read or do not match the model.
+        ConfigError: Flags contradict each other, or the model does not support one.
     """
     overlay: dict[str, Any] = {}
     if settings.pretrained_path:
         if not os.path.isfile(settings.pretrained_path):
             raise CheckpointNotFoundError(
                 f'--pretrained-path {settings.pretrained_path!r} does not exist: check the path')
-        # num_classes -1 never equals the model's, so that the head is left at its own initialization
+        # num_classes -1 never equals the model's, so that timm leaves the head at its initialization
         overlay = {'pretrained_cfg_overlay': {'file': settings.pretrained_path, 'num_classes': -1}}
     drop_path = settings.drop_path
     if settings.drop_connect is not None and drop_path is None:
-        _logger.warning('--drop-connect is the former name of --drop-path: using it as such.')
+        _logger.warning('--drop-connect is deprecated. Use --drop-path.')
         drop_path = settings.drop_connect
     model: Any = _build(
         settings,
@@ -219,7 +230,7 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
     head = model.get_classifier()
     if not isinstance(head, (nn.Linear, nn.Conv2d)) or head.bias is None:
         raise ConfigError('--head-init-scale and --head-init-bias need a classifier with weight and bias, '
-                          f'this model has {type(head).__name__}: leave them out')
+                          f'this model has {type(head).__name__}: drop them')
     with torch.no_grad():
         if scale is not None:
             head.weight.mul_(scale)
@@ -228,15 +239,11 @@ def _init_head(model: Any, scale: float | None, bias: float | None) -> None:
             head.bias.fill_(bias)
 
 
-def place_model(
-        model: nn.Module,
-        settings: TrainSettings,
-        runtime: Runtime,
-) -> nn.Module:
-    """Moves a model to be trained to its device, dtype and layout, and converts its batch norms.
+def place_model(model: nn.Module, settings: TrainSettings, runtime: Runtime) -> nn.Module:
+    """Moves a model to its device, dtype and memory layout for training; converts batch norms and scripts it if asked.
 
     Raises:
-        ConfigError: flags that cannot be combined.
+        ConfigError: Flags cannot be combined.
     """
     if settings.split_bn:
         if settings.aug_splits < 2 and not settings.resplit:
@@ -258,21 +265,24 @@ def place_model(
 
 def create_eval_model(name: str, checkpoint: str = '', *, pretrained: bool = False, use_ema: bool = False,
                       num_classes: int | None = None, in_chans: int | None = None, img_size: int | None = None,
-                      model_kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """Model by its name, on the CPU, in eval mode.
+                      model_kwargs: Mapping[str, object] | None = None) -> nn.Module:
+    """Creates a model by name, on the CPU, in eval mode.
 
     Args:
-        name: registered name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
-        checkpoint: weights that must fit exactly; '' for none.
-        pretrained: load the model's own weights.
-        use_ema: take averaged weights where the checkpoint has them.
-        num_classes: outputs, None for the model's own number.
-        in_chans: channels of the images, None for the model's own number.
-        img_size: side of a square input in pixels, None for the model's own size.
-        model_kwargs: more arguments of the model.
+        name: Registered name, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+        checkpoint: Path of weights to load, which must match the model; '' for none.
+        pretrained: Load the model's pretrained weights.
+        use_ema: Load averaged weights if the checkpoint has them.
+        num_classes: Number of classes, None for the model's default.
+        in_chans: Number of image channels, None for the model's default.
+        img_size: Side of a square input image in pixels, None for the model's default.
+        model_kwargs: More arguments of the model.
 
     Raises:
-        UnknownModelError, CheckpointError, CheckpointNotFoundError, ConfigError: see their docstrings.
+        UnknownModelError: The model is unknown or cannot be created as requested.
+        CheckpointNotFoundError: The checkpoint does not exist.
+        CheckpointError: The checkpoint cannot be read or does not match the model.
+        ConfigError: `model_kwargs` contains an argument of this function.
     """
     settings = ModelSettings(model=name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans,
                              img_size=img_size, model_kwargs=model_kwargs or {})
@@ -280,7 +290,10 @@ def create_eval_model(name: str, checkpoint: str = '', *, pretrained: bool = Fal
 
 
 def load_eval_model(settings: ModelSettings, checkpoint: str, use_ema: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Model to validate, on the CPU, and the content of its checkpoint, which is read once; see `create_eval_model`."""
+    """Creates a model for validation, on the CPU; returns it with the content of its checkpoint ({} without one).
+
+    Raises: See `create_eval_model`.
+    """
     model = _build(settings)
     if not checkpoint:
         return model, {}

@@ -1,4 +1,4 @@
-"""Pictures of what a model pools with: images with their supports drawn over them, and maps of supports and weights."""
+"""Draws supports over images, and maps of supports and pooling weights."""
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from .canvas import STYLE, PlotDependencyError, Sheet, check_images, require_matplotlib, save_figure, show
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from .maps import ContextMaps
@@ -19,16 +20,16 @@ __all__ = [
     'supports_figure']
 
 _MIN_CIRCLES, _MAX_CIRCLES = 3, 7  # per side
-_CLIPPED = 0.02  # share of the values beyond either end of a color scale
+_CLIPPED = 0.02  # fraction of the values beyond each end of a color scale
 
 
 def support_in_pixels(maps: 'ContextMaps', image_size: tuple[int, int], group: int | None = None) -> Tensor:
-    """Supports in pixels of the image, `(B, Ho, Wo)` fp32 on the CPU.
+    """Returns supports in pixels of the image, `(B, Ho, Wo)` fp32 on the CPU.
 
     Args:
-        maps: maps of one context pool.
+        maps: Maps of a context pool.
         image_size: (height, width) of the image.
-        group: group to take; the mean over groups if None.
+        group: Index of a group; averages over groups if None.
     """
     sigma = maps.sigma.detach().float().cpu()
     sigma = sigma.mean(1) if group is None else sigma[:, group]
@@ -36,13 +37,13 @@ def support_in_pixels(maps: 'ContextMaps', image_size: tuple[int, int], group: i
 
 
 def relative_weight(maps: 'ContextMaps', group: int | None = None) -> Tensor:
-    """Binary logarithm of the pooling weight over that of a uniform map, `(B, H, W)` fp32 on the CPU.
+    """Returns the base-2 logarithm of pooling weights relative to uniform weights, `(B, H, W)` fp32 on the CPU.
 
-    1 means twice the share that the pixel would have if all counted alike, before any support is applied.
+    A value of 1 means twice the uniform weight, before the support is applied.
 
     Args:
-        maps: maps of one context pool.
-        group: group to take; if None, the mean over groups of the weights, whose logarithm it is.
+        maps: Maps of a context pool.
+        group: Index of a group; if None, weights are averaged over groups before the logarithm.
     """
     log_weight = maps.weight_logits.detach().float().cpu().flatten(2).log_softmax(-1)
     log_weight = log_weight.unflatten(-1, tuple(maps.grid))
@@ -51,10 +52,10 @@ def relative_weight(maps: 'ContextMaps', group: int | None = None) -> Tensor:
 
 
 def pick_layers(names: Sequence[str], wanted: Sequence[str] | int = 2) -> list[str]:
-    """Layers to draw: the named ones, or a number of them spread evenly from the first to the last.
+    """Selects layers to draw: by name, or a number of them spread evenly from the first to the last.
 
     Raises:
-        ValueError: a name that is not among `names`, or a number below 1.
+        ValueError: A name is not in `names`, or the number is below 1.
     """
     if isinstance(wanted, int):
         if wanted < 1:
@@ -67,8 +68,8 @@ def pick_layers(names: Sequence[str], wanted: Sequence[str] | int = 2) -> list[s
     return list(wanted)
 
 
-def _circles(axes: Any, sigma: NDArray[Any], maps: 'ContextMaps', size: tuple[int, int], color: Any) -> None:
-    """One circle of radius sigma at every few output cells, so far apart that most do not overlap."""
+def _circles(axes: 'Axes', sigma: NDArray[Any], maps: 'ContextMaps', size: tuple[int, int], color: Any) -> None:
+    """Draws circles of radius sigma at some output cells, far enough apart that most do not overlap."""
     from matplotlib.collections import EllipseCollection
     rows, cols = sigma.shape
     cell = size[0] / maps.grid[0], size[1] / maps.grid[1]
@@ -89,18 +90,18 @@ def _circles(axes: Any, sigma: NDArray[Any], maps: 'ContextMaps', size: tuple[in
 
 def _limits(values: NDArray[Any]) -> tuple[float, float]:
     low, high = (float(each) for each in np.quantile(values, (_CLIPPED, 1 - _CLIPPED)))
-    # a nearly constant map gets a scale of a tenth of its value, not of its rounding errors
+    # the scale of a nearly constant map spans a tenth of its value instead of its rounding errors
     pad = max(0.05 * abs(high) - (high - low) / 2, 0.0)
     return low - pad, high + pad
 
 
 def _reach(weight: NDArray[Any]) -> float:
-    """Half the width of the scale of relative weights."""
+    """Returns half the width of the color scale of relative weights."""
     return max(float(np.quantile(np.abs(weight), 1 - _CLIPPED)), 0.1)
 
 
 def _bars(sheet: Sheet, column: int, supports: Any, weights: Any) -> None:
-    """Color bars under the columns of supports and weights."""
+    """Draws color bars below the columns of supports and weights."""
     from matplotlib.ticker import MaxNLocator
     for offset, (values, label) in enumerate(((supports, 'σ (px)'), (weights, 'log₂ (weight / uniform)'))):
         sheet.figure.colorbar(values, cax=sheet.bar(column + offset), orientation='horizontal', label=label,
@@ -108,7 +109,7 @@ def _bars(sheet: Sheet, column: int, supports: Any, weights: Any) -> None:
 
 
 def _describe(maps: 'ContextMaps', size: tuple[int, int], group: int | None) -> str:
-    """Mean support of the groups that are drawn, and how far the groups lie apart."""
+    """Describes the mean support and its range over the groups."""
     means = [support_in_pixels(maps, size, each).mean().item() for each in range(maps.sigma.shape[1])]
     if group is not None:
         return f'group {group} of {len(means)}, mean σ {means[group]:.3g} px'
@@ -123,25 +124,25 @@ def supports_figure(
         row_labels: Sequence[str] | None = None,
         group: int | None = None,
 ) -> 'Figure':
-    """Draws a sheet: a row per image; per layer the supports over the image, the support map and the weight map.
+    """Draws a row per image, with the supports over the image, the support map and the weight map of each layer.
 
-    The circles have a radius of one support and the color of the support map next to them. Supports are in pixels of
-    the image; the weight map shows log2 of the weight relative to a uniform map. Color scales are shared by all rows of
-    a layer, without the outermost 2 % of values at either end.
+    The radius of a circle is one support; its color is that of the support map. Supports are in pixels of the image.
+    The weight map shows log2 of the weight relative to uniform weights. All rows of a layer share a color scale, which
+    clips 2 % of the values at each end.
 
     Args:
-        images: `(B, H, W, 3)` uint8.
+        images: Images, `(B, H, W, 3)` uint8.
         maps: `context_maps` of the same B images.
-        layers: names of layers, or a number of them to spread over the model.
+        layers: Names of layers, or a number of layers to spread over the model.
         row_labels: B labels.
-        group: group of channels to draw; the mean over groups of supports and of weights if None.
+        group: Index of the group to draw; averages over groups if None.
 
     Returns:
         A figure for `save_figure`.
 
     Raises:
         PlotDependencyError: matplotlib is not installed.
-        ValueError: images of another shape or number than the maps, or an unknown layer.
+        ValueError: The images do not fit the maps, or a layer is unknown.
     """
     matplotlib = require_matplotlib()
     names = pick_layers(list(maps), layers)
@@ -188,7 +189,7 @@ def _draw_layer(
 
 
 def _tiles(values: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
-    """Maps `(G, h, w)` side by side in a grid of (rows, columns), with a gap of NaN between them."""
+    """Arranges maps `(G, h, w)` in a grid of (rows, columns), separated by NaN."""
     count, height, width = values.shape
     gap = max(1, round(0.06 * max(height, width)))
     tiled = np.full((grid[0] * (height + gap) - gap, grid[1] * (width + gap) - gap), np.nan)
@@ -204,19 +205,19 @@ def groups_figure(
         name: str,
         row_labels: Sequence[str] | None = None,
 ) -> 'Figure':
-    """Draws every group of channels of one context pool: a row per image with support maps and weight maps as tiles.
+    """Draws every group of a context pool: a row per image, with the support and weight maps of the groups as tiles.
 
     Tiles are numbered row by row from 0. Units and color scales are those of `supports_figure`.
 
     Args:
-        images: `(B, H, W, 3)` uint8.
-        maps: maps of one context pool for the same B images.
-        name: name of the pool, for the heading.
+        images: Images, `(B, H, W, 3)` uint8.
+        maps: Maps of a context pool for the same B images.
+        name: Name of the pool, for the heading.
         row_labels: B labels.
 
     Raises:
         PlotDependencyError: matplotlib is not installed.
-        ValueError: images of another shape or number than the maps.
+        ValueError: The images do not fit the maps.
     """
     matplotlib = require_matplotlib()
     check_images(images, row_labels)

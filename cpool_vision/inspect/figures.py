@@ -1,4 +1,4 @@
-"""Pictures of footprints, of supports by depth and of effective receptive fields."""
+"""Draws footprints, supports by depth, and effective receptive fields."""
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,15 @@ from .draw import pick_layers
 from .supports import layer_supports
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from .footprints import Footprints
     from .maps import ContextMaps
     from .receptive_field import ReceptiveField
 
-_BLUE, _ORANGE, _GREY = '#0072b2', '#d55e00', '0.55'  # apart for every kind of color vision
-_DECADES = 3  # of a receptive field that are shown
+_BLUE, _ORANGE, _GREY = '#0072b2', '#d55e00', '0.55'  # color-blind readers can distinguish them
+_DECADES = 3  # range of the color scale of receptive fields
 
 
 def _grey(image: NDArray[np.uint8], brightness: float) -> NDArray[np.float64]:
@@ -33,23 +34,23 @@ def footprints_figure(
         row_labels: Sequence[str] | None = None,
         group: int | None = None,
 ) -> 'Figure':
-    """Draws a row per image: the image with the points, then per layer the footprints of the cells at the points.
+    """Draws a row per image: the image with the points, and for each layer the footprints of the cells at the points.
 
-    The weights of one footprint sum to one. Colors cover two decades, or down to one decade below the largest weight of
-    the flattest footprint. Smaller weights are not drawn; where footprints overlap, the larger weight is shown. The
-    dashed circle around a cell's center has the radius of its support.
+    The weights of a footprint sum to one. Colors cover two decades, or more if needed to reach a decade below the
+    largest weight of the flattest footprint. Smaller weights are not drawn; where footprints overlap, the larger weight
+    is shown. The radius of the dashed circle around a cell's center is its support.
 
     Args:
-        images: `(B, H, W, 3)` uint8.
+        images: Images, `(B, H, W, 3)` uint8.
         footprints: `gaussian_footprints` of the same B images.
-        points: (y, x) for which they were taken.
-        layers: names of layers, or a number of them to spread over the model.
+        points: Points (y, x) of the footprints.
+        layers: Names of layers, or a number of layers to spread over the model.
         row_labels: B labels.
-        group: group of channels to draw; the mean over groups if None.
+        group: Index of the group to draw; averages over groups if None.
 
     Raises:
         PlotDependencyError: matplotlib is not installed.
-        ValueError: images of another shape or number than the footprints, or an unknown layer.
+        ValueError: The images do not fit the footprints, or a layer is unknown.
     """
     matplotlib = require_matplotlib()
     names = pick_layers(list(footprints), layers)
@@ -93,7 +94,7 @@ def _of_group(values: Tensor, dim: int, group: int | None) -> Tensor:
 
 
 def _draw_footprints(
-        axes: Any, image: NDArray[np.uint8], found: 'Footprints', weights: Tensor, sigma: Tensor, group: int | None,
+        axes: 'Axes', image: NDArray[np.uint8], found: 'Footprints', weights: Tensor, sigma: Tensor, group: int | None,
         smallest: float,
 ) -> None:
     import matplotlib
@@ -113,20 +114,20 @@ def _draw_footprints(
 def depth_figure(maps: Mapping[str, 'ContextMaps'], image_size: tuple[int, int]) -> 'Figure':
     """Draws the distribution of supports of every context pool by depth, in pixels of the image.
 
-    The shape is the density of all supports of the layer, the bar reaches from their 5 % to their 95 % quantile, the
-    dot is the median. Short gray lines are the smallest and the largest support that the layer can have.
+    Shapes show the density of a layer's supports, bars the 5 % to 95 % quantiles, dots the median, and short gray lines
+    the smallest and largest possible support.
 
     Args:
-        maps: result of `context_maps`.
+        maps: Result of `context_maps`.
         image_size: (height, width) of the images.
 
     Raises:
         PlotDependencyError: matplotlib is not installed.
-        ValueError: no layers.
+        ValueError: There are no layers.
     """
     matplotlib = require_matplotlib()
     if not maps:
-        raise ValueError('maps must hold at least one context pool, got none')
+        raise ValueError('maps must contain at least one context pool, got none')
     supports = [layer_supports(each, image_size) for each in maps.values()]
     places = np.arange(1, len(maps) + 1)
     with matplotlib.rc_context({**STYLE, 'axes.spines.top': False, 'axes.spines.right': False}):
@@ -134,7 +135,7 @@ def depth_figure(maps: Mapping[str, 'ContextMaps'], image_size: tuple[int, int])
         axes = figure.subplots()
         colors = matplotlib.colormaps['viridis'](np.linspace(0.1, 0.85, len(maps)))
         for place, values, each, color in zip(places, supports, maps.values(), colors, strict=True):
-            # the density of a constant is a line: it needs no estimate, and has none
+            # the density of constant supports is a line and cannot be estimated
             if np.ptp(values) > 1e-6 * abs(values[0]):
                 sample = np.random.default_rng(0).permutation(values)[:20000]
                 violin: Any = axes.violinplot(sample, [place], widths=0.8, showextrema=False)
@@ -162,16 +163,16 @@ def depth_figure(maps: Mapping[str, 'ContextMaps'], image_size: tuple[int, int])
 def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') -> 'Figure':
     """Draws effective receptive fields with the pools off and on, and their mass within a radius.
 
-    Maps show the decimal logarithm of the gradient relative to its largest value, over three decades. The solid
-    circle holds half of the mass, the dashed one nine tenths.
+    Maps show the base-10 logarithm of the gradient relative to its largest value, over three decades. The solid circle
+    contains half of the mass, the dashed circle 90 %.
 
     Raises:
         PlotDependencyError: matplotlib is not installed.
-        ValueError: the two are fields of different images.
+        ValueError: The two fields have different image sizes.
     """
     matplotlib = require_matplotlib()
     if before.map.shape != after.map.shape:
-        raise ValueError(f'before and after must be of images of one size, got {tuple(before.map.shape)} and '
+        raise ValueError(f'before and after must have the same image size, got {tuple(before.map.shape)} and '
                          f'{tuple(after.map.shape)}')
     size: Any = tuple(after.map.shape)
     side, left, top, gap = 1.75, 0.1, 0.38, 0.12

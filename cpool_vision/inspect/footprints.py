@@ -1,4 +1,4 @@
-"""Which pixels an output cell of a context pool reads, and with what weight."""
+"""Footprints: the pixels that an output cell of a context pool reads, and their weights."""
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,10 +14,10 @@ class Footprints(NamedTuple):
     """Pooling weights of chosen output cells of one context pool.
 
     Attributes:
-        weights: `(B, G, P, H, W)`, fp32 or fp64: the share of every pixel of the pooled map in each of P output cells.
-        cells: (row, column) of the P output cells.
-        sigma: `(B, G, P)`, their supports in pixels of the pooled map, in the dtype of `weights`.
-        grid: `(H, W)` of the map that was pooled.
+        weights: `(B, G, P, H, W)`, fp32 or fp64: weight of every pixel of the pooled map in each of P output cells.
+        cells: (row, column) of each output cell.
+        sigma: `(B, G, P)`, supports of the cells in pixels of the pooled map, in the dtype of `weights`.
+        grid: `(H, W)` of the pooled map.
         stride: Output cells are `stride` pixels apart.
     """
 
@@ -28,13 +28,13 @@ class Footprints(NamedTuple):
     stride: int
 
     def centers(self) -> Tensor:
-        """Centers of the output cells in pixels of the pooled map, `(P, 2)` fp64; pixel 0 reaches from 0 to 1."""
+        """Returns the centers of the output cells in pixels of the pooled map, `(P, 2)` fp64; pixel 0 spans [0, 1]."""
         return (torch.tensor(self.cells, dtype=torch.float64).view(-1, 2) + 0.5) * self.stride
 
     def reach(self) -> Tensor:
-        """Weighted root mean square distance from the cell's center, `(B, G, P)`, per axis, in map pixels.
+        """Returns the weighted root mean square distance from the cell's center, per axis, `(B, G, P)`, in map pixels.
 
-        An unbounded Gaussian with equal weights has sigma here: the difference shows the effect of weights and borders.
+        With equal pooling weights and without borders it equals sigma.
         """
         height, width = self.grid
         centers = self.centers().to(self.weights)
@@ -45,7 +45,7 @@ class Footprints(NamedTuple):
 
 
 def grid_points(image_size: tuple[int, int], side: int = 3) -> list[tuple[float, float]]:
-    """`side` x `side` points (y, x) at the centers of equal parts of an image, in pixels, row by row."""
+    """Returns `side` x `side` evenly spaced points (y, x) in an image, in pixels, row by row."""
     height, width = image_size
     return [((i + 0.5) * height / side, (j + 0.5) * width / side) for i in range(side) for j in range(side)]
 
@@ -53,18 +53,18 @@ def grid_points(image_size: tuple[int, int], side: int = 3) -> list[tuple[float,
 def cells_at(
         maps: ContextMaps, image_size: tuple[int, int], points: Sequence[Sequence[float]],
 ) -> list[tuple[int, int]]:
-    """Output cells (row, column) of a context pool that hold the given points.
+    """Returns the output cells (row, column) of a context pool that contain the given points.
 
     Args:
-        maps: maps of one context pool.
+        maps: Maps of the context pool.
         image_size: (height, width) of the images.
-        points: (y, x) in pixels of the image, whose first pixel reaches from 0 to 1.
+        points: Points (y, x) in pixels of the image; the first pixel spans [0, 1].
 
     Raises:
-        ValueError: no points, or a point that is not a pair of numbers inside the image.
+        ValueError: There are no points, or a point is not a pair of numbers inside the image.
     """
     if not len(points):
-        raise ValueError('points must hold at least one (y, x), got none')
+        raise ValueError('points must contain at least one (y, x), got none')
     cells = []
     for point in points:
         if len(point) != 2 or not all(0 <= value < size for value, size in zip(point, image_size, strict=True)):
@@ -79,20 +79,26 @@ def cells_at(
 def footprints_of(
         maps: ContextMaps, image_size: tuple[int, int], points: Sequence[Sequence[float]], name: str = 'the pool',
 ) -> Footprints:
-    """`gaussian_footprints` of one context pool from its maps; `name` is for messages.
+    """Computes the `gaussian_footprints` of one context pool from its maps.
+
+    Args:
+        maps: Maps of the context pool.
+        image_size: (height, width) of the images.
+        points: Points (y, x) in pixels of the image.
+        name: Name of the pool, for messages.
 
     Raises:
-        ValueError: a point outside the image, or a pool of windows.
+        ValueError: A point is outside the image, or the pool reads windows.
     """
     if maps.windows != 1:
-        raise ValueError(f'{name!r} pools {maps.windows} windows of an image, in which a point has no one place: '
+        raise ValueError(f'{name!r} pools {maps.windows} windows of an image, so a point has no single cell: '
                          'choose layers that pool whole maps')
     cells = cells_at(maps, image_size, points)
     dtype = torch.promote_types(maps.sigma.dtype, torch.float32)
     sigma = maps.sigma.detach().to(dtype)
     (rows, columns), (height, width) = zip(*cells, strict=True), maps.grid
     chosen = sigma[:, :, list(rows), list(columns)]
-    # the definition in ops.reference, for these rows of the matrix of weights only
+    # as in ops.reference, but only for these rows of the weight matrix
     dy = squared_offsets(sigma.shape[2], height, maps.stride, dtype, sigma.device)[list(rows)]
     dx = squared_offsets(sigma.shape[3], width, maps.stride, dtype, sigma.device)[list(columns)]
     distance = (dy[:, :, None] + dx[:, None, :]).flatten(1)
@@ -104,23 +110,23 @@ def footprints_of(
 def gaussian_footprints(
         model: nn.Module, images: Tensor, points: Sequence[Sequence[float]], layers: Sequence[str] | None = None,
 ) -> dict[str, Footprints]:
-    """The pooling weights of the output cells at chosen points, for every context pool.
+    """Computes the pooling weights of the output cells at given points, for every context pool.
 
     These are the weights of the operator, `softmax_j(l_j - |p_i - p_j|^2 / (2 sigma_i^2))` over all pixels j. They sum
     to one, and the pool's output at the cell is the mean of its input with these weights. They do not include the gate
     of a pool with `init='identity'`, which blends the output with the input.
 
     Args:
-        model: any eager model with context pools; see `context_maps`.
-        images: `(B, C, H, W)`, input of the model, on its device.
-        points: (y, x) in pixels of the images, whose first pixel reaches from 0 to 1.
-        layers: names of pools; all if None.
+        model: An eager model with context pools, see `context_maps`.
+        images: Input of the model, `(B, C, H, W)`, on its device.
+        points: Points (y, x) in pixels of the images; the first pixel spans [0, 1].
+        layers: Names of the pools; all if None.
 
     Returns:
-        Footprints by the name of the pool, in order of execution.
+        Footprints by name of the pool, in order of execution.
 
     Raises:
-        ValueError: the model has no context pool, or none with a requested name; a point lies outside the images; or a
+        ValueError: The model has no context pool, or none with a requested name; a point is outside the images; or a
             requested pool reads windows instead of whole maps.
     """
     maps = context_maps(model, images)
@@ -129,10 +135,10 @@ def gaussian_footprints(
 
 
 def chosen_layers(maps: Mapping[str, ContextMaps], layers: Sequence[str] | None) -> dict[str, ContextMaps]:
-    """The maps of the named layers, or all.
+    """Returns the maps of the named layers, or all if `layers` is None.
 
     Raises:
-        ValueError: a name that is not there.
+        ValueError: There is no layer of a given name.
     """
     for name in layers or ():
         if name not in maps:

@@ -1,6 +1,6 @@
-"""Weight logits and supports of every context pool of a model for a batch of images."""
+"""Records the weight logits and supports of a model's context pools for a batch of images."""
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,13 +14,13 @@ class ContextMaps(NamedTuple):
     """Maps of one context pool for one batch.
 
     Attributes:
-        weight_logits: `(B, G, H, W)`, the log of each pixel's pooling weight, up to a constant per map.
-        sigma: `(B, G, Ho, Wo)`, supports in pixels (or tokens) of the map that was pooled.
-        grid: `(H, W)` of the map that was pooled.
+        weight_logits: `(B, G, H, W)`, logarithm of each pixel's pooling weight, up to a constant per map.
+        sigma: `(B, G, Ho, Wo)`, supports in pixels (or tokens) of the pooled map.
+        grid: `(H, W)` of the pooled map.
         stride: Output cells are `stride` pixels apart.
-        windows: Maps per image: more than one for pools of windows, where B is the number of images times `windows`.
-        limits: Smallest and largest support that the pool can have on this grid; None if not known.
-        gate: Mean over channels of the absolute gate, None without a gate: 0 returns the input, 1 the pooled map.
+        windows: Maps per image. Above 1 for pools of windows; B is then the number of images times `windows`.
+        limits: Smallest and largest support of the pool on this grid; None if unknown.
+        gate: Mean absolute gate over channels (0 returns the input, 1 the pooled map); None without a gate.
     """
     weight_logits: Tensor
     sigma: Tensor
@@ -31,13 +31,13 @@ class ContextMaps(NamedTuple):
     gate: float | None = None
 
     def cell(self, image_size: tuple[int, int]) -> float:
-        """Side of a pixel of the pooled map in pixels of an image of `(height, width)`: the geometric mean of both."""
+        """Returns the size of a pixel of the pooled map in pixels of an image (geometric mean of height and width)."""
         return math.sqrt(image_size[0] * image_size[1] / (self.grid[0] * self.grid[1] * self.windows))
 
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and every module of it back into its own mode afterwards."""
+    """Context manager that puts a model into eval mode and restores the mode of every module on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -48,17 +48,17 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
-    """Weight logits and supports of every context pool of `model` for `images`, by module name in order of execution.
+    """Runs a model and records the weight logits and supports of every context pool.
 
     The model runs once, in eval mode and without gradients. Hooks are removed and the mode of every module is restored,
-    also when the model raises. Maps of token pools have the shape of their grid.
+    even if the model raises an exception. Maps of token pools have the shape of their grid.
 
     Args:
-        model: Any eager model with `ContextPool2d` or `TokenContextPool` layers (not scripted, not compiled).
+        model: An eager model (not scripted or compiled) with `ContextPool2d` or `TokenContextPool` layers.
         images: Input of the model, on its device.
 
     Returns:
-        One `ContextMaps` per pool that ran; the last one if it ran several times.
+        Maps by name of the pool, in order of execution. For a pool that ran several times, those of the last run.
 
     Raises:
         ValueError: The model has no context pool.
@@ -69,8 +69,8 @@ def context_maps(model: nn.Module, images: Tensor) -> dict[str, ContextMaps]:
             f'{type(model).__name__} has no context pool: build a cpool variant with at least one position')
     found: dict[str, ContextMaps] = {}
 
-    def record(name: str) -> Any:
-        def hook(pool: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record(name: str) -> Callable[..., None]:
+        def hook(pool: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             weight_logits, sigma = pool.maps(*args, **kwargs)
             height, width = weight_logits.shape[-2:]
             windows = len(sigma) // len(images) if len(images) and len(sigma) % len(images) == 0 else 1

@@ -1,4 +1,4 @@
-"""The numbers behind the figures, as plain values for JSON."""
+"""Data of the figures as plain values, for JSON."""
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,15 +13,16 @@ from .supports import QUANTILES, layer_supports, support_histogram
 
 
 def _plain(values: Tensor) -> list[Any]:
-    """Nested lists with as many digits as fp32 holds."""
+    """Converts a tensor to nested lists, rounded to the precision of fp32."""
     return [_plain(each) if each.ndim else float(f'{each.item():.7g}') for each in values.detach().double().cpu()]
 
 
 def layer_numbers(maps: Mapping[str, ContextMaps], image_size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Per context pool: its grid, the statistics and limits of its supports, and how unequal its weights are.
+    """Returns grid, statistics and limits of the supports, and effective pixels of each context pool.
 
-    Supports are in pixels of the image. `effective_pixels` is the share of the map's pixels that equally weighted ones
-    would need for the same entropy of the pooling weights, mean over images and groups: 1 where all count alike.
+    Supports are in pixels of the image. `effective_pixels` measures how unequal the pooling weights are: the number of
+    equally weighted pixels with the same entropy, relative to all pixels of the map, averaged over images and groups.
+    It is 1 if all pixels have the same weight.
     """
     numbers = []
     for name, each in maps.items():
@@ -49,7 +50,7 @@ def layer_numbers(maps: Mapping[str, ContextMaps], image_size: tuple[int, int]) 
 
 
 def histogram_numbers(maps: Mapping[str, ContextMaps], image_size: tuple[int, int], bins: int = 32) -> dict[str, Any]:
-    """`support_histogram` as lists: edges in pixels, shares by layer."""
+    """Returns `support_histogram` as lists: edges in pixels, and shares by layer."""
     found = support_histogram(maps, image_size, bins)
     return {'edges_px': found.edges.tolist(), 'shares': dict(zip(found.layers, found.shares.tolist(), strict=True))}
 
@@ -57,7 +58,10 @@ def histogram_numbers(maps: Mapping[str, ContextMaps], image_size: tuple[int, in
 def footprint_numbers(
         footprints: Mapping[str, Footprints], image_size: tuple[int, int], points: Sequence[Sequence[float]],
 ) -> dict[str, Any]:
-    """Per layer, `[image][group][point]`: support and reach (see `Footprints.reach`) in pixels, and largest weight."""
+    """Returns support, reach (see `Footprints.reach`) and largest weight by layer, each `[image][group][point]`.
+
+    Supports and reach are in pixels of the image.
+    """
     layers = {}
     for name, found in footprints.items():
         cell = math.sqrt(image_size[0] * image_size[1] / (found.grid[0] * found.grid[1]))
@@ -71,7 +75,7 @@ def footprint_numbers(
 
 
 def receptive_field_numbers(before: ReceptiveField, after: ReceptiveField) -> dict[str, Any]:
-    """Unit and grid, and with pools off and as they are the center and the radii that hold 50 and 90 % of the field."""
+    """Returns unit, grid, and the center and the 50 % and 90 % radii of the fields with pools off and on."""
     numbers: dict[str, Any] = {'unit': list(after.unit), 'grid': list(after.grid)}
     for name, field in (('pools_off', before), ('pools_as_they_are', after)):
         numbers[name] = {

@@ -1,5 +1,5 @@
-"""The effective receptive field: how strongly a unit of a feature map depends on each pixel of the input."""
-from collections.abc import Iterator
+"""Effective receptive fields: how strongly a unit of a feature map depends on each pixel of the input."""
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,11 +14,11 @@ class ReceptiveField(NamedTuple):
     """Effective receptive field of one unit.
 
     Attributes:
-        map: `(H, W)` fp64 on the CPU, sums to one: root mean square of the gradient at each pixel of the input.
+        map: `(H, W)` fp64 on the CPU: root mean square of the gradient at each pixel of the input; sums to one.
         unit: (row, column) of the unit in the feature map.
         grid: (rows, columns) of the feature map.
-        center: (y, x) of the field in pixels of the input, whose first pixel reaches from 0 to 1: the center of mass of
-            the mean square gradient. Strided and padded convolutions move it away from the middle of the unit's cell.
+        center: (y, x) in pixels of the input, whose first pixel spans [0, 1]: center of mass of the mean squared
+            gradient. Strided and padded convolutions move it away from the center of the unit's cell.
     """
 
     map: Tensor
@@ -27,18 +27,18 @@ class ReceptiveField(NamedTuple):
     center: tuple[float, float]
 
     def mass_within(self) -> tuple[Tensor, Tensor]:
-        """Distances from the center that occur, ascending, in pixels, and the mass up to each: both fp64, 1-D."""
+        """Returns the distinct distances from the center in pixels, ascending, and the mass within each; 1-D, fp64."""
         height, width = self.map.shape
         y = torch.arange(height, dtype=torch.float64) + 0.5 - self.center[0]
         x = torch.arange(width, dtype=torch.float64) + 0.5 - self.center[1]
-        # rounded, so that pixels at one distance are one step whatever the last bit says
+        # rounded, so that pixels at the same distance form one step despite rounding errors
         distance = (y[:, None].square() + x[None].square()).sqrt().round(decimals=9)
         radii, index = distance.flatten().unique(return_inverse=True)
         mass = torch.zeros_like(radii).index_add_(0, index, self.map.flatten()).cumsum(0)
         return radii, mass
 
     def radius(self, share: float) -> float:
-        """Smallest distance from the center, in pixels, within which at least `share` of the mass lies.
+        """Returns the smallest distance from the center, in pixels, that contains at least `share` of the mass.
 
         Raises:
             ValueError: `share` is not in (0, 1].
@@ -46,20 +46,20 @@ class ReceptiveField(NamedTuple):
         if not 0 < share <= 1:
             raise ValueError(f'share must be in (0, 1], got {share}')
         radii, mass = self.mass_within()
-        # sums of floats: the whole may come out a little under one
+        # the total may be slightly below one because of rounding
         index = int(torch.searchsorted(mass, share - 1e-12))
         return float(radii[min(index, len(radii) - 1)])
 
 
 @contextmanager
 def without_pools(model: nn.Module) -> Iterator[None]:
-    """Context manager that switches every context pool of a model off.
+    """Context manager that turns off every context pool of a model.
 
-    A pool with a gate (`init='identity'`) then returns `base(x)`, any other pool its input, of which a strided pool
-    keeps every `stride`-th pixel. The pools are restored also when the body raises.
+    A pool with a gate (`init='identity'`) then returns `base(x)`. Other pools return their input; a strided pool keeps
+    every `stride`-th pixel of it. The pools are restored on exit, even after an exception.
 
     Raises:
-        ValueError: the model has no context pool.
+        ValueError: The model has no context pool.
     """
     pools = [pool for _, pool in mixers(model)]
     if not pools:
@@ -68,14 +68,14 @@ def without_pools(model: nn.Module) -> Iterator[None]:
 
     on_tokens = {pool: pool.on_tokens for pool in pools}
 
-    def off(pool: Mixer2d) -> Any:
+    def off(pool: Mixer2d) -> Callable[[Tensor], Tensor]:
         if pool.gamma is not None:
             return pool.base
         return lambda x: x[..., ::pool.stride, ::pool.stride]
 
     try:
         for pool in pools:
-            # of the instance: tokens and maps of both layouts all go through it
+            # set on the instance; maps and tokens in every layout go through it
             pool.__dict__.update(mix_gated=off(pool), on_tokens=False)
         yield
     finally:
@@ -85,13 +85,14 @@ def without_pools(model: nn.Module) -> Iterator[None]:
 
 
 def _features(model: nn.Module, images: Tensor, layer: str | int | None) -> Tensor:
-    """The feature map `(B, C, h, w)` that `layer` names."""
+    """Returns the feature map `(B, C, h, w)` of `layer`."""
     if layer is None and not hasattr(model, 'forward_intermediates'):
         return model(images)
     if isinstance(layer, str):
         modules = dict(model.named_modules())
         if layer not in modules or not layer:
-            raise ValueError(f'the model has no layer {layer!r}: name a module, or a number of forward_intermediates')
+            raise ValueError(f'the model has no layer {layer!r}: name a module, or give an index of '
+                             'forward_intermediates')
         seen: list[Any] = []
         handle = modules[layer].register_forward_hook(lambda module, args, output: seen.append(output))
         try:
@@ -99,10 +100,10 @@ def _features(model: nn.Module, images: Tensor, layer: str | int | None) -> Tens
         finally:
             handle.remove()
         if not seen:
-            raise ValueError(f'layer {layer!r} did not run: name a module of the forward pass')
+            raise ValueError(f'layer {layer!r} did not run: name a module that the forward pass calls')
         return seen[-1]
     if not hasattr(model, 'forward_intermediates'):
-        raise ValueError(f'{type(model).__name__} has no forward_intermediates to take layer {layer} from: name a '
+        raise ValueError(f'{type(model).__name__} has no forward_intermediates, so layer {layer} is unknown: name a '
                          'module')
     forward: Any = model.forward_intermediates
     try:
@@ -110,7 +111,7 @@ def _features(model: nn.Module, images: Tensor, layer: str | int | None) -> Tens
             images, indices=[-1 if layer is None else layer], stop_early=True, output_fmt='NCHW',
             intermediates_only=True)[0]
     except (AssertionError, IndexError) as error:
-        raise ValueError(f'the model has no layer number {layer} ({error}): take a smaller one') from error
+        raise ValueError(f'the model has no layer number {layer} ({error}): use a smaller number') from error
 
 
 def _unit(point: tuple[float, float] | None, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
@@ -131,30 +132,31 @@ def effective_receptive_field(
         probes: int = 8,
         seed: int = 0,
 ) -> ReceptiveField:
-    """The input pixels that one unit of a feature map depends on, averaged over images and channels.
+    """Computes how strongly one unit of a feature map depends on each pixel of the input.
 
     Each pixel of the result is the root mean square, over images, input channels and channels of the unit, of the
     gradient of the unit with respect to the pixel (after Luo et al., 2016, https://arxiv.org/abs/1701.04128). The mean
-    over the unit's channels is estimated with random signs: the squared gradient of `sum_c v_c f_c` with independent
-    `v_c` of +1 and -1 has the sum of squared channel gradients as its expectation; without signs, channels would
-    cancel. With one channel the map is exact. Gradients through weights and supports count.
+    over the unit's channels is estimated with random signs: for independent `v_c` of +1 and -1, the expected squared
+    gradient of `sum_c v_c f_c` is the sum of the squared gradients of all channels; without signs, channels would
+    cancel. With one channel the map is exact. Gradients through weights and supports are included.
 
     The model runs in eval mode; its modes, parameters and gradients do not change.
 
     Args:
-        model: an eager model.
-        images: `(B, C, H, W)` float, input of the model, on its device.
-        layer: a number as in timm's `forward_intermediates`, the name of a module that returns `(B, C, h, w)`, or None
-            for the last feature map (of a model without `forward_intermediates`: its output).
-        point: (y, x) in pixels of the images, whose first pixel reaches from 0 to 1; the unit that holds it is taken.
-            None is the middle unit, `(h // 2, w // 2)`.
-        pools: False switches the context pools off for the measurement; see `without_pools`.
-        probes: number of random sign vectors per image.
-        seed: seed of the signs.
+        model: An eager model.
+        images: Input of the model, `(B, C, H, W)` float, on its device.
+        layer: Index of timm's `forward_intermediates`, name of a module that returns `(B, C, h, w)`, or None for the
+            last feature map (the output of a model without `forward_intermediates`).
+        point: (y, x) in pixels of the images, whose first pixel spans [0, 1]: selects the unit that contains it. None
+            selects the middle unit, `(h // 2, w // 2)`.
+        pools: False turns the context pools off, see `without_pools`.
+        probes: Number of random sign vectors per image.
+        seed: Seed of the signs.
 
     Raises:
-        ValueError: no such layer, its output is not a map, the point is outside, `probes` below 1, no images, the unit
-            does not depend on the input, the gradient is not finite, or `pools=False` and the model has none.
+        ValueError: There is no such layer, its output is not a map, the point is outside the images, `probes` is below
+            1, there are no images, the unit does not depend on the input, the gradient is not finite, or `pools=False`
+            and the model has no pools.
     """
     if probes < 1:
         raise ValueError(f'probes must be >= 1, got {probes}')
@@ -166,31 +168,40 @@ def effective_receptive_field(
     size = images.shape[-2], images.shape[-1]
     total = torch.zeros(size, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    for image in images:  # one at a time, so that memory does not grow with their number
+    for image in images:  # one at a time, so that memory does not grow with the number of images
         with kept_modes(model), torch.enable_grad():
             leaf = image.detach()[None].clone().requires_grad_()
             features = _features(model, leaf, layer)
             if not isinstance(features, Tensor) or features.ndim != 4:
                 shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-                raise ValueError(f'layer {layer!r} returns {shape}, no map (B, C, h, w): name another module, or a '
-                                 'number of forward_intermediates')
+                raise ValueError(f'layer {layer!r} returns {shape}, not a map (B, C, h, w): name another module, or '
+                                 'give an index of forward_intermediates')
             grid = features.shape[-2], features.shape[-1]
             unit = _unit(point, size, grid)
             channels = features[0, :, unit[0], unit[1]]
-            if not channels.requires_grad:
-                raise ValueError(f'layer {layer!r} does not depend on the images: name a layer after the input')
-            for probe in range(probes):
+            for retain in [True] * (probes - 1) + [False]:
                 signs = torch.randint(2, channels.shape, generator=generator).mul(2).sub(1).to(channels)
-                gradient, = torch.autograd.grad(
-                    channels, leaf, signs, retain_graph=probe + 1 < probes, allow_unused=True)
+                gradient = _gradient(channels, leaf, signs, retain)
                 if gradient is None:
                     raise ValueError(f'layer {layer!r} does not depend on the images: name a layer after the input')
                 total += gradient[0].detach().double().square().sum(0).cpu()
-    rms = total.sqrt()
+    return _field(total, layer, unit, grid)
+
+
+def _gradient(channels: Tensor, leaf: Tensor, signs: Tensor, retain_graph: bool) -> Tensor | None:
+    """Returns the gradient of `channels @ signs` with respect to `leaf`, or None if they do not depend on it."""
+    if not channels.requires_grad:
+        return None
+    return torch.autograd.grad(channels, leaf, signs, retain_graph=retain_graph, allow_unused=True)[0]
+
+
+def _field(squared: Tensor, layer: str | int | None, unit: tuple[int, int], grid: tuple[int, int]) -> ReceptiveField:
+    """Normalizes a map of summed squared gradients, and finds its center."""
+    rms = squared.sqrt()
     mass = float(rms.sum())
     if not 0 < mass < float('inf'):
-        raise ValueError(f'the gradient of layer {layer!r} sums to {mass}: its unit {unit} depends on no pixel, or the '
-                         'model is not finite')
-    energy = total / total.sum()
-    y, x = (float(energy.sum(1 - axis) @ (torch.arange(size[axis]) + 0.5).double()) for axis in (0, 1))
+        raise ValueError(f'the gradient of layer {layer!r} sums to {mass}: unit {unit} depends on no pixel, or the '
+                         'model returns NaN or infinity')
+    energy = squared / squared.sum()
+    y, x = (float(energy.sum(1 - axis) @ (torch.arange(squared.shape[axis]) + 0.5).double()) for axis in (0, 1))
     return ReceptiveField(rms / mass, unit, grid, (y, x))

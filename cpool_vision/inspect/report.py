@@ -1,9 +1,9 @@
-"""A report as one self-contained HTML file: figures inside, no scripts, no external links."""
+"""HTML reports in a single file, with embedded figures and without scripts or external links."""
 import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .canvas import STYLE, require_matplotlib
 
@@ -36,7 +36,7 @@ summary { cursor: pointer; color: #0059a8; }
 _TEXT = ' class="text"'
 
 
-def _cell(value: Any, digits: int) -> str:
+def _cell(value: object, digits: int) -> str:
     if isinstance(value, float):
         return f'<td>{html.escape(f"{value:.{digits}g}")}</td>'
     kind = '' if isinstance(value, int) and not isinstance(value, bool) else _TEXT
@@ -44,11 +44,11 @@ def _cell(value: Any, digits: int) -> str:
 
 
 class Report:
-    """A report that grows section by section.
+    """An HTML report, built section by section.
 
     Args:
-        title: heading, and title of the page.
-        lead: a line under it.
+        title: Title of the page.
+        lead: Line below the title.
     """
 
     def __init__(self, title: str, lead: str = '') -> None:
@@ -58,16 +58,24 @@ class Report:
             self._parts.append(f'<p class="lead">{html.escape(lead)}</p>')
 
     def section(self, heading: str, text: str = '') -> None:
-        """Begins a section."""
+        """Starts a section."""
         self._parts.append(f'<h2>{html.escape(heading)}</h2>')
         if text:
             self._parts.append(f'<p>{html.escape(text)}</p>')
 
     def table(
-            self, columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = '', digits: int = 4,
+            self, columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = '', digits: int = 4,
             folded: str = '',
     ) -> None:
-        """Adds a table; floats are written with `digits` digits. With `folded` it opens on a click on that text."""
+        """Adds a table.
+
+        Args:
+            columns: Column headings.
+            rows: Values, row by row.
+            caption: Text above the table.
+            digits: Significant digits of floats.
+            folded: If set, the table is hidden until the reader clicks on this text.
+        """
         rows = list(rows)
         numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(columns))]
         head = ''.join(f'<th scope="col"{"" if right else _TEXT}>{html.escape(column)}</th>'
@@ -82,7 +90,7 @@ class Report:
         self._parts.append(table)
 
     def figure(self, figure: 'Figure', caption: str, dpi: int = 150) -> None:
-        """Adds a picture, which is shown at the size it was drawn for where there is room; the caption describes it."""
+        """Adds a figure with a caption; it is shown at its own size, or narrower if the page is."""
         file = io.BytesIO()
         with require_matplotlib().rc_context(STYLE):
             figure.savefig(file, format='png', dpi=dpi)
@@ -92,7 +100,7 @@ class Report:
                            f'src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>')
 
     def html(self) -> str:
-        """The whole page."""
+        """Returns the page as HTML."""
         return '\n'.join([
             '<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',

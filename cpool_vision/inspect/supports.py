@@ -1,4 +1,4 @@
-"""How far each context pool of a model looks: mean, quantiles and histogram of its supports for a batch of images."""
+"""Statistics of the supports of a model's context pools for a batch of images: mean, quantiles and histograms."""
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ class SupportStatistics(NamedTuple):
     """Supports of one context pool over images, output cells and groups, in pixels of the image.
 
     Attributes:
-        layer: name of the pool in the model.
-        mean: mean.
-        q05, q50, q95: quantiles.
+        layer: Name of the pool in the model.
+        mean: Mean support.
+        q05, q50, q95: Quantiles of the supports.
     """
 
     layer: str
@@ -27,19 +27,19 @@ class SupportStatistics(NamedTuple):
 
 
 def layer_supports(maps: ContextMaps, image_size: tuple[int, int]) -> NDArray[np.float64]:
-    """All supports of one context pool, over images, groups and output cells: 1-D, fp64, in pixels of the image."""
+    """Returns all supports of a context pool, over images, groups and cells: 1-D, fp64, in pixels of the image."""
     return maps.sigma.detach().double().cpu().numpy().ravel() * maps.cell(image_size)
 
 
 def support_statistics(maps: Mapping[str, ContextMaps], image_size: tuple[int, int]) -> list[SupportStatistics]:
-    """Statistics of the supports of each pool, in order of execution.
+    """Computes mean and quantiles of the supports of each context pool.
 
     Args:
-        maps: result of `context_maps`.
+        maps: Result of `context_maps`.
         image_size: (height, width) of the images.
 
     Returns:
-        One entry per pool; NaN if a support is NaN.
+        An entry per pool, in order of execution; NaN if a support is NaN.
     """
     found = []
     for layer, each in maps.items():
@@ -49,12 +49,12 @@ def support_statistics(maps: Mapping[str, ContextMaps], image_size: tuple[int, i
 
 
 class SupportHistogram(NamedTuple):
-    """Shares of the supports of each layer that fall into common bins.
+    """Histograms of the supports of all context pools, with common bins.
 
     Attributes:
-        layers: L names of context pools, in order of execution.
-        edges: `(N + 1,)` fp64, in pixels of the image.
-        shares: `(L, N)` fp64; each row sums to one.
+        layers: Names of the L context pools, in order of execution.
+        edges: Edges of the bins, `(N + 1,)` fp64, in pixels of the image.
+        shares: Fraction of each pool's supports in each bin, `(L, N)` fp64; each row sums to one.
     """
 
     layers: list[str]
@@ -65,24 +65,24 @@ class SupportHistogram(NamedTuple):
 def support_histogram(
         maps: Mapping[str, ContextMaps], image_size: tuple[int, int], bins: int = 32,
 ) -> SupportHistogram:
-    """Histogram of the supports of every context pool by depth, over images, groups and output cells.
+    """Computes a histogram of the supports of every context pool, over images, groups and output cells.
 
     Args:
-        maps: result of `context_maps`.
+        maps: Result of `context_maps`.
         image_size: (height, width) of the images.
-        bins: number of equal bins from 0 to the largest support of all layers.
+        bins: Number of equal bins from 0 to the largest support of all pools.
 
     Raises:
-        ValueError: no layers, `bins` below 1, or a support that is not finite.
+        ValueError: There are no pools, `bins` is below 1, or a support is NaN or infinite.
     """
     if bins < 1:
         raise ValueError(f'bins must be >= 1, got {bins}')
     if not maps:
-        raise ValueError('maps must hold at least one context pool, got none')
+        raise ValueError('maps must contain at least one context pool, got none')
     supports = {name: layer_supports(each, image_size) for name, each in maps.items()}
     for name, values in supports.items():
         if not len(values) or not np.isfinite(values).all():
-            raise ValueError(f'supports of {name!r} are not finite, or there are none: check weights and images')
+            raise ValueError(f'supports of {name!r} are empty, NaN or infinite: check weights and images')
     edges = np.linspace(0, max(values.max() for values in supports.values()), bins + 1)
     shares = np.stack([np.histogram(values, edges)[0] / len(values) for values in supports.values()])
     return SupportHistogram(list(supports), edges, shares)

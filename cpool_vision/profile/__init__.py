@@ -1,1 +1,1 @@
-"""The profiler of the operator: `python -m cpool_vision.profile`."""
+"""Profiler of the operator: `python -m cpool_vision.profile`."""

@@ -4,50 +4,53 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpool_vision.cli import common
 from cpool_vision.engine.settings.flags import add_version_arg
+
+if TYPE_CHECKING:
+    from .cases import Case
 
 SWEEPS = ('size', 'support')
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A fresh parser with every flag of `cpool-profile`."""
+    """Returns a new parser with the flags of `cpool-profile`."""
     parser = argparse.ArgumentParser(
         prog='cpool-profile',
-        description='Time and memory of context pooling on this machine: every backend, the dense definition, '
+        description='Measure time and memory of context pooling on this machine: every backend, a dense reference, '
                     'attention and a depthwise convolution on the same inputs, and a lower bound of the time.')
     add_version_arg(parser)
     add = parser.add_argument
     add('--shape', type=int, nargs=4, default=[4, 96, 56, 56], metavar=('B', 'C', 'H', 'W'),
         help='shape of the features (default: 4 96 56 56)')
     add('--sigma', type=float, nargs=2, default=[0.2, 2.0], metavar=('MIN', 'MAX'),
-        help='supports are uniform in this range, in input pixels (default: 0.2 2)')
-    add('--smooth', action='store_true', help='supports and weights vary smoothly over the map, as predicted ones do')
+        help='range of the supports, in input pixels; they are uniformly distributed (default: 0.2 2)')
+    add('--smooth', action='store_true', help='vary supports and weights smoothly over the map, as in real networks')
     add('--groups', type=int, default=1, metavar='G', help='groups of channels (default: 1)')
     add('--stride', type=int, default=1, metavar='S', help='pixels between output cells (default: 1)')
     add('--dtype', default='float32', metavar='NAME',
-        help='of the features: float32, bfloat16, float16 or float64 (default: float32)')
+        help='dtype of the features: float32, bfloat16, float16 or float64 (default: float32)')
     add('--device', default='cpu', metavar='NAME', help='cpu, cuda or cuda:N (default: cpu)')
-    add('--channels-last', action='store_true', help='features are channels-last')
-    add('--backward', action='store_true', help='forward and backward instead of forward alone')
+    add('--channels-last', action='store_true', help='use channels-last features')
+    add('--backward', action='store_true', help='measure forward and backward instead of forward only')
     add('--backend', nargs='+', default=['all'], metavar='NAME',
-        help='backends to measure beside the dense definition and the baselines, or all (default: all)')
-    add('--repeats', type=int, default=7, metavar='N', help='counted runs of each implementation (default: 7)')
-    add('--dry-run', action='store_true', help='say which implementations can run and why not; measure nothing')
-    add('--sweep', nargs='+', default=[], choices=SWEEPS, help='measure a series of map sides or of mean supports too')
+        help='backends to measure besides the dense reference and the baselines, or all (default: all)')
+    add('--repeats', type=int, default=7, metavar='N', help='timed runs of each implementation (default: 7)')
+    add('--dry-run', action='store_true', help='report which implementations can run, without measuring')
+    add('--sweep', nargs='+', default=[], choices=SWEEPS, help='also measure a range of map sides or mean supports')
     add('--sides', type=int, nargs='+', default=[7, 14, 28, 56, 112, 224], metavar='N',
-        help='map sides of the series (default: 7 14 28 56 112 224)')
+        help='map sides of --sweep size (default: 7 14 28 56 112 224)')
     add('--supports', type=float, nargs='+', default=[0.3, 0.5, 1, 2, 4, 8], metavar='PX',
-        help='mean supports of the series, in input pixels (default: 0.3 0.5 1 2 4 8)')
-    add('--json', default='', metavar='FILE', help='write everything measured')
+        help='mean supports of --sweep support, in input pixels (default: 0.3 0.5 1 2 4 8)')
+    add('--json', default='', metavar='FILE', help='write all results as JSON')
     add('--plot', default='', metavar='FILE',
-        help='measure both series and draw them, relative to a depthwise 7x7 convolution (.png, .pdf or .svg)')
+        help='measure and plot both sweeps, relative to a depthwise 7x7 convolution (.png, .pdf or .svg)')
     return parser
 
 
-def _case(args: argparse.Namespace) -> Any:
+def _case(args: argparse.Namespace) -> 'Case':
     from .cases import Case
 
     b, c, h, w = args.shape
@@ -57,7 +60,7 @@ def _case(args: argparse.Namespace) -> Any:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What would fail after minutes of measuring fails before."""
+    """Finds invalid flags before minutes of measuring."""
     from cpool_vision.errors import ConfigError, OutputError
     from cpool_vision.inspect.canvas import PlotDependencyError, check_suffix
 
@@ -74,9 +77,9 @@ def _check(args: argparse.Namespace) -> None:
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            raise OutputError(f'{flag} {path!r} cannot be written ({error.strerror}): name another file') from error
+            raise OutputError(f'{flag} {path!r} cannot be written ({error.strerror}): choose another file') from error
         if os.path.isdir(path) or not os.access(folder, os.W_OK):
-            raise OutputError(f'{flag} {path!r} cannot be written: name a file in a folder that can be')
+            raise OutputError(f'{flag} {path!r} cannot be written: choose a file in a writable folder')
     if args.plot:
         try:
             check_suffix(args.plot)
@@ -96,7 +99,7 @@ def _profile(argv: Sequence[str] | None) -> None:
     _check(args)
     case = _case(args)
     names = report.chosen_names(args.backend)
-    known = {**machine(), **device_info(case.device)}
+    known: dict[str, Any] = {**machine(), **device_info(case.device)}
     threads = known['threads']
     where = known.get('gpu') or f'{known["cpu"]}, {threads} thread{"s" if threads > 1 else ""}'
     result: dict[str, Any] = {'machine': known}
@@ -116,22 +119,22 @@ def _profile(argv: Sequence[str] | None) -> None:
                 values = args.sides if kind == 'size' else args.supports
                 points = report.sweep(case, kind, sorted(values), names, args.repeats)
                 result['sweeps'][kind] = points
-                print(f'\ntime over that of the depthwise 7x7 convolution\n\n{report.sweep_table(kind, points)}')
+                print(f'\ntime relative to the depthwise 7x7 convolution\n\n{report.sweep_table(kind, points)}')
     try:
         if args.json:
             with open(args.json, 'w', encoding='utf-8') as file:
                 json.dump(result, file, indent=1)
-            print(f'\nfigures in {args.json}')
+            print(f'\nresults written to {args.json}')
         if args.plot and not args.dry_run:
             title = f'{"forward + backward" if case.backward else "forward"}, {case.dtype}, {where}'
             save_figure(cost_figure(result['sweeps'], title), args.plot)
-            print(f'plot in {args.plot}')
+            print(f'plot written to {args.plot}')
     except OSError as error:
-        raise OutputError(f'figures cannot be written ({error}): name another file') from error
+        raise OutputError(f'results cannot be written ({error}): choose another file') from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Profiles the operator; see `--help`. Returns the exit code."""
+    """Profiles the operator, see `--help`. Returns the exit code."""
     return common.run(_profile, argv)
 
 

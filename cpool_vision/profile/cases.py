@@ -1,4 +1,4 @@
-"""What is measured: shapes, supports, dtype and device of one call of the operator, and inputs made to it."""
+"""Cases to profile: shapes, supports, dtype and device of a call of the operator, and random inputs for it."""
 import dataclasses
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from cpool_vision.errors import ConfigError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float64': torch.float64}
-# A smooth map has one free value per so many output cells along each axis.
+# Smooth maps are interpolated from one random value per so many output cells along each axis.
 SMOOTH_STEP = 7
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -17,22 +17,22 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of the operator.
+    """A call of the operator.
 
     Args:
-        shape: `(B, C, H, W)` of the features.
-        sigma: smallest and largest support, in input pixels; supports are uniform between them.
-        groups: groups of channels, each with its own supports.
-        stride: output cells are `stride` pixels apart.
-        dtype: dtype of the features, a key of `DTYPES`; logits and supports are at least fp32.
+        shape: Shape of the features, `(B, C, H, W)`.
+        sigma: Smallest and largest support, in input pixels; supports are uniformly distributed between them.
+        groups: Groups of channels, each with its own supports.
+        stride: Output cells are `stride` pixels apart.
+        dtype: Dtype of the features, a key of `DTYPES`; logits and supports are at least fp32.
         device: `cpu`, `cuda` or `cuda:N`.
-        channels_last: whether the features are channels-last.
-        smooth: whether logits and supports vary smoothly over the map, as those that a network predicts do, instead
-            of independently from cell to cell.
-        backward: whether gradients are computed too.
+        channels_last: Whether the features are channels-last.
+        smooth: Whether logits and supports vary smoothly over the map, as in real networks; otherwise they are
+            independent from cell to cell.
+        backward: Whether to compute gradients.
 
     Raises:
-        ConfigError: a value is out of range, or the device does not exist.
+        ConfigError: A value is out of range, or the device does not exist.
     """
     shape: tuple[int, int, int, int]
     sigma: tuple[float, float]
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        """`(Ho, Wo)`."""
+        """Size of the output, `(Ho, Wo)`."""
         return -(-self.shape[2] // self.stride), -(-self.shape[3] // self.stride)
 
     @property
@@ -75,11 +75,11 @@ class Case:
         return DTYPES[self.dtype]
 
     def with_side(self, side: int) -> 'Case':
-        """The same call on square maps of another size; supports keep their size in pixels."""
+        """Returns the same call on square maps of another size; supports in pixels do not change."""
         return dataclasses.replace(self, shape=(*self.shape[:2], side, side))
 
     def with_mean_support(self, mean: float) -> 'Case':
-        """The same call with supports scaled to another mean."""
+        """Returns the same call with supports scaled to another mean."""
         scale = mean / self.mean_support
         return dataclasses.replace(self, sigma=(self.sigma[0] * scale, self.sigma[1] * scale))
 
@@ -92,7 +92,7 @@ class Case:
         return F.interpolate(coarse, (height, width), mode='bilinear', align_corners=True)
 
     def inputs(self, seed: int = 0) -> tuple[Inputs, Tensor]:
-        """Features, weight logits and supports, and the gradient of the output.
+        """Draws features, weight logits and supports, and a gradient of the output.
 
         Returns:
             `(x, weight_logits, sigma)` of shapes `(B, C, H, W)`, `(B, G, H, W)` and `(B, G, Ho, Wo)`, and a gradient
@@ -112,7 +112,11 @@ class Case:
 
 
 def check_device(name: str) -> None:
-    """Raises ConfigError unless `name` is a processor or a CUDA device that exists."""
+    """Checks that a device is the CPU or an existing CUDA device.
+
+    Raises:
+        ConfigError: It is not.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

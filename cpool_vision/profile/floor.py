@@ -1,11 +1,11 @@
-"""A lower bound of the time of a call: what it must move, and what it must multiply, at this machine's best rates.
+"""Lower bound of the time of a call: the bytes it must move and the FLOPs it must do, at this machine's peak rates.
 
-Bytes: every input and output crosses memory once per pass. FLOPs: for each query the fewest pairs that hold all but the
-tolerated share of its weight; an implementation that skips more is wrong, one that skips less does more.
+Bytes: every input and output is read or written once per pass. FLOPs: for each query, the fewest pairs that contain all
+but the tolerated share of its weight; an implementation that skips more pairs is wrong.
 """
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -15,21 +15,22 @@ from cpool_vision.ops import TOLERANCE
 from .cases import Case, Inputs
 from .measure import timer_for
 
-# Pairs that are counted; of larger calls a random sample of the queries.
+# Number of pairs to count; for larger calls, a random sample of the queries is used.
 _SAMPLED_PAIRS = 8_000_000
 _CHUNK_PAIRS = 1_000_000
 _RATE_SECONDS = 0.3
 _MIN_RATE_RUNS, _MAX_RATE_RUNS = 10, 100
-# Smallest copies: on a GPU shorter ones would measure the launch.
+# Smallest copies; on a GPU, smaller ones would measure the launch.
 _MIN_COPY = {'cpu': 2 ** 20, 'cuda': 2 ** 27}
-# Large enough for full speed, and on a processor short enough to fall between interruptions.
+# Large enough for full speed; on a CPU also short enough to finish without an interruption.
 _GEMM_SIDE = {'cpu': 512, 'cuda': 8192}
 
 
 def needed_pairs(case: Case, inputs: Inputs, seed: int = 0) -> float:
-    """Mean over the output cells of the fewest pixels that hold all but the tolerated share of a cell's weight.
+    """Returns how many pixels an output cell must read, averaged over the cells.
 
-    The share is `cpool_vision.ops.TOLERANCE` of the features' dtype. Large calls are judged by a sample of queries.
+    This is the smallest number of pixels that contain all of the cell's weight except the tolerated share,
+    `cpool_vision.ops.TOLERANCE` of the features' dtype. For large calls it is estimated from a sample of the cells.
     """
     _, logits, sigma = inputs
     h, w = case.shape[2:]
@@ -45,7 +46,7 @@ def needed_pairs(case: Case, inputs: Inputs, seed: int = 0) -> float:
         distance = (rows[:, :, None] + cols[:, None, :]).flatten(1)
         scale = sigma.double().flatten()[part, None].square().mul(2)
         weights = (logits.double().flatten(0, 1).flatten(1)[maps] - distance / scale).softmax(-1)
-        # The smallest come first, so that their sum is exact enough for the share that may be left out.
+        # Summed in ascending order, so that the small sum of the skipped weights is accurate.
         left_out = weights.sort(-1).values.cumsum(-1) <= TOLERANCE[case.torch_dtype]
         skipped += int(left_out.sum())
     return h * w - skipped / count
@@ -57,7 +58,7 @@ def _squared_offsets(cells: Tensor, size: int, stride: int) -> Tensor:
 
 
 def moved_bytes(case: Case, inputs: Inputs) -> int:
-    """Bytes of every tensor that a call reads or writes, each once per pass."""
+    """Returns the bytes of all tensors that a call reads or writes, each once per pass."""
     x, *maps = (t.numel() * t.element_size() for t in inputs)
     cells = case.out_size[0] * case.out_size[1]
     y = case.shape[0] * case.shape[1] * cells * inputs[0].element_size()
@@ -66,12 +67,12 @@ def moved_bytes(case: Case, inputs: Inputs) -> int:
 
 
 def multiplied_flops(case: Case, pairs: float) -> float:
-    """FLOPs of the products over the needed pairs: one forward, two more backward."""
+    """Returns the FLOPs of the matrix products over the needed pairs: one forward, two more backward."""
     cells = case.out_size[0] * case.out_size[1]
     return 2.0 * case.shape[0] * case.shape[1] * cells * pairs * (3 if case.backward else 1)
 
 
-def _best_time(call: Callable[[], Any], device: torch.device) -> float:
+def _best_time(call: Callable[[], object], device: torch.device) -> float:
     timer = timer_for(device)
     timer(call)()
     best, spent = float('inf'), 0.0
@@ -84,9 +85,9 @@ def _best_time(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def copy_bandwidth(device: str, size: int) -> float:
-    """Bytes read and written per second by the best of several copies that move `size` bytes in all.
+    """Returns the bytes read and written per second in the fastest of several copies that move `size` bytes.
 
-    A call whose tensors fit the processor's cache is thereby judged by the cache's speed.
+    If the tensors of a call fit the processor's cache, this is the speed of the cache.
     """
     where = torch.device(device)
     source = torch.zeros(max(size, _MIN_COPY[where.type]) // 2, dtype=torch.int8, device=where)
@@ -96,7 +97,7 @@ def copy_bandwidth(device: str, size: int) -> float:
 
 @functools.cache
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOPs per second of the best of several products of large square matrices of `dtype`, or of fp32 if faster."""
+    """Returns the FLOPs per second in the fastest of several large matrix products of `dtype`, or of fp32 if faster."""
     where = torch.device(device)
     side, best = _GEMM_SIDE[where.type], 0.0
     for each in {dtype, torch.promote_types(dtype, torch.float32)}:
@@ -106,13 +107,30 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     return best
 
 
-def floor(case: Case, inputs: Inputs) -> dict[str, Any]:
-    """Shortest time in which the machine could do the call, and what it follows from.
+class Floor(TypedDict):
+    """Lower bound of the time of a call, and what it is computed from.
 
-    Returns:
-        `pairs_per_cell`, `bytes`, `flops`, `copy_bytes_per_s`, `gemm_flops_per_s`, the larger of the two times in
-        `ms`, and in `bound` which of them it is: `memory` or `arithmetic`.
+    Attributes:
+        pairs_per_cell: See `needed_pairs`.
+        bytes: Bytes to move.
+        flops: FLOPs to do.
+        copy_bytes_per_s: Measured memory bandwidth.
+        gemm_flops_per_s: Measured rate of matrix products.
+        ms: The larger of the times for `bytes` and `flops`, in milliseconds.
+        bound: Which of the two it is: `memory` or `arithmetic`.
     """
+
+    pairs_per_cell: float
+    bytes: int
+    flops: float
+    copy_bytes_per_s: float
+    gemm_flops_per_s: float
+    ms: float
+    bound: str
+
+
+def floor(case: Case, inputs: Inputs) -> Floor:
+    """Computes the shortest time in which this machine could do a call."""
     pairs = needed_pairs(case, inputs)
     size, flops = moved_bytes(case, inputs), multiplied_flops(case, pairs)
     bandwidth, rate = copy_bandwidth(case.device, size), gemm_rate(case.device, case.torch_dtype)

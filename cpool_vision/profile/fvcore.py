@@ -1,4 +1,4 @@
-"""Multiply-adds of context pools for fvcore, which counts operators it does not know as zero."""
+"""Multiply-adds of context pools for fvcore, which counts unknown operators as zero."""
 from collections import Counter
 from collections.abc import Callable
 from math import prod
@@ -16,11 +16,11 @@ def _count_nothing(inputs: list[Any], outputs: list[Any]) -> Counter:
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], Counter]]:
-    """Handles for `FlopCountAnalysis(model, images).set_op_handle(**fvcore_handles())`.
+    """Returns handles for `FlopCountAnalysis(model, images).set_op_handle(**fvcore_handles())`.
 
-    Every output cell counts as if it read the whole map, as for `torch.utils.flop_counter`: the upper bound. fvcore
-    calls a multiply-add one operation.
+    Every output cell counts as if it read the whole map, an upper bound, as with `torch.utils.flop_counter`. fvcore
+    counts a multiply-add as one operation.
     """
-    # It hooks every module: the layer then leaves its predictor to torch's convolutions, which fvcore knows.
+    # fvcore hooks every module; the layer then runs its predictor as torch convolutions, which fvcore counts
     return {'cpool_vision::context_pool2d': _count_pool, 'cpool_vision::context_pool_tokens': _count_pool,
             'cpool_vision::supports_and_logits': _count_nothing, 'cpool_vision::to_autocast': _count_nothing}

@@ -1,4 +1,4 @@
-"""What is compared: every backend of the operator, and the same job done by attention and by convolution."""
+"""Implementations to compare: every backend of the operator, attention, and a depthwise convolution."""
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +17,15 @@ CONVOLUTION = 'depthwise_7x7'
 BASELINES = ('sdpa_augmented', CONVOLUTION)
 NAMES = (REFERENCE, *(name for name in BACKENDS if name != REFERENCE), *BASELINES)
 
-# Matrices of all pairs that dense eager holds at once, forward only and with gradients.
+# Matrices of all pairs that the dense reference holds at once, without and with gradients.
 _PAIR_MATRICES = {False: 3, True: 6}
 _USABLE_MEMORY = 0.8
 
 
 def sdpa_augmented(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int = 1) -> Tensor:
-    """The same weights as attention with keys `(p_j, |p_j|^2, l_j)`.
+    """Computes the operator as attention with keys `(p_j, |p_j|^2, l_j)`.
 
-    Computed in fp32 at least, since the norms cancel; even there less exact than distances of integer indices.
+    Runs in fp32 at least, because the norms cancel; even so it is less accurate than distances of integer indices.
     Arguments and result are those of `context_pool2d`.
     """
     b, c, h, w = x.shape
@@ -50,7 +50,7 @@ def sdpa_augmented(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int 
 
 
 def implementations(case: Case) -> dict[str, Function]:
-    """Every implementation by name, backends first: functions of `(x, weight_logits, sigma)`."""
+    """Returns every implementation by name, backends first, as functions of `(x, weight_logits, sigma)`."""
     channels, stride = case.shape[1], case.stride
     kernel = torch.randn(channels, 1, 7, 7, generator=torch.Generator().manual_seed(0))
     kernel = kernel.to(case.device, case.torch_dtype).requires_grad_(case.backward)
@@ -66,7 +66,7 @@ def implementations(case: Case) -> dict[str, Function]:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that can still be allocated, or None where the system does not say."""
+    """Returns the number of bytes that can still be allocated, or None if unknown."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -77,7 +77,7 @@ def free_memory(device: str) -> int | None:
 
 
 def _too_large(case: Case) -> str | None:
-    """Why all pairs of the call cannot be held in memory, estimated from its shape."""
+    """Returns why all pairs of the call do not fit in memory, estimated from its shape; None if they do."""
     b, _, h, w = case.shape
     ho, wo = case.out_size
     size = 8 if case.torch_dtype == torch.float64 else 4
@@ -92,7 +92,7 @@ def refusals(case: Case, inputs: Inputs) -> dict[str, str | None]:
     """Reports for each implementation whether it can run the case.
 
     Returns:
-        By name: None if it can, else the reason why not.
+        The reason by name, or None if it can run.
     """
     x, logits, sigma = (t.detach().requires_grad_(case.backward) for t in inputs)
     reasons = available_backends(x, logits, sigma, case.stride)

@@ -1,4 +1,4 @@
-"""Times, peak memory, and what they depend on."""
+"""Measures time and peak memory, and records the machine."""
 import functools
 import os
 import platform
@@ -22,17 +22,17 @@ from .implementations import Function
 
 FORWARD, FORWARD_BACKWARD = 'forward', 'forward_backward'
 
-# Overwritten before every call on a GPU, so that inputs come from memory and not from the L2 cache.
+# Overwritten before every call on a GPU, so that inputs come from memory instead of the L2 cache.
 _FLUSH_BYTES = 2 ** 28
 _CUDA_WARM_UP = 3
-# Fewest counted runs of an implementation whose time is used up.
+# Fewest timed runs of an implementation that exceeds its time limit.
 _MIN_RUNS = 3
 
 Times = dict[str, dict[str, list[float]]]
 
 
 def run_pass(function: Function, inputs: Inputs, grad: Tensor, backward: bool) -> None:
-    """One forward pass, or one forward and backward pass with the gradients of every input."""
+    """Runs a forward pass, or a forward and backward pass with the gradients of all inputs."""
     if not backward:
         with torch.no_grad():
             function(*inputs)
@@ -41,7 +41,7 @@ def run_pass(function: Function, inputs: Inputs, grad: Tensor, backward: bool) -
     function(x, logits, sigma).backward(grad)
 
 
-def _host_timer(call: Callable[[], Any]) -> Callable[[], float]:
+def _host_timer(call: Callable[[], object]) -> Callable[[], float]:
     start = time.perf_counter()
     call()
     elapsed = time.perf_counter() - start
@@ -49,13 +49,13 @@ def _host_timer(call: Callable[[], Any]) -> Callable[[], float]:
 
 
 class _CudaTimer:
-    """Times on the device by events, from a cold L2 cache."""
+    """Times calls on the device by CUDA events, with a cold L2 cache."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def __call__(self, call: Callable[[], Any]) -> Callable[[], float]:
+    def __call__(self, call: Callable[[], object]) -> Callable[[], float]:
         with torch.cuda.device(self.device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.flush.zero_()
@@ -69,8 +69,8 @@ class _CudaTimer:
         return seconds
 
 
-def timer_for(device: torch.device) -> Callable[[Callable[[], Any]], Callable[[], float]]:
-    """A function that runs a call and returns a function that waits for its time, in seconds."""
+def timer_for(device: torch.device) -> Callable[[Callable[[], object]], Callable[[], float]]:
+    """Returns a function that starts a call and returns another one, which waits for it and returns its seconds."""
     return _CudaTimer(device) if device.type == 'cuda' else _host_timer
 
 
@@ -82,18 +82,18 @@ def times_in_turn(
         repeats: int,
         limit_s: float = float('inf'),
 ) -> tuple[Times, dict[str, str]]:
-    """Runs every implementation in turn, so that what else the machine does falls on all alike.
+    """Times all implementations in turn, so that other load on the machine affects all of them alike.
 
     Args:
-        functions: implementations by name.
+        functions: Implementations by name.
         inputs: `(x, weight_logits, sigma)`.
-        grad: gradient of the output.
-        passes: of `FORWARD` and `FORWARD_BACKWARD`.
-        repeats: counted runs of each; uncounted ones come first.
-        limit_s: an implementation whose counted runs took so long gets no more of them, from the third on.
+        grad: Gradient of the output.
+        passes: `FORWARD`, `FORWARD_BACKWARD` or both.
+        repeats: Number of timed runs of each implementation, after a warm-up.
+        limit_s: Time limit of an implementation in seconds; once exceeded, it stops after three timed runs or more.
 
     Returns:
-        Seconds by implementation and pass, and by implementation why it was dropped when memory ran out.
+        Seconds by implementation and pass, and the reason for each implementation that ran out of memory.
     """
     device = inputs[0].device
     timer = timer_for(device)
@@ -120,14 +120,14 @@ def times_in_turn(
 
 
 def peak_memory(function: Function, inputs: Inputs, grad: Tensor, backward: bool = True) -> float:
-    """Bytes that a call holds at once beyond its inputs, per byte of `x`, from a cold start."""
+    """Returns the peak memory of a call without its inputs, relative to the size of `x`, with no cached workspace."""
     x = inputs[0]
     workspace.clear()
     peak = (_cuda_peak if x.is_cuda else _cpu_peak)(lambda: run_pass(function, inputs, grad, backward), x.device)
     return peak / (x.numel() * x.element_size())
 
 
-def _cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
+def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -138,7 +138,7 @@ def _cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Hides what the profiler itself reports of its start and stop, which no setting silences after the import."""
+    """Hides messages of torch's profiler about its start and stop, which no setting silences after its import."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -150,7 +150,7 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _cpu_peak(call: Callable[[], Any], device: torch.device) -> int:
+def _cpu_peak(call: Callable[[], object], device: torch.device) -> int:
     prof: Any = torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU])
     with _quiet_stderr():
         prof.start()
@@ -168,7 +168,7 @@ def _cpu_peak(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def quantiles(times: Sequence[float]) -> dict[str, float]:
-    """Median and 20th and 80th percentile of seconds, in milliseconds."""
+    """Returns the median and the 20th and 80th percentile of times in seconds, converted to milliseconds."""
     ordered = sorted(times)
     return {
         'median_ms': statistics.median(ordered) * 1e3,
@@ -178,7 +178,7 @@ def quantiles(times: Sequence[float]) -> dict[str, float]:
 
 
 def _commit() -> str | None:
-    """The commit of the working tree that the package is imported from; None for an installed package."""
+    """Returns the commit of the working tree that the package is imported from, or None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     try:
         lines = subprocess.run(
@@ -189,8 +189,8 @@ def _commit() -> str | None:
     return lines[1] if Path(lines[0]).resolve() == root else None
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, threads, versions and commit."""
+def machine() -> dict[str, str | int | None]:
+    """Returns processor, threads, versions and commit."""
     cpu = platform.processor() or platform.machine()
     try:
         cpu = next(line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
@@ -206,9 +206,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def device_info(device: str) -> dict[str, Any]:
-    """The device's name, and the versions that matter on it."""
-    info: dict[str, Any] = {'device': device, 'python': platform.python_version()}
+def device_info(device: str) -> dict[str, str | None]:
+    """Returns the name of the device and the versions that matter for it."""
+    info: dict[str, str | None] = {'device': device, 'python': platform.python_version()}
     if torch.device(device).type == 'cuda':
         info.update(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
         try:

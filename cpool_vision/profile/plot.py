@@ -1,4 +1,4 @@
-"""How cost grows with the side of the map and with the mean support, relative to a depthwise 7x7 convolution."""
+"""Plots cost over map side and mean support, relative to a depthwise 7x7 convolution."""
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,16 +7,17 @@ from cpool_vision.inspect.canvas import new_figure, require_matplotlib
 from .implementations import CONVOLUTION, NAMES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors: told apart by color-blind readers too.
+# Okabe and Ito's colors, which color-blind readers can distinguish.
 _COLORS = ('#000000', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#56b4e9')
 _MARKERS = 'osD^vP'
 _LABELS = {'size': 'side of the map (pixels)', 'support': 'mean support (pixels)'}
 
 
 def _series(points: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Values at which an implementation ran beside the convolution, and its cost there."""
+    """Returns the values at which both the implementation and the convolution ran, and the relative cost."""
     pairs = [(point['at'], row['cost_over_depthwise_7x7']) for point in points for row in point['rows']
              if row['implementation'] == name and row['cost_over_depthwise_7x7'] is not None]
     return [at for at, _ in pairs], [cost for _, cost in pairs]
@@ -28,7 +29,9 @@ def _floor_series(points: Sequence[Mapping[str, Any]]) -> tuple[list[float], lis
     return [at for at, _ in pairs], [cost for _, cost in pairs]
 
 
-def _draw_panel(axes: Any, kind: str, points: Sequence[Mapping[str, Any]], ticker: Any) -> None:
+def _draw_panel(axes: 'Axes', kind: str, points: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib import ticker
+
     drawn = [name for name in NAMES if name != CONVOLUTION]
     for number, name in enumerate(drawn):
         at, cost = _series(points, name)
@@ -50,14 +53,14 @@ def _draw_panel(axes: Any, kind: str, points: Sequence[Mapping[str, Any]], ticke
 
 
 def cost_figure(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> 'Figure':
-    """Draws one panel per series: cost over that of a depthwise 7x7 convolution on the same map, on logarithmic axes.
+    """Draws a panel per sweep: time relative to a depthwise 7x7 convolution on the same map, on logarithmic axes.
 
     Args:
-        sweeps: by kind (`size`, `support`), what `cpool_vision.profile.report.sweep` returns.
-        title: one line over the panels.
+        sweeps: Results of `cpool_vision.profile.report.sweep` by kind (`size`, `support`).
+        title: Line above the panels.
 
     Returns:
-        A figure, to be written by `cpool_vision.inspect.draw.save_figure`.
+        A figure for `cpool_vision.inspect.draw.save_figure`.
 
     Raises:
         PlotDependencyError: matplotlib is not installed.
@@ -67,7 +70,7 @@ def cost_figure(sweeps: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -
         figure = new_figure(3.3 * len(sweeps), 2.9, layout='constrained')
         panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
         for axes, (kind, points) in zip(panels, sweeps.items(), strict=True):
-            _draw_panel(axes, kind, points, matplotlib.ticker)
+            _draw_panel(axes, kind, points)
         panels[0].set_ylabel('time / time of the convolution')
         handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(),
                                                                              strict=True)}

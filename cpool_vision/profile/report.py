@@ -1,4 +1,4 @@
-"""Profiles of one call and of series of calls, and their tables."""
+"""Profiles single calls and sweeps, and formats the results as tables."""
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from .measure import FORWARD, FORWARD_BACKWARD, peak_memory, quantiles, times_in
 
 _logger = logging.getLogger(__name__)
 
-# Counted runs of one implementation of one case end soon after.
+# Time limit for the runs of an implementation, see `times_in_turn`.
 _LIMIT_SECONDS = 10.0
 
 
 def chosen_names(backends: Sequence[str]) -> list[str]:
-    """Names of the implementations to measure: the backends asked for, the dense reference, and the baselines.
+    """Returns the implementations to measure: the requested backends, the dense reference and the baselines.
 
     Raises:
-        ConfigError: a name is neither `all` nor a backend.
+        ConfigError: A name is neither `all` nor a backend.
     """
     for name in backends:
         if name != 'all' and name not in BACKENDS:
@@ -32,7 +32,7 @@ def chosen_names(backends: Sequence[str]) -> list[str]:
 
 
 def availability(case: Case, names: Sequence[str]) -> dict[str, str | None]:
-    """Why each implementation cannot run the case, or None where it can; nothing is measured."""
+    """Returns why each implementation cannot run the case, or None if it can. Measures nothing."""
     reasons = refusals(case, case.inputs()[0])
     return {name: reasons[name] for name in names}
 
@@ -40,26 +40,26 @@ def availability(case: Case, names: Sequence[str]) -> dict[str, str | None]:
 def profile(
         case: Case, names: Sequence[str], repeats: int, required: Sequence[str] = (), memory: bool = True,
 ) -> dict[str, Any]:
-    """Measures implementations on one case, in turn.
+    """Measures implementations on a case.
 
     Args:
-        case: the call.
-        names: implementations to measure.
-        repeats: counted runs of each.
-        required: those whose absence is an error.
-        memory: whether peak memory is measured, in its own run.
+        case: The case.
+        names: Implementations to measure.
+        repeats: Number of timed runs of each.
+        required: Implementations that must be able to run.
+        memory: Whether to measure peak memory, in a run of its own.
 
     Returns:
-        `case`, `floor`, `rows` (one dict per implementation that ran) and `refused` (reasons by name).
+        `case`, `floor`, `rows` (a dictionary per implementation that ran) and `refused` (reasons by name).
 
     Raises:
-        ConfigError: a required implementation cannot run.
+        ConfigError: A required implementation cannot run.
     """
     inputs, grad = case.inputs()
     reasons = refusals(case, inputs)
     for name in required:
         if reasons[name] is not None:
-            raise ConfigError(f'--backend {name} cannot run: {reasons[name]}; leave it out or use --backend all')
+            raise ConfigError(f'--backend {name} cannot run: {reasons[name]}; drop it or use --backend all')
     refused = {name: reason for name in names if (reason := reasons[name]) is not None}
     functions = {name: f for name, f in implementations(case).items() if name in names and name not in refused}
     bound = floor(case, inputs)
@@ -77,7 +77,7 @@ def profile(
         'peak_memory_per_x': peak_memory(functions[name], inputs, grad, case.backward) if memory else None,
         'ratio_to_dense': ratio(REFERENCE, name),
         'cost_over_depthwise_7x7': ratio(name, CONVOLUTION),
-        # The convolution does another job.
+        # the bound does not apply to the convolution
         'times_floor': medians[name] / bound['ms'] if name != CONVOLUTION else None,
     } for name in times]
     described = {**dataclasses.asdict(case), 'mean_support': case.mean_support}
@@ -86,10 +86,10 @@ def profile(
 
 def sweep(
         case: Case, kind: str, values: Sequence[float], names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Profiles the case at several map sides (`size`) or mean supports in pixels (`support`).
+    """Profiles a case at several map sides (`size`) or mean supports in pixels (`support`).
 
     Returns:
-        What `profile` returns at each value, without peak memory, and the value itself as `at`.
+        For each value, the result of `profile` without peak memory, and the value itself as `at`.
     """
     points = []
     for value in values:
@@ -99,7 +99,7 @@ def sweep(
     return points
 
 
-def _cells(*cells: Any) -> str:
+def _cells(*cells: object) -> str:
     return f'| {" | ".join(map(str, cells))} |'
 
 
@@ -108,14 +108,14 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def availability_table(reasons: dict[str, str | None]) -> str:
-    """Which implementations can run, and why the others cannot, as a Markdown table."""
+    """Formats `availability` as a Markdown table."""
     lines = [_cells('implementation', 'can run', 'reason'), '|---|---|---|']
     lines += [_cells(name, 'no' if reason else 'yes', reason or '') for name, reason in reasons.items()]
     return '\n'.join(lines)
 
 
 def profile_table(result: dict[str, Any]) -> str:
-    """Times, memory and ratios of one case as a Markdown table, with the floor and what was left out."""
+    """Formats the times, memory and ratios of a case as a Markdown table, followed by the floor and refusals."""
     lines = [
         _cells('implementation', 'median, ms', 'p20', 'p80', 'peak memory / x', 'times faster than dense',
                'times the floor'),
@@ -136,7 +136,7 @@ def profile_table(result: dict[str, Any]) -> str:
 
 
 def sweep_table(kind: str, points: Sequence[dict[str, Any]]) -> str:
-    """Cost over that of the depthwise 7x7 convolution, a row per value and a column per implementation."""
+    """Formats the time relative to the depthwise 7x7 convolution, a row per value and a column per implementation."""
     names = [name for name in NAMES if any(row['implementation'] == name for p in points for row in p['rows'])]
     head = 'map side' if kind == 'size' else 'mean support, px'
     lines = [_cells(head, *names, 'floor'), '|---:' * (len(names) + 2) + '|']
@@ -149,7 +149,7 @@ def sweep_table(kind: str, points: Sequence[dict[str, Any]]) -> str:
 
 
 def heading(case: Case) -> str:
-    """The case in one line."""
+    """Describes a case in one line."""
     kind = 'smooth maps, ' if case.smooth else ''
     return (f'{"forward + backward" if case.backward else "forward"}, {"x".join(map(str, case.shape))} {case.dtype}'
             f'{" channels-last" if case.channels_last else ""}, groups {case.groups}, stride {case.stride}, supports '

@@ -1,4 +1,4 @@
-"""Context pools in models that were made without them."""
+"""Adds context pools to existing models."""
 from ..layers import context_pools
 from .add import add_context_pool, remove_context_pool
 from .contextpool_retrofit import contextpool_retrofit

@@ -1,4 +1,4 @@
-"""Puts context pools into an existing model: `add_context_pool`."""
+"""Adds context pools to an existing model: `add_context_pool`."""
 import logging
 import math
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from .probe import equal, finite, in_raster_order, probe_image, reaches_output, 
 _logger = logging.getLogger(__name__)
 
 ARCHITECTURE = 'contextpool_retrofit'
-# Maps of finer stages hold so many pixels that a pool can cost more than the rest of the stage.
+# In finer stages, maps have so many pixels that a pool can cost more than the rest of the stage.
 MIN_REDUCTION = 8
-# What docs/evidence_details.md measures in vision transformers, and what is unmeasured elsewhere.
+# The values for columnar networks are measured in docs/evidence_details.md, the others are not.
 COLUMNAR_RATIO, STAGED_RATIO = 0.25, 0.1
 COLUMNAR_GROUPS, STAGED_GROUPS = 16, 1
 
@@ -45,20 +45,20 @@ def _choose(model: nn.Module, finder: Finder, size: tuple[int, int], positions: 
             others = [other for other in POSITIONS if other not in positions and finder.places(other)]
             raise NoPlaceError(f'{type(model).__name__} has no place {position!r}: ' + (
                 f"choose from {', '.join(others)}" if others else
-                'no module of it returns a map (B, C, H, W), (B, H, W, C) or a grid of tokens; put ContextPool2d into '
-                'the network by hand'))
+                'none of its modules returns a map (B, C, H, W), (B, H, W, C) or a grid of tokens; add ContextPool2d '
+                'to the network by hand'))
     places = [place for each in found.values() for place in each]
     if stages is not None:
         places = [place for place in places if place.stage in stages]
     else:
         coarse = [place for place in places if size[0] / place.features.grid[0] > MIN_REDUCTION - 1]
         places = coarse or places
-        # what leaves the last block of a columnar network is read by the head alone
+        # in a columnar network, only the head reads the output of the last block
         if finder.columnar and len(places) > 1:
             places = [place for place in places if place.side == 'input' or place.name != finder.stages[-1]]
     unique = {place.name: place for place in places}
     if not unique:
-        raise NoPlaceError(f'{type(model).__name__} has no place {positions} in stages {stages}: name other stages')
+        raise NoPlaceError(f'{type(model).__name__} has no place {positions} in stages {stages}: choose other stages')
     return list(unique.values())
 
 
@@ -82,22 +82,22 @@ def _named(model: nn.Module, finder: Finder, names: tuple) -> list[Place]:
 
 def _fit(model: nn.Module, x: Tensor, finder: Finder, places: list[Place],
          explicit: bool) -> tuple[list[Place], list[bool]]:
-    """The places at which a pool works, and for each whether its module runs an added child by itself."""
+    """Returns the places at which a pool works, and for each whether its module runs an added child by itself."""
     runs = runs_children(model, x, places)
     fitted: list[tuple[Place, bool]] = []
     for place, alone in zip(places, runs, strict=True):
         if alone is None:
-            # the map is then pooled where it is read
+            # pool the map at the module that reads it
             reader = finder.reader(place.name)
             features = None if reader is None else finder.features(reader, 'input')
             if reader is None or features is None or runs_children(model, x, [Place(reader, 'input', features, 0)])[0]:
-                _logger.info('no pool at %s: the module runs its children with something else', place.name)
+                _logger.info('no pool at %s: the module calls its children with other arguments', place.name)
                 continue
             place, alone = Place(reader, 'input', features, place.stage), False
         fitted.append((place, alone))
     if not fitted:
-        raise NoPlaceError(f'the modules at the requested places of {type(model).__name__} use their children in ways '
-                           'of their own: name other places')
+        raise NoPlaceError(f'the modules at the requested places of {type(model).__name__} do not call their children '
+                           'one after the other: name other places')
     places, run_alone = [place for place, _ in fitted], [alone for _, alone in fitted]
     if x.is_meta:
         return places, run_alone
@@ -111,17 +111,19 @@ def _fit(model: nn.Module, x: Tensor, finder: Finder, places: list[Place],
     reached = reaches_output(model, x, places, run_alone)
     for place, reaches in zip(places, reached, strict=True):
         if not reaches:
-            _logger.info('no pool at %s: its map does not reach the output', place.name)
+            _logger.info('no pool at %s: its map does not affect the output', place.name)
     if not any(reached):
-        raise NoPlaceError(f'no map at the requested places of {type(model).__name__} reaches the output: '
+        raise NoPlaceError(f'no map at the requested places of {type(model).__name__} affects the output: '
                            f"choose another of {', '.join(POSITIONS)}, or other stages")
     kept = [(place, alone) for place, alone, reaches in zip(places, run_alone, reached, strict=True) if reaches]
     return [place for place, _ in kept], [alone for _, alone in kept]
 
 
-def _choose_and_fit(model: nn.Module, x: Tensor, finder: Finder, positions: tuple | None,
-                    stages: tuple | None) -> tuple[list[Place], list[bool]]:
-    """Places at the positions, as `_fit` gives them; where the default position does not work, after the blocks."""
+def _choose_and_fit(model: nn.Module, x: Tensor, finder: Finder, positions: tuple | None, stages: tuple | None,
+                    names: tuple | None) -> tuple[list[Place], list[bool]]:
+    """Returns `_fit` of the named places or positions; falls back from the default position to post_block."""
+    if names is not None:
+        return _fit(model, x, finder, _named(model, finder, names), explicit=True)
     size = (x.shape[-2], x.shape[-1])
     chosen = _choose(model, finder, size, positions, stages)
     try:
@@ -138,7 +140,7 @@ def _choose_and_fit(model: nn.Module, x: Tensor, finder: Finder, positions: tupl
 
 
 def _groups(places: list[Place], most: int) -> int:
-    """The largest number of groups up to `most` that divides the channels at all places."""
+    """Returns the largest number of groups up to `most` that divides the channels at all places."""
     common = math.gcd(*(place.features.dim for place in places))
     return max(n for n in range(1, most + 1) if common % n == 0)
 
@@ -160,29 +162,29 @@ def add_context_pool(
 ) -> Any:
     """Adds context pools to a model, in place, and keeps its weights and their names.
 
-    The places are found by running the model on a probe image (batch 1), so any network of blocks or stages works:
-    maps `(B, C, H, W)` or `(B, H, W, C)`, or tokens on a grid after prefix tokens, which are not pooled. With
-    `init='identity'` the output stays bit-identical until the pools are trained; this is checked on the probe image.
+    The places are found by running the model on a probe image (batch 1), so any network of blocks or stages works, with
+    maps `(B, C, H, W)` or `(B, H, W, C)`, or with a grid of tokens after prefix tokens, which are not pooled. With
+    `init='identity'`, the output stays bit-identical until the pools are trained; this is checked on the probe image.
     The state dict keeps all its keys and gains those of the pools, which contain `.cpool.`. Places whose map does not
-    reach the output (after the last block of a network that is read through its class token) are skipped.
+    affect the output are skipped, such as the last block of a network whose head only reads the class token.
 
     Args:
         model: A network that takes images `(B, C, H, W)`, such as any timm model.
         positions: One or several of `post_stage` (the output of each stage's last block), `post_block` (the output of
-            every block), `pre_attn` (the input of each block's attention, after its norm). Default: `post_stage`; for
-            networks of one grid, like vision transformers, `pre_attn`, or `post_block` if no block has attention or
-            its tokens are not in raster order.
-        stages: Indices of the stages that pool, or of the blocks in a network of one grid. Default: those whose maps
+            every block), `pre_attn` (the input of each block's attention, after its norm). Default: `post_stage`; in
+            networks with one grid, like vision transformers, `pre_attn`, or `post_block` if no block has attention or
+            the tokens are not in raster order.
+        stages: Indices of the stages that pool, or of the blocks in a network with one grid. Default: those whose maps
             are at least 8 times coarser than the image, or all if there are none.
-        places: Names of the modules whose output (`'layer2.1'`) or input (`'blocks.0.attn:input'`) is pooled, instead
-            of `positions` and `stages`.
-        ratio: As in `ContextPool2d`. Default: 0.25 for networks of one grid, otherwise 0.1.
-        groups: As in `ContextPool2d`. Default: 16 for networks of one grid, or the largest smaller number that divides
-            the channels; otherwise 1.
-        floor, init, support_init, hidden_dim, backend: As in `ContextPool2d`. With `init='paper'` the pools change the
-            output at once.
-        img_size: Size of the probe image; the model's own by default.
-        in_chans: Channels of the probe image; the model's own by default.
+        places: Names of the modules whose output (`'layer2.1'`) or input (`'blocks.0.attn:input'`) to pool, instead of
+            `positions` and `stages`.
+        ratio: As in `ContextPool2d`. Default: 0.25 in networks with one grid, otherwise 0.1.
+        groups: As in `ContextPool2d`. Default: in networks with one grid, the largest number up to 16 that divides the
+            channels, otherwise 1.
+        floor, init, support_init, hidden_dim, backend: As in `ContextPool2d`. With `init='paper'`, the pools change the
+            output from the start.
+        img_size: Size of the probe image. Default: the model's.
+        in_chans: Channels of the probe image. Default: the model's.
 
     Returns:
         `model`.
@@ -196,34 +198,28 @@ def add_context_pool(
             f'{type(model).__name__} already has context pools (the first is {next(iter(context_pools(model)))!r}): '
             'pass a model without pools, or call remove_context_pool first')
     if places is not None and (positions is not None or stages is not None):
-        raise ValueError('places cannot be combined with positions or stages: leave those out')
+        raise ValueError('places cannot be combined with positions or stages: drop those')
     x = probe_image(model, img_size, in_chans)
     expected = run(model, x)
     finder = Finder(model, x)
-    if places is not None:
-        chosen, run_alone = _fit(model, x, finder, _named(model, finder, as_tuple(places)), explicit=True)
-    else:
-        chosen, run_alone = _choose_and_fit(model, x, finder, None if positions is None else as_tuple(positions),
-                                            None if stages is None else as_tuple(stages))
-    image_reader = finder.image_reader()
+    chosen, run_alone = _choose_and_fit(model, x, finder, *(
+        None if each is None else as_tuple(each) for each in (positions, stages, places)))
+    image_reader, columnar = finder.image_reader(), finder.columnar
+    del finder  # frees the recorded features
     if ratio is None:
-        ratio = COLUMNAR_RATIO if finder.columnar else STAGED_RATIO
+        ratio = COLUMNAR_RATIO if columnar else STAGED_RATIO
     if groups is None:
-        groups = _groups(chosen, COLUMNAR_GROUPS if finder.columnar else STAGED_GROUPS)
-    del finder
+        groups = _groups(chosen, COLUMNAR_GROUPS if columnar else STAGED_GROUPS)
     options = {'ratio': ratio, 'floor': floor, 'groups': groups, 'init': init, 'support_init': support_init,
                'hidden_dim': hidden_dim, 'backend': backend}
     _attach_pools(model, x, expected, chosen, run_alone, image_reader, options)
-    args = {f'cpool_{key}': value for key, value in options.items() if value is not None}
-    # the places themselves are kept: a saved model stays rebuildable whatever the choice of places depends on
-    args['cpool_places'] = [place.name if place.side == 'output' else f'{place.name}:input' for place in chosen]
-    _record_args(model, args)
+    _record_args(model, options, chosen)
     return model
 
 
-def _attach_pools(model: nn.Module, x: Tensor, expected: Any, places: list[Place], run_alone: list[bool],
+def _attach_pools(model: nn.Module, x: Tensor, expected: object, places: list[Place], run_alone: list[bool],
                   image_reader: str | None, options: dict[str, Any]) -> None:
-    """Puts a pool at each place and checks the output on the probe image; a failure leaves the model as it was."""
+    """Adds a pool at each place and checks the output on the probe image; on failure, the model does not change."""
     try:
         for place, alone in zip(places, run_alone, strict=True):
             _attach_pool(model, place, alone, options)
@@ -250,7 +246,7 @@ def _attach_pool(model: nn.Module, place: Place, runs_alone: bool, options: dict
 
 
 def _detach_pools(model: nn.Module) -> list[str]:
-    """Takes out all pools that `attach` put in, and names the modules that had one."""
+    """Removes all pools added by `attach`; returns the names of the modules that had one."""
     names = [name.rpartition('.')[0] for name in context_pools(model) if name.rpartition('.')[2] == 'cpool']
     unfollow_images(model)
     for name in names:
@@ -258,11 +254,14 @@ def _detach_pools(model: nn.Module) -> list[str]:
     return names
 
 
-def _record_args(model: Any, args: dict[str, Any]) -> None:
-    """Makes timm's own saving write a folder that rebuilds the model with its pools."""
+def _record_args(model: Any, options: dict[str, Any], places: list[Place]) -> None:
+    """Stores the arguments in the model's configuration, so that timm can save and recreate it with its pools."""
     cfg = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict) or not cfg.get('architecture'):
         return
+    args = {f'cpool_{key}': value for key, value in options.items() if value is not None}
+    # the chosen places, not positions: a saved model must not depend on how places are found
+    args['cpool_places'] = [place.name if place.side == 'output' else f'{place.name}:input' for place in places]
     model._base_cfg = cfg, dict(getattr(model, '_model_args', {}))
     base = cfg['architecture']
     model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=ARCHITECTURE)
@@ -270,13 +269,13 @@ def _record_args(model: Any, args: dict[str, Any]) -> None:
 
 
 def remove_context_pool(model: Any) -> Any:
-    """Removes the pools that `add_context_pool` added, in place, including what they have learned.
+    """Removes the pools that `add_context_pool` added, in place, with their weights.
 
     Raises:
         ValueError: The model has no pool from `add_context_pool`.
     """
     if not _detach_pools(model):
-        raise ValueError(f'{type(model).__name__} has no context pool that add_context_pool put in')
+        raise ValueError(f'{type(model).__name__} has no context pool from add_context_pool: add pools first')
     if hasattr(model, '_base_cfg'):
         cfg, args = model._base_cfg
         model.pretrained_cfg = model.default_cfg = cfg

@@ -1,9 +1,10 @@
-"""Adds a context pool to an existing module without moving the module: its state-dict keys stay valid.
+"""Adds a context pool to a module without wrapping it, so that state-dict keys stay valid.
 
-The pool becomes the child `cpool` of the module. For modules that run their children in turn, like `nn.Sequential`,
-that is all. For others, the class is replaced with a subclass whose `forward` also calls the pool, so that
-`isinstance`, deepcopy, pickle, `torch.compile` and `torch.export` see an ordinary module.
+The pool becomes the child `cpool` of the module. Modules that run their children in turn, like `nn.Sequential`, need
+nothing else. For others, the class is replaced by a subclass whose `forward` also calls the pool, so that `isinstance`,
+deepcopy, pickle, `torch.compile` and `torch.export` see an ordinary module.
 """
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ NAME = 'cpool'
 _SIDES = {'output': 'pooled_output', 'input': 'pooled_input'}
 
 
-def _on_entry(function: Any, value: Any, index: int) -> Any:
+def _on_entry(function: Callable[[Any], Any], value: Any, index: int) -> Any:
     """Applies `function` to a tensor, or to one entry of a tuple or list."""
     if isinstance(value, tuple):
         return (*value[:index], function(value[index]), *value[index + 1:])
@@ -24,7 +25,7 @@ def _on_entry(function: Any, value: Any, index: int) -> Any:
 
 
 class _PooledOutput:
-    """Pools what the module returns."""
+    """Pools the output of the module."""
 
     cpool_index = 0
 
@@ -34,7 +35,7 @@ class _PooledOutput:
 
 
 class _PooledInput:
-    """Pools what the module reads."""
+    """Pools the input of the module."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return super().forward(self.cpool(x), *args, **kwargs)  # type: ignore[misc, attr-defined]
@@ -48,11 +49,11 @@ def attach(module: Any, pool: nn.Module, side: str, runs_alone: bool, index: int
     """Makes `pool` run on the output or the input of `module`.
 
     Args:
-        module: Keeps its identity, its parameters and their names.
-        pool: Becomes its child `cpool`.
+        module: Module to change; it keeps its identity, its parameters and their names.
+        pool: Pool to add as its child `cpool`.
         side: `output` or `input`.
-        runs_alone: The module runs its children in turn by itself.
-        index: Entry of the tuple or list that the module returns.
+        runs_alone: Whether the module itself runs all its children in turn.
+        index: Entry to pool if the module returns a tuple or list.
     """
     module.add_module(NAME, pool)
     if not runs_alone:
@@ -62,7 +63,7 @@ def attach(module: Any, pool: nn.Module, side: str, runs_alone: bool, index: int
 
 
 def detach(module: nn.Module) -> None:
-    """Takes the pool out of `module` again; nothing where it holds none."""
+    """Removes the pool from `module`, if it has one."""
     if set(_SIDES.values()) & set(extensions_of(module)):
         retract(module, *_SIDES.values())
         module.__dict__.pop('cpool_index', None)

@@ -1,6 +1,6 @@
-"""The architecture `contextpool_retrofit`: a base model of timm with context pools, so that timm can rebuild it.
+"""The architecture `contextpool_retrofit`, by which timm recreates a base model with context pools.
 
-Its name does not match `*cpool*`, because it is not a variant: it needs a base.
+Its name does not match `*cpool*`, because it is not a variant: it needs the name of a base model.
 """
 import dataclasses
 import inspect
@@ -20,7 +20,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _own_cfg(pretrained_cfg: Any) -> dict[str, Any] | None:
-    """The configuration of a saved folder; None where only the architecture was named."""
+    """Returns the configuration of a saved folder; None if the model is created by the architecture's name."""
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = dataclasses.asdict(pretrained_cfg)
     return pretrained_cfg if isinstance(pretrained_cfg, dict) else None
@@ -34,17 +34,21 @@ def contextpool_retrofit(
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> Any:
-    """A base model of timm with context pools added: `base` and the arguments of `add_context_pool` as `cpool_*`.
+    """Creates a timm model and adds context pools to it.
 
-    For a saved folder, `pretrained` loads base and pools. For the plain name, it loads the weights of the base, whose
-    name may have a tag, and the pools are new.
+    Args:
+        pretrained: Load weights: of base and pools from a saved folder, otherwise of the base only.
+        base: Registered name of the base model, possibly with a tag.
+        pretrained_cfg: Configuration of a saved folder.
+        pretrained_cfg_overlay: Entries that replace those of the configuration.
+        **kwargs: Arguments of `add_context_pool` as `cpool_*`, and arguments of the base model.
 
     Raises:
-        ValueError: `base` is missing or is not a model of timm.
-        TypeError: An unknown keyword `cpool_*`.
+        ValueError: `base` is missing or is not a timm model.
+        TypeError: There is an unknown keyword `cpool_*`.
         NoPlaceError: The base has no place for the pools.
     """
-    # a folder must not make its reader open another folder or the hub
+    # loading a folder must not open another folder or the hub
     if not isinstance(base, str) or not base or ':' in base or base.partition('.')[0] == ARCHITECTURE:
         raise ValueError(f'{ARCHITECTURE} needs the registered name of a base model, got base={base!r}: pass base, '
                          "for example base='resnet18'")
@@ -95,7 +99,7 @@ _CFG_KEYS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 
 
 def _base_args(cfg: dict[str, Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the base: those given, and what the saved configuration says of classes, channels and size."""
+    """Returns the arguments of the base, with classes, channels and size of the saved configuration as defaults."""
     args = dict(kwargs)
     if cfg is None:
         return args

@@ -1,4 +1,4 @@
-"""Fine-tuning a model with context pools: parameter groups for pools and base, and freezing the base."""
+"""Fine-tunes models with context pools: parameter groups for pools and base, and freezing the base."""
 import fnmatch
 from collections.abc import Iterator
 from typing import Any
@@ -8,13 +8,13 @@ from torch import nn
 from ..layers import mixers
 from .subclass import extend, extensions_of, register, retract
 
-# Running statistics may move in training although no parameter does.
+# Running statistics change in training even if all parameters are frozen.
 _STATISTICS = ('running_mean', 'running_var')
 _FIXED = 'fixed_statistics'
 
 
 def pool_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name and parameter of every context pool in `model`; what a pool replaced (its `base`) is not counted."""
+    """Returns the parameters of all context pools in `model` by name, without those of modules that they replaced."""
     own: dict[str, nn.Parameter] = {}
     for name, mixer in mixers(model):
         prefix = f'{name}.' if name else ''
@@ -29,11 +29,11 @@ def param_groups(
         weight_decay: float = 0.0,
         pool_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: pools and base separately, each with and without weight decay.
+    """Returns parameter groups for an optimizer: pools and base, each with and without weight decay.
 
     Vectors, biases and the names in the model's `no_weight_decay()` are not decayed. Frozen parameters are left out.
-    With `lr`, every group has its own learning rate, which any scheduler scales. Without it, the groups have
-    `lr_scale`, which only timm's schedulers apply to the learning rate. Usable as timm's `param_group_fn`::
+    With `lr`, every group has its own learning rate, which works with any scheduler. Without it, groups have
+    `lr_scale`, which only timm's schedulers use. Can be timm's `param_group_fn`::
 
         create_optimizer_v2(model, 'adamw', lr=1e-3, param_group_fn=partial(param_groups, pool_lr_scale=10, lr=1e-3))
 
@@ -48,7 +48,7 @@ def param_groups(
         ValueError: `pool_lr_scale` is not positive, the model has no context pool, or no parameter is trainable.
     """
     if not pool_lr_scale > 0:
-        raise ValueError(f'pool_lr_scale must be > 0, got {pool_lr_scale}: to leave the pools as they are, set '
+        raise ValueError(f'pool_lr_scale must be > 0, got {pool_lr_scale}: to freeze the pools, call '
                          'requires_grad_(False) on them')
     pools = pool_parameters(model)
     if not pools:
@@ -71,7 +71,7 @@ def param_groups(
             'group_name': f"{kind}_{'decay' if decayed else 'no_decay'}",
             'weight_decay': decays[kind] if decayed else 0.0,
         }
-        # not both: a scheduler of timm would apply the factor twice
+        # only one of them: timm's schedulers would otherwise apply the factor twice
         group.update({'lr_scale': scale} if lr is None else {'lr': lr * scale})
         result.append(group)
     return result
@@ -94,15 +94,15 @@ def _with_statistics(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def freeze_base(model: Any, train_head: bool = False) -> Any:
-    """Freezes everything but the context pools, in place, including running statistics.
+    """Freezes everything except the context pools, in place, including running statistics.
 
-    Normalization layers with running statistics stay in eval mode, also after `model.train()`; their state-dict keys
-    do not change. Dropout and stochastic depth follow `model.train()` as usual. Convert to synchronized batch norm,
-    which creates new modules, before you freeze.
+    Normalization layers with running statistics stay in eval mode, even after `model.train()`; their state-dict keys
+    do not change. Dropout and stochastic depth follow `model.train()` as usual. Convert to synchronized batch norm
+    before freezing, because that creates new modules.
 
     Args:
         model: A model with context pools.
-        train_head: Train the classifier (`model.get_classifier()`) too, for example for new classes.
+        train_head: Also train the classifier (`model.get_classifier()`), for example for new classes.
 
     Returns:
         `model`.
@@ -131,7 +131,7 @@ def freeze_base(model: Any, train_head: bool = False) -> Any:
 
 
 def unfreeze_base(model: Any) -> Any:
-    """Undoes `freeze_base`, in place: every parameter is trained, and normalization layers follow the model's mode."""
+    """Undoes `freeze_base`, in place: all parameters are trained, and normalization layers follow the model's mode."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for module in model.modules():

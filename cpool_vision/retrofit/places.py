@@ -1,4 +1,4 @@
-"""Finds where a model can pool, from one run over a probe image: no knowledge of the families is needed."""
+"""Finds where a model can pool, from a run on a probe image, without knowledge of model families."""
 import collections
 import dataclasses
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ _MAX_PREFIX = 4
 
 
 class NoPlaceError(ValueError):
-    """The model holds no place for a context pool at the requested positions."""
+    """The model has no place for a context pool at the requested positions."""
 
 
 @dataclasses.dataclass
 class Features:
-    """Shape of features that one module reads or returns.
+    """Shape of the features that a module reads or returns.
 
     Attributes:
         layout: `NCHW`, `NHWC` or `NLC`.
@@ -38,9 +38,14 @@ class Features:
 
 @dataclasses.dataclass
 class Place:
-    """Where one pool goes: on `side` of the module `name`, in the stage of index `stage`.
+    """A place for a pool.
 
-    `index` says which entry of a tuple or list is the map, where the module returns one.
+    Attributes:
+        name: Name of the module.
+        side: `input` or `output` of the module.
+        features: Shape of the features there.
+        stage: Index of the stage.
+        index: Entry to pool if the module returns a tuple or list.
     """
     name: str
     side: str
@@ -58,7 +63,7 @@ class _Record:
 
 
 def entry(value: Any, index: int) -> Any:
-    """The entry at `index` of a tuple or list; any other value itself."""
+    """Returns the entry at `index` of a tuple or list; other values unchanged."""
     return value[index] if isinstance(value, (tuple, list)) and len(value) > index else value
 
 
@@ -68,7 +73,7 @@ def _tensor(value: Any, index: int = 0) -> Tensor | None:
 
 
 def run_eval(model: nn.Module, x: Tensor) -> Any:
-    """`model(x)` in eval mode without gradients; the mode of every module is restored."""
+    """Returns `model(x)` in eval mode without gradients; restores the mode of every module."""
     with kept_modes(model), torch.no_grad():
         return model(x)
 
@@ -80,7 +85,7 @@ def _record(model: nn.Module, x: Tensor, shapes: 'Shapes') -> dict[str, _Record]
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             record = records.setdefault(name, _Record())
             record.calls += 1
-            # the first argument by either way; an in-place module may have changed its values, never its shape
+            # the first argument, positional or not; an in-place module may have changed its values, but not its shape
             record.read = _tensor(args) if args else _tensor(list(kwargs.values()))
             entries = range(len(output)) if isinstance(output, (tuple, list)) else range(1)
             record.index = next((i for i in entries if shapes.read(_tensor(output, i)) is not None), 0)
@@ -98,7 +103,7 @@ def _record(model: nn.Module, x: Tensor, shapes: 'Shapes') -> dict[str, _Record]
 
 
 class Shapes:
-    """Reads layout, channels and grid off a tensor, for images of one size."""
+    """Infers layout, channels and grid from the shape of a tensor, for images of one size."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.height, self.width = x.shape[-2:]
@@ -113,7 +118,7 @@ class Shapes:
             abs(rows * self.width - columns * self.height) <= max(self.height, self.width)
 
     def read(self, t: Tensor | None) -> Features | None:
-        """Features of a tensor, None where it holds no single map per image."""
+        """Returns the features of a tensor, or None if it is not one map per image."""
         if t is None or not t.is_floating_point() or t.shape[0] != self.batch:
             return None
         if t.ndim == 4:
@@ -132,7 +137,7 @@ class Shapes:
 
 
 def _composite(module: nn.Module) -> bool:
-    """Whether a module is more than one layer: two or more of its descendants own parameters."""
+    """Returns whether a module has more than one layer: two or more of its descendants own parameters."""
     owners = 0
     for child in module.modules():
         owners += child is not module and next(child.parameters(recurse=False), None) is not None
@@ -142,7 +147,7 @@ def _composite(module: nn.Module) -> bool:
 
 
 class Finder:
-    """Places of a model, by position.
+    """Finds the places of a model by position.
 
     Args:
         model: The model.
@@ -158,7 +163,7 @@ class Finder:
         self.stages = self._stages(model)
 
     def features(self, name: str, side: str = 'output') -> Features | None:
-        """Features that a module returns or reads; None if they are not a map, or if it does not run exactly once."""
+        """Returns the features that a module returns or reads; None if they are not a map or it does not run once."""
         record = self.records.get(name)
         if record is None or record.calls != 1:
             return None
@@ -171,26 +176,32 @@ class Finder:
         return len(grids) == 1
 
     def found(self, name: str) -> Features:
-        """Features that the module of a place returns."""
+        """Returns the features that a module returns.
+
+        Raises:
+            NoPlaceError: They are not a map.
+        """
         features = self.features(name)
         if features is None:
-            raise NoPlaceError(f'{name} returns no map')
+            raise NoPlaceError(f'{name} does not return a map: name another module')
         return features
 
     def _stages(self, model: nn.Module) -> list[str]:
-        """Modules whose output ends a stage, in order of execution: those that the model lists, else found."""
+        """Returns the last module of each stage, in order of execution: from the model's `feature_info`, else found."""
         listed = []
         info = getattr(model, 'feature_info', None) or []
         for entry in getattr(info, 'info', info):
             name = entry.get('module', '') if isinstance(entry, dict) else ''
-            # a feature list names the modules of the network it was made of
+            # models with features_only=True list the module names of the original network
             name = name if name in self.modules else name.replace('.', '_')
             if name in self.modules and self.features(name) is not None:
                 listed.append(name)
         return [self._block(name) for name in listed] or self._stages_found()
 
     def _stages_found(self) -> list[str]:
-        """Blocks in rows of their like, else whatever is more than one layer; the last of each grid if there are some.
+        """Returns the last module of each grid, or all modules if there is only one grid.
+
+        Modules are blocks that occur several times in a container, or else any module with more than one layer.
         """
         candidates = [name for name, module in self.modules.items()
                       if name and not isinstance(module, _CONTAINERS) and _composite(module)
@@ -209,7 +220,7 @@ class Finder:
         return outermost if len(ends) < 2 else ends
 
     def reader(self, name: str) -> str | None:
-        """The outermost module that reads what the module `name` returns; None where no module does as it is."""
+        """Returns the outermost module that reads the unchanged output of the module `name`, or None."""
         output = self.records[name].returned
         for other, record in self.records.items():
             if record.calls == 1 and record.read is output and not other.startswith(f'{name}.') \
@@ -218,7 +229,7 @@ class Finder:
         return None
 
     def image_reader(self) -> str | None:
-        """The first module that reads the images themselves; None where no module does."""
+        """Returns the first module that reads the unchanged images, or None."""
         for name in self.modules:
             record = self.records.get(name)
             if record is not None and record.calls == 1 and record.read is self.image:
@@ -226,7 +237,7 @@ class Finder:
         return None
 
     def _block(self, stage: str) -> str:
-        """The last block of a stage: the outermost composite module in it that returns the very same tensor."""
+        """Returns the last block of a stage: the outermost composite module in it that returns the same tensor."""
         output = self.records[stage].returned
         for name, module in self.modules.items():
             if not name.startswith(f'{stage}.') or isinstance(module, _CONTAINERS) or not _composite(module):
@@ -237,7 +248,7 @@ class Finder:
         return stage
 
     def _blocks(self, stage: str) -> Iterator[str]:
-        """A stage's last block and the blocks beside it, in order."""
+        """Yields the blocks of a stage, in order."""
         parent = stage.rpartition('.')[0]
         if not parent:
             yield stage
@@ -250,16 +261,16 @@ class Finder:
                     yield name
 
     def place(self, name: str, stage: int) -> Place:
-        """The place on the output of a module."""
+        """Returns the place at the output of a module."""
         return Place(name, 'output', self.found(name), stage, self.records[name].index)
 
     def places(self, position: str) -> list[Place]:
-        """Every place at a position, in order."""
+        """Returns all places at a position, in order."""
         if position == 'post_stage':
             return [self.place(name, i) for i, name in enumerate(self.stages)]
         blocks: dict[str, int] = {}
         for i, stage in enumerate(self.stages):
-            # where every block is listed as a stage it counts as its own
+            # if every block is listed as a stage, each is a stage of its own
             for name in self._blocks(stage):
                 blocks.setdefault(name, i)
         blocks.update({name: i for i, name in enumerate(self.stages)})

@@ -1,4 +1,4 @@
-"""Context pools for the three layouts of features that timm's models hand on: NCHW, NHWC and tokens."""
+"""Context pools for the three feature layouts of timm models: NCHW, NHWC and tokens."""
 import math
 from typing import Any
 
@@ -10,10 +10,10 @@ LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 
 def solve_grid(num_tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """The grid of `num_tokens` whose sides are in the ratio of `height` to `width`, up to rounding of one token.
+    """Finds the grid of `num_tokens` with the aspect ratio `height` : `width`, up to rounding by one token.
 
     Returns:
-        `(rows, columns)`, or None where no such grid has exactly this many tokens.
+        `(rows, columns)`, or None if no such grid has exactly this many tokens.
     """
     best: tuple[float, int, int] | None = None
     for rows in range(1, num_tokens + 1):
@@ -29,45 +29,45 @@ def solve_grid(num_tokens: int, height: int, width: int) -> tuple[int, int] | No
 
 
 class ChannelsLastContextPool(ContextPool2d):
-    """`ContextPool2d` (stride 1) for maps `(B, H, W, C)`; arguments as there."""
+    """`ContextPool2d` (stride 1) for maps `(B, H, W, C)`, with the same arguments."""
 
     def __init__(self, dim: int, **kwargs: Any) -> None:
         if kwargs.get('stride', 1) != 1:
-            raise ValueError(f'maps in NHWC are pooled at stride 1, got stride={kwargs["stride"]}')
+            raise ValueError(f'stride must be 1 for maps in NHWC, got {kwargs["stride"]}')
         super().__init__(dim, **kwargs)
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight logits and supports, both `(B, G, H, W)`, for `x`. Stores nothing."""
+        """Returns weight logits and supports for `x`, both `(B, G, H, W)`."""
         return self.predict_maps(x.permute(0, 3, 1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mix_gated(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        # the strides of the input: other ones would let the next layer choose another kernel, with other rounding
+        # keeps the strides of the input: others could make the next layer use a kernel that rounds differently
         return y.contiguous() if isinstance(x, fx.Proxy) or x.is_contiguous() else y
 
 
 class GridContextPool(TokenContextPool):
-    """`TokenContextPool` that follows the size of the images, where `follow_images` tells it.
+    """`TokenContextPool` whose grid follows the size of the images, see `follow_images`.
 
-    The grid of a call is the one with as many tokens whose sides are in the aspect ratio of the last image seen. Where
-    no image was seen, and under `torch.fx`, it is `grid_size`.
+    The grid of a call has the aspect ratio of the last image. Before the first image, and under `torch.fx`, it is
+    `grid_size`.
 
     Raises:
-        ValueError: On call: the tokens form no such grid.
+        ValueError: When called, if the tokens do not form such a grid.
     """
 
     image_size: tuple[int, int] | None = None
 
     def grid_of(self, num_tokens: int) -> tuple[int, int]:
-        """The grid of a call with `num_tokens` tokens, prefix tokens counted."""
+        """Returns the grid of a call with `num_tokens` tokens, including prefix tokens."""
         num = num_tokens - self.num_prefix_tokens
         size = self.image_size
         grid = self.grid_size if size is None else solve_grid(num, *size)
         if grid is None or num != grid[0] * grid[1]:
             seen = f'the {self.grid_height} x {self.grid_width} grid' if size is None else \
                 f'a grid with the aspect ratio of images of {size[0]} x {size[1]} pixels'
-            raise ValueError(f'{num} tokens (and {self.num_prefix_tokens} prefix tokens) do not form {seen}: set '
-                             'grid_size of the pool, and image_size to None, for a grid of another kind')
+            raise ValueError(f'{num} tokens (and {self.num_prefix_tokens} prefix tokens) do not form {seen}: for '
+                             'another grid, set grid_size of the pool, and image_size to None')
         return grid
 
     def call_grid(self, x: Tensor, height: int | None, width: int | None) -> tuple[int, int]:
@@ -87,14 +87,14 @@ def _tell_image_size(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
 
 
 def follow_images(reader: nn.Module, pools: list[GridContextPool]) -> None:
-    """Makes `reader`, the module that reads the images, tell their size to token pools."""
-    # a tuple, which is not a submodule: the pools keep their one name, and a deep copy gets its own
+    """Makes `reader`, the module that reads the images, pass their size to token pools."""
+    # a tuple does not register the pools as submodules, and a deep copy refers to its own pools
     reader.cpool_listeners = tuple(pools)  # type: ignore[assignment]
     reader.register_forward_pre_hook(_tell_image_size, with_kwargs=True)
 
 
 def unfollow_images(model: nn.Module) -> None:
-    """Undoes `follow_images` wherever it was done in `model`."""
+    """Undoes `follow_images` in all modules of `model`."""
     for module in model.modules():
         if hasattr(module, 'cpool_listeners'):
             del module.cpool_listeners
@@ -104,7 +104,7 @@ def unfollow_images(model: nn.Module) -> None:
 
 
 def create_pool(layout: str, dim: int, num_prefix_tokens: int, grid: tuple[int, int], **kwargs: Any) -> ContextPool2d:
-    """A pool for features of `layout` (one of `LAYOUTS`); `kwargs` as for `ContextPool2d`."""
+    """Creates a pool for features of `layout` (one of `LAYOUTS`); `kwargs` as in `ContextPool2d`."""
     if layout == 'NLC':
         return GridContextPool(dim, num_prefix_tokens=num_prefix_tokens, grid_size=grid, **kwargs)
     return (ChannelsLastContextPool if layout == 'NHWC' else ContextPool2d)(dim, **kwargs)

@@ -1,4 +1,4 @@
-"""Runs a model on one probe image to find out how a pool fits in."""
+"""Runs a model on a probe image to find out where a pool works."""
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from .places import Features, NoPlaceError, Place, entry, run_eval
 
 _logger = logging.getLogger(__name__)
 
-# With random weights: 1 to 3 for networks whose tokens lie row by row, 500 and more for Hiera, whose do not.
+# With random weights, the ratio is 1 to 3 for tokens in raster order, and over 500 in Hiera, whose tokens are not.
 MISPLACED = 10
 
 
@@ -30,20 +30,20 @@ def _image_size(model: nn.Module, size: int | Sequence[int] | None) -> tuple[int
 
 
 def probe_image(model: nn.Module, size: int | Sequence[int] | None, in_chans: int | None) -> Tensor:
-    """One image of noise on the device and in the dtype of the model; sizes left out are the model's own."""
+    """Returns an image of noise in the model's dtype and on its device; size and channels default to the model's."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         raise NoPlaceError(f'{type(model).__name__} has no parameters: pass a network')
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     in_chans = in_chans or getattr(model, 'in_chans', None) or (cfg.get('input_size') or (3,))[0]
-    # its own generator, so that the caller's random numbers stay what they were
+    # a separate generator, so that the caller's random numbers do not change
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1, in_chans, *_image_size(model, size), generator=generator, device='cpu')
     return x.to(device=parameter.device, dtype=parameter.dtype)
 
 
 def run(model: nn.Module, x: Tensor) -> Any:
-    """`run_eval` with an error that says what to do.
+    """Same as `run_eval`, with an error that says what to do.
 
     Raises:
         NoPlaceError: The model does not run on `x`.
@@ -58,7 +58,7 @@ def run(model: nn.Module, x: Tensor) -> Any:
 
 
 class _Counter(nn.Module):
-    """Stands in for a pool during a probe: counts its calls and adds `shift` times a fixed pattern to the map."""
+    """Replaces a pool in a probe: counts its calls and adds `shift` times a fixed pattern to the map."""
 
     def __init__(self, features: Features) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def _runs_alone(model: nn.Module, x: Tensor, place: Place) -> bool | None:
     module.add_module(NAME, counter)
     try:
         run_eval(model, x)
-    except Exception:  # the module hands its children something else than the map
+    except Exception:  # the module calls its children with something other than the map
         return None
     finally:
         detach(module)
@@ -95,7 +95,7 @@ def _runs_alone(model: nn.Module, x: Tensor, place: Place) -> bool | None:
 
 
 def runs_children(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool | None]:
-    """For each place, whether its module runs an added child by itself; None where it does so wrongly."""
+    """Returns for each place whether its module calls an added child on its map; None if it calls it otherwise."""
     modules = [model.get_submodule(place.name) for place in places]
     counters = [_Counter(place.features) for place in places]
     for module, counter, place in zip(modules, counters, places, strict=True):
@@ -116,7 +116,7 @@ def runs_children(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool
 
 @contextmanager
 def _fixed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and gradients for no parameter; both are restored."""
+    """Context manager for eval mode without gradients of parameters; restores both on exit."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
@@ -129,7 +129,7 @@ def _fixed(model: nn.Module) -> Iterator[None]:
 
 
 def reaches_output(model: nn.Module, x: Tensor, places: list[Place], run_alone: list[bool]) -> list[bool]:
-    """For each place, whether a change of the map there changes the model's output at all."""
+    """Returns for each place whether a change of the map there changes the model's output."""
     counters = [_Counter(place.features) for place in places]
     shifts = [torch.zeros((), device=x.device, dtype=x.dtype, requires_grad=True) for _ in places]
     modules = [model.get_submodule(place.name) for place in places]
@@ -146,21 +146,22 @@ def reaches_output(model: nn.Module, x: Tensor, places: list[Place], run_alone: 
                 (output * torch.randn(output.shape, generator=generator).to(output)).sum() for output in outputs]).sum()
             of_image, *grads = torch.autograd.grad(total, [image, *shifts], allow_unused=True)
     except Exception as error:
-        _logger.debug('the places of %s cannot be told apart by gradients (%s)', type(model).__name__, error)
+        _logger.debug('%s has no gradients with respect to its places (%s)', type(model).__name__, error)
         return [True] * len(places)
     finally:
         for module in modules:
             detach(module)
-    # a classifier that starts at zero hides everything, the image too
+    # with a zero-initialized classifier, even the image does not affect the output
     blind = of_image is None or not bool(of_image.any())
     return [grad is not None and (blind or bool(grad != 0)) for grad in grads]
 
 
 def in_raster_order(model: nn.Module, x: Tensor, places: list[Place]) -> list[bool]:
-    """For each place of tokens, whether a token sees the part of the image where its index puts it on the grid.
+    """Returns for each place whether its tokens are in raster order; True for maps.
 
-    A token off the center is followed back to the image; no other part of it may count `MISPLACED` times more than its
-    own surroundings. Some networks keep their tokens in another order, where a pool would mix far parts of the image.
+    Some networks keep their tokens in another order, in which a pool would mix distant parts of the image. The gradient
+    of an off-center token with respect to the image is compared between its own position on the grid and all others;
+    the tokens are not in raster order if it is more than `MISPLACED` times larger elsewhere.
     """
     tokens = [i for i, place in enumerate(places) if place.features.layout == 'NLC']
     firsts = {places[i].features.grid: i for i in reversed(tokens)}
@@ -193,15 +194,15 @@ def in_raster_order(model: nn.Module, x: Tensor, places: list[Place]) -> list[bo
                     for j in tokens:
                         answer[j] = answer[j] and places[j].features.grid != grid
     except Exception as error:
-        _logger.debug('the tokens of %s cannot be followed to the image (%s)', type(model).__name__, error)
+        _logger.debug('the tokens of %s have no gradients with respect to the image (%s)', type(model).__name__, error)
     finally:
         for handle in handles:
             handle.remove()
     return answer
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """All tensors in an output: of one, or of tuples, lists and mappings of them to any depth."""
+def tensors(value: object) -> list[Tensor]:
+    """Returns all tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         return [value]
     entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
@@ -209,12 +210,12 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def equal(a: Any, b: Any) -> bool:
-    """Whether two outputs are bit-identical; on the meta device, whether their shapes agree."""
+def equal(a: object, b: object) -> bool:
+    """Returns whether two outputs are bit-identical; on the meta device, whether their shapes are equal."""
     pairs = list(zip(tensors(a), tensors(b), strict=True))
     return all(p.shape == q.shape and (p.is_meta or bool(torch.equal(p, q))) for p, q in pairs)
 
 
-def finite(a: Any) -> bool:
-    """Whether an output holds neither NaN nor infinity."""
+def finite(a: object) -> bool:
+    """Returns whether an output contains neither NaN nor infinity."""
     return all(tensor.is_meta or bool(tensor.isfinite().all()) for tensor in tensors(a))

@@ -1,7 +1,7 @@
-"""Adds behavior to one module by a subclass of its class: `isinstance`, names and state dict do not change.
+"""Adds behavior to a single module by giving it a subclass of its class; `isinstance` and its state dict still work.
 
-Such subclasses cannot be imported by name, so a module is copied and pickled as its own class and the list of what was
-added to it, in order.
+These subclasses cannot be imported by name. A module is therefore copied and pickled as its original class and the list
+of its extensions, in order.
 """
 from typing import Any
 
@@ -12,11 +12,11 @@ _CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
 
 
 class Extended:
-    """Mixin of every such subclass.
+    """Mixin of all these subclasses.
 
     Attributes:
-        extended_class: The module's own class.
-        extensions: Kinds of what was added, in order.
+        extended_class: The module's original class.
+        extensions: Kinds of its extensions, in order.
     """
 
     extended_class: type
@@ -29,7 +29,7 @@ class Extended:
 
 
 def register(kind: str, prefix: str, mixin: type) -> None:
-    """Names a mixin; classes that it is added to are called `prefix` and their own name."""
+    """Registers a mixin as `kind`; subclasses with it are named `prefix` plus the name of the original class."""
     _MIXINS[kind] = type(f'{prefix}Mixin', (mixin, Extended), {'prefix': prefix})
 
 
@@ -50,12 +50,12 @@ def _restore(base: type, kinds: tuple[str, ...]) -> nn.Module:
 
 
 def extensions_of(module: nn.Module) -> tuple[str, ...]:
-    """Kinds of what was added to `module`."""
+    """Returns the kinds of a module's extensions."""
     return module.extensions if isinstance(module, Extended) else ()
 
 
 def extend(module: nn.Module, kind: str) -> None:
-    """Adds the mixin `kind` to `module`; nothing where it has it already."""
+    """Adds the mixin `kind` to `module`, unless it already has it."""
     kinds = extensions_of(module)
     if kind not in kinds:
         base = module.extended_class if isinstance(module, Extended) else type(module)
@@ -63,7 +63,7 @@ def extend(module: nn.Module, kind: str) -> None:
 
 
 def retract(module: nn.Module, *kinds: str) -> None:
-    """Takes the mixins `kinds` off `module` again, whatever was added since."""
+    """Removes the mixins `kinds` from `module` and keeps others."""
     if isinstance(module, Extended):
         module.__class__ = _subclass(
             module.extended_class, tuple(kind for kind in module.extensions if kind not in kinds))

@@ -177,16 +177,18 @@ for _ in range(12):
     ([{'RandomResizedCrop': {}}], 'RandomResizedCrop cannot be built.*size'),
     ([{'RandomResizedCrop': {'size': 'input', 'scale': 'input'}}], "scale cannot be 'input'"),
     ([{'Affine': {'interpolation': 'cubist'}}], "interpolation='cubist' is unknown: did you mean cubic"),
-    ([{'Normalize': {}}], 'Normalize cannot be part of the pipeline: images are normalized.*remove it'),
-    (['ToTensorV2'], 'ToTensorV2 cannot be part'), (['FDA'], 'FDA.*more than the image'),
-    (['Lambda'], 'Lambda.*runs code'), ([], r'transforms is \[\]: list one'), ('', r'holds None'), ('7', 'holds 7'),
+    ([{'Normalize': {}}], 'Normalize cannot be used here: images are normalized.*remove it'),
+    (['ToTensorV2'], 'ToTensorV2 cannot be used here'), (['FDA'], 'FDA.*other inputs'),
+    (['Lambda'], 'Lambda.*runs code'), ([], r'transforms is \[\]: list one'),
+    ('', 'contains None'), ('7', 'contains 7'),
     ([{'OneOf': []}], 'OneOf: transforms is'), ([{'OneOf': {'p': 1}}], 'OneOf: transforms is None'),
     ([{'OneOf': {'transforms': [FLIP], 'p': 2}}], 'p=2 is out of range'),
     ([{'SomeOf': {'transforms': [FLIP], 'n': 2}}], 'n=2 is out of range'),
     ([{'SomeOf': {'transforms': [FLIP], 'replace': 1}}], 'replace=1 is out of range'),
     ([{'OneOrOther': [FLIP]}], 'takes 2 transforms, not 1'),
-    ([{'OneOf': [{'HorizontalFlip': {'p': 0}}]}], 'each of its transforms has p=0'),
-    ([{'HorizontalFlip': 0.5}], 'write one transform as NAME'), ([{'HorizontalFlip': {}, 'Blur': {}}], 'holds 2 keys'),
+    ([{'OneOf': [{'HorizontalFlip': {'p': 0}}]}], 'all of its transforms have p=0'),
+    ([{'HorizontalFlip': 0.5}], 'write one transform as NAME'),
+    ([{'HorizontalFlip': {}, 'Blur': {}}], 'contains 2 keys'),
     ([{'Compose': {'transforms': [FLIP], 'bbox_params': {'format': 'yolo'}}}], "no argument 'bbox_params'"),
     ([DEEP], 'nests deeper'), ([FLIP] * 250, 'more than 200'), ('- &a [*a]', 'refers to a node that contains it'),
     ('- {', 'not valid YAML'), ([{'Blur': {1: 2}}], r'no argument|NAME: \{ARGUMENT: VALUE\}'),
@@ -245,7 +247,7 @@ def test_errors_on_images(write: Any) -> None:
     assert flip(picture(24, 24)).shape == SIZE
     with pytest.raises(AugmentationError, match=r'made 40 x 52 pixels in 3 channels of an image of 40 x 52.*24 x 24'):
         flip(picture())
-    with pytest.raises(AugmentationError, match='8 bits, not of PIL mode'):
+    with pytest.raises(AugmentationError, match='8 bits per channel, got PIL mode'):
         flip(Image.fromarray(np.zeros((24, 24), np.float32)))
     with pytest.raises(RuntimeError, match='fails on an image of 40 x 52 pixels'):
         Pipeline(write([{'RandomCrop': {'height': 90, 'width': 90}}])).build(SIZE, error=RuntimeError)(picture())

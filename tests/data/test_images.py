@@ -106,7 +106,7 @@ def test_loops_are_entered_once_and_pipes_left_out(tree: pathlib.Path, caplog: p
     os.mkfifo(tree / 'a2' / 'pipe.png')
     (tree / 'a2' / 'gone.png').symlink_to(tree / 'absent')
     assert folders.FolderReader(str(tree)).samples == plain[0]
-    for words in ('pipe.png is not a regular file', 'gone.png is not a regular file', 'is reached by another path'):
+    for words in ('pipe.png is not a regular', 'gone.png is not a regular', 'was already read by another path'):
         assert words in caplog.text
     assert len(folders.SafeImageFolder(str(tree)).samples) <= 2 * len(plain[1])  # each class walks for itself
 

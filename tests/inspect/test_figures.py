@@ -123,10 +123,10 @@ def test_bad_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         footprints_figure(images(), found, [(1, 1), (2, 2)])
     with pytest.raises(ValueError, match="no context pool is named 'x'"):
         footprints_figure(images(), found, [(1, 1)], ['x'])
-    with pytest.raises(ValueError, match='maps must hold at least one context pool'):
+    with pytest.raises(ValueError, match='maps must contain at least one context pool'):
         depth_figure({}, SIZE)
     other = field()._replace(map=torch.ones(4, 4, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r'of images of one size, got \(32, 48\) and \(4, 4\)'):
+    with pytest.raises(ValueError, match=r'the same image size, got \(32, 48\) and \(4, 4\)'):
         receptive_field_figure(field(), other)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     for call in (lambda: depth_figure({'only': maps_of()}, SIZE), lambda: receptive_field_figure(field(), field())):

@@ -65,7 +65,7 @@ def test_points_in_pixels_of_the_image() -> None:
 
 
 @pytest.mark.parametrize('points, message', [
-    ([], r'points must hold at least one \(y, x\), got none'),
+    ([], r'points must contain at least one \(y, x\), got none'),
     ([(32, 0)], r'point \(32, 0\) is not inside an image of 32 x 32 pixels'),
     ([(1, 1), (-0.1, 0)], r'point \(-0.1, 0\)'),
     ([(float('nan'), 0)], r'point \(nan, 0\)'),

@@ -22,9 +22,9 @@ def test_shares_by_hand() -> None:
 
 
 @pytest.mark.parametrize('maps, bins, message', [
-    ({}, 4, 'maps must hold at least one context pool'),
+    ({}, 4, 'maps must contain at least one context pool'),
     ({'only': maps_of(1.0, 1.0, 1.0, 1.0)}, 0, 'bins must be >= 1, got 0'),
-    ({'only': maps_of(1.0, float('nan'), 1.0, 1.0)}, 4, "supports of 'only' are not finite"),
+    ({'only': maps_of(1.0, float('nan'), 1.0, 1.0)}, 4, "supports of 'only' are empty, NaN or infinite"),
 ])
 def test_bad_input(maps, bins, message) -> None:
     with pytest.raises(ValueError, match=message):

@@ -127,7 +127,7 @@ def test_report_of_a_run_with_its_model(run_folder: pathlib.Path, tmp_path: path
 @pytest.mark.parametrize('arguments, message', [
     (['resnet_micro_cpool_32'], 'nothing to write: give one of --output, --groups, --footprints'),
     (['--html', 'OUT.html'], '--html needs a MODEL'),
-    (['--run', 'RUN', '-o', 'OUT.png'], "--run 'RUN' goes into a report: add --html FILE"),
+    (['--run', 'RUN', '-o', 'OUT.png'], "--run 'RUN' needs --html FILE"),
     (['--run', 'RUN', '--html', 'OUT.html', '--json', 'OUT.json'], '--json needs a MODEL'),
     (['--run', 'RUN', '--html', 'OUT.html'], "'RUN' is not a folder"),
     (['resnet_micro_cpool_32', '--depth', 'OUT.xyz'], 'its suffix must be one of'),
@@ -157,7 +157,7 @@ def test_images_behind_the_keywords_of_the_model(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize('name, content, message', [
     ('args.yaml', 'a: [', 'args.yaml.* cannot be read'),
-    ('args.yaml', 'text', 'holds no settings but str'),
+    ('args.yaml', 'text', 'must contain settings, got str'),
     ('summary.csv', 'epoch,eval_top1\n0,much\n', 'is not a table of a run'),
 ])
 def test_damaged_runs(name, content, message, run_folder, tmp_path, capsys) -> None:

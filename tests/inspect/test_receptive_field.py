@@ -127,9 +127,9 @@ class Flat(nn.Module):
     (box_stack(1), {'probes': 0}, 'probes must be >= 1, got 0'),
     (box_stack(1), {'pools': False}, 'Sequential has no context pool'),
     (box_stack(1), {'layer': '7'}, "no layer '7': name a module"),
-    (box_stack(1), {'layer': 0}, 'Sequential has no forward_intermediates to take layer 0 from'),
+    (box_stack(1), {'layer': 0}, 'Sequential has no forward_intermediates, so layer 0 is unknown'),
     (box_stack(1), {'point': (0, 8)}, r'point \(0, 8\) is not inside an image of 8 x 8'),
-    (Flat(), {}, r'layer None returns \(1, 64\), no map'),
+    (Flat(), {}, r'layer None returns \(1, 64\), not a map'),
     (timm.create_model('resnet_micro_cpool_32', in_chans=1), {'layer': 99}, 'the model has no layer number 99'),
 ])
 def test_bad_requests(model, kwargs, message) -> None:
@@ -142,7 +142,7 @@ def test_bad_images_gradients_and_shares() -> None:
         effective_receptive_field(box_stack(1), torch.zeros(0, 1, 8, 8))
     zero = nn.Conv2d(1, 1, 1)
     nn.init.zeros_(zero.weight)
-    with pytest.raises(ValueError, match='sums to 0.0: its unit'):
+    with pytest.raises(ValueError, match='sums to 0.0: unit'):
         effective_receptive_field(zero, torch.ones(1, 1, 4, 4))
     field = ReceptiveField(torch.ones(1, 1, dtype=torch.float64), (0, 0), (1, 1), (0.5, 0.5))
     assert field.radius(1) == 0

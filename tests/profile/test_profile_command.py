@@ -91,7 +91,7 @@ def test_named_backends_run_beside_the_baselines(capsys, monkeypatch) -> None:
     reasons = {name: None if name == 'reference' else 'it is closed' for name in BACKENDS}
     monkeypatch.setattr(implementations, 'available_backends', lambda *_: reasons)
     assert command.main([*TINY, '--backend', 'tiled']) == 2
-    assert 'error: --backend tiled cannot run: it is closed; leave it out' in capsys.readouterr().err
+    assert 'error: --backend tiled cannot run: it is closed; drop it' in capsys.readouterr().err
     assert command.main([*TINY, '--backend', 'all']) == 0
     printed = capsys.readouterr().out
     assert 'not run: tiled: it is closed' in printed and 'tiled' not in dict(ROW.findall(printed))
@@ -154,7 +154,7 @@ def test_figures_that_cannot_be_written_are_one_line(tmp_path, capsys, monkeypat
     monkeypatch.setattr('cpool_vision.inspect.canvas.save_figure', full)
     flags = ['--sides', '4', '--supports', '1', '--backend', 'tiled', '--plot', str(tmp_path / 'x.png')]
     assert command.main([*TINY, *flags]) == 2
-    assert 'error: figures cannot be written (disk full)' in capsys.readouterr().err
+    assert 'error: results cannot be written (disk full)' in capsys.readouterr().err
 
 
 def test_without_matplotlib(tmp_path, capsys, monkeypatch) -> None:
@@ -179,7 +179,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch) -> None:
     (['--repeats', '0'], '--repeats must be >= 1, got 0'),
     (['--sides', '7', '0'], '--sides must be >= 1, got 0'),
     (['--supports', '0'], '--supports must be > 0, got 0'),
-    (['--plot', 'cost.xyz'], "cannot draw into 'cost.xyz': its suffix must be one of"),
+    (['--plot', 'cost.xyz'], "cannot draw to 'cost.xyz': its suffix must be one of"),
     (['--json', '/dev/null/f.json'], "--json '/dev/null/f.json' cannot be written"),
     (['--json', '/'], "--json '/' cannot be written: name a file"),
 ])

@@ -303,7 +303,7 @@ def test_dead_places_are_left_out():
     add_context_pool(model, positions='post_block', stages=range(6))
     assert len(context_pools(model)) == 5
     model, _ = build('vit')
-    with pytest.raises(NoPlaceError, match='reaches the output'):
+    with pytest.raises(NoPlaceError, match='affects the output'):
         add_context_pool(model, positions='post_block', stages=5)
     nn.init.zeros_(model.head.weight)  # nothing reaches this head, so nothing can be told
     add_context_pool(model, positions='post_block', stages=5)
@@ -402,14 +402,14 @@ def test_errors_leave_the_model_as_it_was(kwargs, message):
 
 def test_further_errors():
     model, _ = build('resnet')
-    with pytest.raises(ValueError, match='has no context pool that add_context_pool put in'):
+    with pytest.raises(ValueError, match='has no context pool from add_context_pool'):
         remove_context_pool(model)
     add_context_pool(model)
     with pytest.raises(ValueError, match='already has context pools .*remove_context_pool first'):
         add_context_pool(model)
     with pytest.raises(NoPlaceError, match='has no parameters'):
         add_context_pool(nn.Identity())
-    with pytest.raises(NoPlaceError, match='no module of it returns a map'):
+    with pytest.raises(NoPlaceError, match='none of its modules returns a map'):
         add_context_pool(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), img_size=2, in_chans=3)
 
 

@@ -105,7 +105,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
 
 
 def test_models_that_cannot_be_saved(tmp_path):
-    with pytest.raises(ValueError, match='is not a model of timm with pools of add_context_pool'):
+    with pytest.raises(ValueError, match='is not a timm model with pools from add_context_pool'):
         save_model(timm.create_model('test_resnet'), str(tmp_path / 'model'))
     assert files(tmp_path) == []
 
@@ -155,7 +155,7 @@ def test_the_command(tmp_path, capsys):
     assert weights['blocks.2.attn.cpool.predict.bias'].sigmoid()[-1].item() == pytest.approx(.1)
 
     assert retrofit.main(command) == 2
-    assert 'already holds a model, or is a file: pass --force to overwrite it' in capsys.readouterr().err
+    assert 'already contains a model, or is a file: pass --force to overwrite it' in capsys.readouterr().err
     assert retrofit.main([*command, '--force']) == 0
     again = load_file(folder / 'model.safetensors')  # fresh pools are drawn alike
     assert all(torch.equal(value, again[key]) for key, value in weights.items())

@@ -1,11 +1,13 @@
 """Turns the loader flags into arguments of timm's loaders, and checks them."""
 from typing import Any
 
+import torch
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 from torch.utils.data import SequentialSampler
 
 from cpool_vision.errors import ConfigError
 
+from ..device import Runtime
 from ..settings.shared import DataSettings, InputConfig
 from ..settings.train import AugmentSettings, LoaderSettings, LossSettings
 
@@ -59,6 +61,17 @@ def augmentation(settings: AugmentSettings, data_config: InputConfig) -> dict[st
     )
 
 
+def placement(settings: DataSettings, runtime: Runtime, data_config: InputConfig) -> dict[str, Any]:
+    """Returns the arguments of timm's loaders for normalization and for copying images to the device."""
+    return dict(
+        mean=data_config['mean'],
+        std=data_config['std'],
+        pin_memory=settings.pin_mem,
+        img_dtype=runtime.precision.model_dtype or torch.float32,
+        device=runtime.device,
+    )
+
+
 def check_train_flags(settings: LoaderSettings, distributed: bool) -> None:
     """Checks that flags of the training loader are in range and can be combined.
 
@@ -69,8 +82,8 @@ def check_train_flags(settings: LoaderSettings, distributed: bool) -> None:
         raise ConfigError(f'--aug-splits must be 0 or at least 2, got {settings.aug_splits}')
     sizes = settings.train_batch_sizes or [settings.batch_size]
     if mixes_images(settings) and any(size % 2 for size in sizes):
-        raise ConfigError(f'mixup and CutMix need an even batch size, got {sizes}: change --batch-size or '
-                          '--train-batch-sizes')
+        raise ConfigError(f'mixup and CutMix pair images, so the batch size must be even, got {sizes}: change '
+                          '--batch-size or --train-batch-sizes')
     if settings.aug_splits and mixes_images(settings):
         raise ConfigError('--aug-splits does not work with mixup or CutMix: drop one of them')
     if settings.aug_repeats and not distributed:

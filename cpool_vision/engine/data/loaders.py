@@ -15,25 +15,13 @@ from ..settings.train import LoaderSettings, LossSettings
 from .augmentation import open_pipeline, try_pipeline, use_pipeline
 from .dataset import build_dataset
 from .keyed import KeyedCollate, KeyedDataset, KeyedErasing, KeyedMixup
-from .loader_flags import augmentation, check_train_flags, image_mode, mixing, size_schedule
+from .loader_flags import augmentation, check_train_flags, image_mode, mixing, placement, size_schedule
 from .multi_label import Classes
 from .posterize import allow_zero_bits
 from .sampling import BatchKeys, EpochOrder
 from .stream import Loader, StreamedTrainStream, TrainStream
 from .unreadable import CountingImageDataset, StrictImageDataset, UnreadableLog
 from .worker import WorkerSignals
-
-
-def _common(settings: DataSettings, runtime: Runtime, data_config: InputConfig) -> dict[str, Any]:
-    return dict(
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        pin_memory=settings.pin_mem,
-        img_dtype=runtime.precision.model_dtype or torch.float32,
-        device=runtime.device,
-        use_prefetcher=not settings.no_prefetcher,
-    )
 
 
 def build_train_loader(settings: LossSettings, runtime: Runtime, data_config: InputConfig, classes: Classes,
@@ -100,6 +88,8 @@ def _timm_loader(settings: LossSettings, runtime: Runtime, data_config: InputCon
         re_split=settings.resplit,
         num_aug_splits=settings.aug_splits,
         num_workers=settings.workers,
+        input_size=data_config['input_size'],
+        use_prefetcher=not settings.no_prefetcher,
         collate_fn=FastCollateMixup(**mix) if mix and not settings.no_prefetcher else None,
         worker_seeding=settings.worker_seeding,
         persistent_workers=False,
@@ -107,7 +97,7 @@ def _timm_loader(settings: LossSettings, runtime: Runtime, data_config: InputCon
         batch_size_choices=settings.train_batch_sizes,
         batch_choice_weights=settings.train_size_probs,
         **augmentation(settings, data_config),
-        **_common(settings, runtime, data_config),
+        **placement(settings, runtime, data_config),
     )
 
 
@@ -180,8 +170,10 @@ def build_eval_loader(
         interpolation=data_config['interpolation'],
         num_workers=workers,
         distributed=runtime.distributed,
+        input_size=data_config['input_size'],
+        use_prefetcher=not settings.no_prefetcher,
         **{'crop_pct': data_config['crop_pct'], **kwargs},
-        **_common(settings, runtime, data_config),
+        **placement(settings, runtime, data_config),
     )
     inner = _stream(loader)
     inner.worker_init_fn = WorkerSignals(inner.worker_init_fn)

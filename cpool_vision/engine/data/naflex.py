@@ -16,7 +16,7 @@ from ..settings.shared import DataSettings, InputConfig
 from ..settings.train import LossSettings
 from .dataset import build_dataset
 from .keyed import Collate, KeyedErasing, candidates
-from .loader_flags import augmentation, image_mode, mixing
+from .loader_flags import augmentation, image_mode, mixing, placement
 from .multi_label import Classes
 from .stream import Loader, StreamedTrainStream
 from .unreadable import (
@@ -125,15 +125,11 @@ def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
 
 def _common(settings: DataSettings, runtime: Runtime, data_config: InputConfig) -> dict[str, Any]:
     return dict(
-        mean=data_config['mean'],
-        std=data_config['std'],
         channels=data_config['input_size'][0],
         num_workers=settings.workers,
         persistent_workers=False,
-        pin_memory=settings.pin_mem,
-        img_dtype=runtime.precision.model_dtype or torch.float32,
-        device=runtime.device,
         patchify_channels_last=not settings.naflex_patchify_channels_first,
+        **placement(settings, runtime, data_config),
     )
 
 

@@ -87,7 +87,8 @@ def check_views(views: int, naflex: bool = False) -> None:
         ConfigError: It is not 0, 1 or 2, or does not work with the NaFlex loader.
     """
     if views not in (0, 1, 2):
-        raise ConfigError(f'--tta must be 0 or 1 (the image alone) or 2 (average with its mirror image), got {views}')
+        raise ConfigError(f'--tta {views} is out of range: use 2 (average with the mirror image), or 0 or 1 (the image '
+                          'alone)')
     if views == 2 and naflex:
         raise ConfigError('--tta 2 mirrors whole images, but --naflex-loader yields patches: drop one of them')
 

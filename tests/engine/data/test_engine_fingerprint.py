@@ -44,8 +44,8 @@ def replace_image(root: pathlib.Path) -> None:
 
 CHANGES = {
     'classes': (rename, r"lacks 'dog', also has 'ant', maps 'cat' to class 1 instead of 0"),
-    'images': (add_image, 'it has 25 images, and had 24'),
-    'content': (replace_image, 'names, sizes or labels of its images'),
+    'images': (add_image, 'it had 24 images and now has 25'),
+    'content': (replace_image, 'file names, sizes or labels differ'),
 }
 
 

@@ -291,7 +291,7 @@ def test_splits_must_agree_on_the_classes(train_args: Args, label_root: str, pic
     (['--class-weights', 'neg_pos', '--bce-pos-weight', '2'], 'cannot be combined'),
     (['--class-weights', 'balanced', '--loss-type', 'zlpr', '--smoothing', '0'], 'works with bce and asl'),
     (['--dataset', 'cpool/shapes'], 'one class per image'),
-    (['--dataset', 'hfds/x', '--label-file', 'x.csv'], '--label-file works with a folder'),
+    (['--dataset', 'hfds/x', '--label-file', 'x.csv'], '--label-file works with folders only'),
     (['--eval-metric', 'top5'], "'top5' is unknown: choose loss, map"),
     (['--task', 'classification', '--eval-metric', 'map'], "'map' is unknown: choose loss, top1, top5"),
 ])

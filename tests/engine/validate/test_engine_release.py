@@ -93,4 +93,4 @@ def test_nonsense_in_the_configuration_of_a_folder_is_one_line(change, words, ca
     monkeypatch.setattr(engine_model, 'create_eval_model', changed)
     assert inspect.main(['test_resnet', '--depth', 'never.png']) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: the input of 'test_resnet' is not clear") and words in error
+    assert error.startswith("error: invalid input of 'test_resnet'") and words in error
