@@ -184,7 +184,7 @@ def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') ->
         def add(x: float, width: float, y: float = top, tall: float = height) -> Any:
             return figure.add_axes((x / total_w, 1 - (y + tall) / total_h, width / total_w, tall / total_h))
 
-        for place, (title, field) in enumerate((('pools off', before), ('pools as they are', after))):
+        for place, (title, field) in enumerate((('pools off', before), ('pools on', after))):
             axes = add(left + place * (side + gap), side)
             decades = np.log10(np.maximum((field.map / field.map.max()).numpy(), 1e-9))
             shown = show(axes, decades, size, cmap='magma', vmin=-_DECADES, vmax=0)
@@ -200,7 +200,7 @@ def receptive_field_figure(before: 'ReceptiveField', after: 'ReceptiveField') ->
                         label='log₁₀ (gradient / largest)', extend='min')
         axes, reach = add(left + 2 * (side + gap) + 0.48, wide), 0.
         for name, field, color, style in (
-                ('pools as they are', after, _ORANGE, '-'), ('pools off', before, _BLUE, (0, (3, 2)))):
+                ('pools on', after, _ORANGE, '-'), ('pools off', before, _BLUE, (0, (3, 2)))):
             radii, mass = field.mass_within()
             reach = max(reach, 1.15 * field.radius(0.995))
             axes.plot(radii, 100 * mass, color=color, linewidth=1.2, linestyle=style, label=name,

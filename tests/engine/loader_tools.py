@@ -72,8 +72,8 @@ def builder(image_root: str, train_args: Callable[..., Any]) -> Build:
 
 def unreadable_images(loader: Any) -> list[Unreadable]:
     """Training images that this process has replaced so far, by index."""
-    found = data._stream(loader).unreadable.found
-    return [found[index] for index in sorted(found)]
+    log = data._stream(loader).unreadable
+    return [] if log is None else [log.found[index] for index in sorted(log.found)]
 
 
 def same(one: list[Batch], two: list[Batch]) -> bool:

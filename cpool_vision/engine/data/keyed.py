@@ -137,7 +137,7 @@ class KeyedDataset(torch.utils.data.Dataset[KeyedSamples]):
         """Returns the path of an image, as timm's readers do."""
         return self.base.filename(index, basename, absolute)
 
-    def _read(self, index: int, seed: int, choice: int | None) -> object:
+    def _make(self, index: int, seed: int, choice: int | None) -> object:
         seed_generators(seed)
         transform = getattr(self.dataset, 'transform', None) if choice is None else self.dataset.transforms[choice]
         if isinstance(transform, Augmentation):  # has generators of its own
@@ -151,7 +151,7 @@ class KeyedDataset(torch.utils.data.Dataset[KeyedSamples]):
         for index, repeat, seed in zip(key.indices, key.repeats, seeds, strict=True):
             for candidate in candidates(self.seed, key.epoch, index, repeat, len(self)):
                 try:
-                    samples.append(self._read(candidate, seed, key.choice))
+                    samples.append(self._make(candidate, seed, key.choice))
                     break
                 except self._errors as error:
                     report.unreadable.append(Unreadable(candidate, sample_name(self.base, candidate), str(error)))

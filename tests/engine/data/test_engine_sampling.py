@@ -127,7 +127,7 @@ def test_iterating_does_not_move_the_position() -> None:
 
 @pytest.mark.parametrize('epoch, batch', [(-1, 0), (0, -1), (0, 7)])
 def test_positions_outside_are_refused(epoch: int, batch: int) -> None:
-    with pytest.raises(ConfigError, match=f'no batch {batch} in epoch {epoch}: an epoch .* has 6 batches'):
+    with pytest.raises(ConfigError, match=f'no batch {batch} in epoch {epoch}: an epoch has 6 batches'):
         BatchKeys(EpochOrder(26, 5), 4).start_at(epoch, batch)
 
 
