@@ -54,7 +54,7 @@ def mean_of_parts(parts: list[int], count: int) -> float:
     return ((parts[0] << FRACTION_BITS) + parts[1]) / (count << FRACTION_BITS) if count else math.nan
 
 
-def _percent(hits: int, total: int) -> float:
+def _accuracy(hits: int, total: int) -> float:
     return 100 * hits / total if total else math.nan
 
 
@@ -121,8 +121,8 @@ class Tally(Metric):
         The numbers are `images`, `nonfinite`, `unreadable` and `unlabeled`. Metrics are NaN without images.
         """
         images, top1, top5, nonfinite, unreadable, unlabeled = self.counts.tolist()
-        return {'loss': mean_of_parts(self.sums[0].tolist(), images - nonfinite), 'top1': _percent(top1, images),
-                'top5': _percent(top5, images), 'images': images, 'nonfinite': nonfinite, 'unreadable': unreadable,
+        return {'loss': mean_of_parts(self.sums[0].tolist(), images - nonfinite), 'top1': _accuracy(top1, images),
+                'top5': _accuracy(top5, images), 'images': images, 'nonfinite': nonfinite, 'unreadable': unreadable,
                 'unlabeled': unlabeled}
 
     def headline(self) -> tuple[str, str]:
@@ -316,7 +316,7 @@ class MultiLabelTally(Metric):
     def compute(self) -> dict[str, float]:
         """Returns `top1` and `top5` in percent, their 95 % intervals, and the number of `images` that count."""
         images, top1, top5 = self.counts.tolist()
-        return {'top1': _percent(top1, images), 'top5': _percent(top5, images), 'images': images,
+        return {'top1': _accuracy(top1, images), 'top5': _accuracy(top5, images), 'images': images,
                 **_intervals(images, top1=top1, top5=top5)}
 
     def compute_over_processes(self) -> dict[str, float]:
