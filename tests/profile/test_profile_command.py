@@ -181,7 +181,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch) -> None:
     (['--supports', '0'], '--supports must be > 0, got 0'),
     (['--plot', 'cost.xyz'], "cannot draw to 'cost.xyz': its suffix must be one of"),
     (['--json', '/dev/null/f.json'], "--json '/dev/null/f.json' cannot be written"),
-    (['--json', '/'], "--json '/' cannot be written: name a file"),
+    (['--json', '/'], "--json '/' cannot be written: choose a file"),
 ])
 def test_bad_input_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*TINY, *flags]) == 2
