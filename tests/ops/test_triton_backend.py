@@ -50,19 +50,21 @@ def test_other_reasons(monkeypatch):
     assert available_backends(x, logits, sigma)['triton'] == 'triton is not installed'
 
 
-FIRST_USE = ('import os, sys, torch; from cpool_vision.ops import context_pool2d as p; x = torch.randn(1, 4, 8, 8); '
-             's = torch.ones(1, 1, 8, 8); p(x, s, s); print(sys.modules.get("cpool_vision.ops.triton.launch")); ')
+START = ('import os, sys, torch; from cpool_vision.ops import context_pool2d as p; x = torch.randn(1, 4, 8, 8); '
+         's = torch.ones(1, 1, 8, 8); ')
+IMPORTED = 'p(x, s, s); print(sys.modules.get("cpool_vision.ops.triton.launch")); '
 
 
-def test_triton_is_imported_on_first_use_and_never_by_default_on_a_cpu():
-    out = _python('-c', FIRST_USE, TRITON_INTERPRET='1')
-    assert out.stdout.strip() == 'None', out.stderr
+def test_the_first_call_may_be_compiled_and_triton_is_never_imported_by_default_on_a_cpu():
+    compiled = 'print(tuple(torch.compile(p, fullgraph=True, backend="aot_eager")(x, s, s).shape)); '
+    out = _python('-c', START + compiled + IMPORTED, TRITON_INTERPRET='1')
+    assert out.stdout.splitlines() == ['(1, 4, 8, 8)', 'None'], out.stderr
 
 
 def test_variable_set_too_late_is_said():
     """In a process that does not interpret either, nothing is imported before."""
     pytest.importorskip('triton')
-    out = _python('-c', FIRST_USE + (
+    out = _python('-c', START + IMPORTED + (
         'import triton; os.environ["TRITON_INTERPRET"] = "1"; from cpool_vision.ops import available_backends; '
         'print(available_backends(s, s, s)["triton"])'))
     assert out.stdout.split('\n')[:2] == [

@@ -1,8 +1,10 @@
 """The Triton kernels of the predictor: on a CUDA device or under the interpreter, as test_triton_kernels.py."""
+import itertools
+
 import pytest
 import torch
 from test_operator_predictor import CASES, make_inputs
-from test_triton_kernels import DEVICE
+from test_triton_kernels import DEVICE, fewer
 from test_triton_kernels import pytestmark as pytestmark
 
 from cpool_vision.ops.layer import compose_layer
@@ -41,8 +43,8 @@ def run_torch(inputs, how, grads, dtype):
     return *maps, *torch.autograd.grad(maps, leaves, [g.to(m.dtype) for g, m in zip(grads, maps, strict=True)])
 
 
-@pytest.mark.parametrize('case', CASES + MORE)
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('case,dtype', fewer(
+    itertools.product(CASES + MORE, [torch.float32, torch.bfloat16, torch.float16]), 2))
 def test_errors_stay_within_twice_those_of_torch(case, dtype, poisoned_memory):
     inputs, how = make_inputs(case, dtype)
     inputs = [t.to(DEVICE) for t in inputs]
@@ -72,8 +74,8 @@ def test_weights_of_any_strides():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('form', ['tokens', 'nchw', 'nhwc'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype,form', fewer(
+    itertools.product([torch.float32, torch.bfloat16], ['tokens', 'nchw', 'nhwc']), 2))
 def test_the_whole_layer_is_its_parts(dtype, form):
     inputs, (height, width, *how) = make_inputs(CASES[0], dtype, weight_dtype=torch.float32)
     prefix = CASES[0][0][0]
