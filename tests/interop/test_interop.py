@@ -47,7 +47,7 @@ def test_export_with_any_batch(name, images):
     assert targets.count('cpool_vision.context_pool_layer.default') == pools > 0
 
 
-@pytest.mark.parametrize('name', [CNN, VIT, NAFLEX])
+@pytest.mark.parametrize('name', [CNN, pytest.param(VIT, marks=pytest.mark.slow), NAFLEX])
 def test_onnx_with_any_batch(name, images, tmp_path):
     pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')

@@ -19,6 +19,7 @@ MODELS = [
     ('swin_micro_cpool_patch2_window4_32', 'swin_transformer', 32),
     ('vit_micro_cpool_patch4_32', 'vision_transformer', 32),
 ]
+NARROW = dict.fromkeys(('resnet18_cpool', 'resnet50_cpool'), dict(channels=(16, 16, 32, 32)))
 CASES = [
     (name, positions, size)
     for name, family, size in MODELS
@@ -64,9 +65,10 @@ def test_identity_starts_as_the_base_and_paper_does_not(name, positions, size):
     torch.manual_seed(0)
     # on maps of 4 x 4 tokens the supports are too small to show otherwise
     wide = dict(cpool_stages=[0, 1, 2, 3], cpool_ratio=.5) if name.startswith('swin') else {}
-    plain = randomise(timm.create_model(name, cpool_positions='none', num_classes=7)).double().eval()
-    wide.update(cpool_positions=positions, num_classes=7)
-    model = timm.create_model(name, cpool_init='identity', **wide).double().eval()
+    common = dict(num_classes=7, **NARROW.get(name, {}))
+    plain = randomise(timm.create_model(name, cpool_positions='none', **common)).double().eval()
+    common.update(cpool_positions=positions, **wide)
+    model = timm.create_model(name, cpool_init='identity', **common).double().eval()
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     assert missing and not unexpected
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
@@ -75,7 +77,7 @@ def test_identity_starts_as_the_base_and_paper_does_not(name, positions, size):
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
         for _, pool in mixers(model):
             nn.init.ones_(pool.gamma)
-        paper = timm.create_model(name, cpool_init='paper', **wide).double().eval()
+        paper = timm.create_model(name, cpool_init='paper', **common).double().eval()
         paper.load_state_dict({k: v for k, v in model.state_dict().items() if k in paper.state_dict()})
         pooled = paper(x)
         assert (pooled - expected).abs().max() > 1e-2
@@ -130,7 +132,8 @@ def test_options_of_the_pools_reach_them_and_start_as_the_base():
         cpool_gate=True, cpool_support_init=[.06, .6], cpool_depthwise=3, cpool_init='identity', cpool_groups=8,
         cpool_support_groups=4, cpool_offset='group', cpool_logit_bound=6.)
     for name, _, size in MODELS:
-        model, plain = timm.create_model(name, **options).eval(), timm.create_model(name, cpool_positions='none').eval()
+        model, plain = (timm.create_model(name, **kwargs, **NARROW.get(name, {})).eval()
+                        for kwargs in (options, dict(cpool_positions='none')))
         plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
         x = torch.randn(1, 3, size, size)
         assert torch.equal(model(x), plain(x))

@@ -19,6 +19,11 @@ PAIRS = [
     ('poolformer_s12_cpool', 'poolformer_s12', 64),
     ('swin_tiny_cpool_patch4_window7_224', 'swin_tiny_patch4_window7_224', 224),
 ]
+# of the large ones, the same code with less of it
+SMALL = {
+    'naflexvit_base_patch16_gap': dict(depth=2, embed_dim=96, num_heads=3),
+    'swin_tiny_patch4_window7_224': dict(depths=(1, 1, 2, 1), embed_dim=48),
+}
 EVERYWHERE = {
     'convnext_atto': POSITIONS['convnext'],
     'naflexvit_base_patch16_gap': POSITIONS['naflexvit'],
@@ -45,33 +50,33 @@ def randomise(model):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """A base model and its checkpoint per pair, made once."""
+    """A base model per pair, made once, and the keywords that make models with its weights."""
     made = {}
 
     def get(base):
         if base not in made:
             torch.manual_seed(0)
-            model = randomise(timm.create_model(base))
+            small = SMALL.get(base, {})
+            model = randomise(timm.create_model(base, **small))
             path = tmp_path_factory.mktemp('weights') / f'{base}.safetensors'
             save_file(model.state_dict(), path)
-            made[base] = model, dict(file=str(path))
+            made[base] = model, dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **small)
         return made[base]
     return get
 
 
 @pytest.mark.parametrize('name,base,size', PAIRS)
 def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
-    model, overlay = weights(base)
+    model, made = weights(base)
     x = torch.randn(1, 3, size, size)
     with torch.no_grad():
         expected = model(x)
-        variant = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        variant = timm.create_model(name, **made).eval()
         assert all(pool.gamma is not None for _, pool in mixers(variant))
         torch.testing.assert_close(variant(x), expected, rtol=0, atol=1e-5)
-        everywhere = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_positions=EVERYWHERE[base]).eval()
+        everywhere = timm.create_model(name, **made, cpool_positions=EVERYWHERE[base]).eval()
         torch.testing.assert_close(everywhere(x), expected, rtol=1e-5, atol=1e-5)
-        paper = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cpool_init='paper').eval()
+        paper = timm.create_model(name, **made, cpool_init='paper').eval()
         assert all(pool.gamma is None for _, pool in mixers(paper))
         # attention of random weights takes all of its tokens alike, so that what is pooled before it matters little;
         # the last maps of an EfficientNet have 2 x 2 pixels here
@@ -81,44 +86,40 @@ def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
 
 @pytest.mark.parametrize('name,base,size', PAIRS)
 def test_pretrained_with_another_head_and_stem(weights, name, base, size):
-    model, overlay = weights(base)
+    model, made = weights(base)
     x = torch.randn(1, 1, size, size)
-    color = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0).eval()
-    variant = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=1).eval()
+    color = timm.create_model(base, **made, num_classes=0).eval()
+    variant = timm.create_model(name, **made, num_classes=5, in_chans=1).eval()
     assert variant(x).shape == (1, 5)
-    headless = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, in_chans=1).eval()
+    headless = timm.create_model(name, **made, num_classes=0, in_chans=1).eval()
     with torch.no_grad():
         torch.testing.assert_close(headless(x), color(x.expand(-1, 3, -1, -1)), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize('name,base,size', PAIRS)
 def test_pretrained_features(weights, name, base, size):
-    _, overlay = weights(base)
+    _, made = weights(base)
     x = torch.randn(1, 3, size, size)
     with torch.no_grad():
-        ours, theirs = (
-            timm.create_model(n, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True).eval()(x)
-            for n in (name, base))
+        ours, theirs = (timm.create_model(n, **made, features_only=True).eval()(x) for n in (name, base))
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_pretrained_vit_at_another_size(weights):
-    _, overlay = weights('vit_tiny_patch16_224')
+    _, made = weights('vit_tiny_patch16_224')
     x = torch.randn(1, 3, 96, 160)
     with torch.no_grad():
         ours, theirs = (
-            timm.create_model(n, pretrained=True, pretrained_cfg_overlay=overlay, img_size=(96, 160)).eval()(x)
+            timm.create_model(n, **made, img_size=(96, 160)).eval()(x)
             for n in ('vit_tiny_cpool_patch16_224', 'vit_tiny_patch16_224'))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_incomplete_base_weights_are_refused(weights, tmp_path):
-    _, overlay = weights('resnet18')
-    state = load_file(overlay['file'])
+    _, made = weights('resnet18')
+    state = load_file(made['pretrained_cfg_overlay']['file'])
     del state['layer3.0.conv1.weight']
     save_file(state, tmp_path / 'cut.safetensors')
     with pytest.raises(RuntimeError, match=r'layer3\.0\.conv1\.weight'):

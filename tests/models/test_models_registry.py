@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from models_testing import POSITIONS
 from timm.models import get_pretrained_cfg
 
 import cpool_vision
+from cpool_vision.__main__ import main as run_script
 from cpool_vision.layers import mixers
 from cpool_vision.models._builder import pool_keys
 
@@ -61,8 +63,20 @@ def meta_model(name, **kwargs):
     return timm.create_model(name, device='meta', **kwargs)
 
 
-def size(model):
-    return sum(p.numel() for p in model.parameters())
+@functools.cache
+def everywhere(name):
+    """A variant with a pool at every position, in bfloat16."""
+    positions = [p for p in POSITIONS[FAMILY[name]] if (name, p) != ('resnet_micro_cpool_32', 'stem')]
+    positions = [p for p in positions if p != 'pre_kv']  # takes the place of pre_attn
+    return meta_model(name, cpool_positions=positions, cpool_init='identity', dtype=torch.bfloat16)
+
+
+def share_of_pools(model):
+    """Parameters of the pools over those of the base."""
+    pools = pool_keys(model)
+    sizes = {key: p.numel() for key, p in model.named_parameters()}
+    mine = sum(size for key, size in sizes.items() if key in pools)
+    return mine / (sum(sizes.values()) - mine)
 
 
 def test_the_zoo_is_listed():
@@ -79,8 +93,13 @@ def test_the_variant_adds_keys_to_its_base_and_changes_none(name):
     assert set(own) - set(base) == pool_keys(model) != set()
     assert not set(base) - set(own)
     assert {k: v.shape for k, v in base.items()} == {k: own[k].shape for k in base}
+    assert 0 < share_of_pools(model) <= .05
+
+
+@pytest.mark.parametrize('name', {family: name for name, family in FAMILY.items() if name in BASES}.values())
+def test_without_positions_a_variant_is_its_base(name):
     plain = meta_model(name, cpool_positions='none')
-    assert list(plain.state_dict()) == list(base)
+    assert list(plain.state_dict()) == list(timm.create_model(BASES[name], device='meta').state_dict())
     assert not list(mixers(plain))
 
 
@@ -97,17 +116,13 @@ def test_depth_variants_are_their_base_cut_short(name):
 
 @pytest.mark.parametrize('name', sorted(FAMILY))
 def test_pools_cost_at_most_five_percent_of_the_parameters(name):
-    plain = size(meta_model(name, cpool_positions=[]))
-    everywhere = [p for p in POSITIONS[FAMILY[name]] if (name, p) != ('resnet_micro_cpool_32', 'stem')]
-    everywhere = [p for p in everywhere if p != 'pre_kv']  # takes the place of pre_attn
-    for positions in (None, everywhere):
-        assert size(meta_model(name, cpool_positions=positions, cpool_init='identity')) <= 1.05 * plain
+    assert 0 < share_of_pools(everywhere(name)) <= .05
 
 
 @pytest.mark.parametrize('name', sorted(MICRO))
 def test_small_variants_fit_in_five_megabytes(name):
     model = meta_model(name)
-    assert model.num_classes == 10
+    assert model.num_classes == 10 and 0 < share_of_pools(model) <= .05
     assert sum(t.numel() * t.element_size() for t in model.state_dict().values()) < 5e6 - 20e3
 
 
@@ -133,8 +148,7 @@ def test_small_variants_have_no_weights_of_a_base(name):
 
 @pytest.mark.parametrize('name', sorted(FAMILY))
 def test_factory_dtype_and_device_reach_every_parameter(name):
-    model = meta_model(name, dtype=torch.bfloat16, cpool_init='identity')
-    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in everywhere(name).parameters())
 
 
 @pytest.mark.parametrize('name', sorted(MICRO))
@@ -153,17 +167,14 @@ def test_bad_keywords_are_named(name, kwargs, error, message):
         meta_model(name, **kwargs)
 
 
-def run_module(*args):
-    return subprocess.run([sys.executable, '-m', 'cpool_vision', *args], capture_output=True, text=True)  # noqa: S603
-
-
-def test_scripts_run_with_the_variants_registered(tmp_path):
+def test_scripts_run_with_the_variants_registered(tmp_path, monkeypatch, capsys):
     (tmp_path / 'beside.py').write_text('NAME = "resnet18_cpool"\n')
     script = tmp_path / 'script.py'
     script.write_text('import sys, timm, beside\nif __name__ == "__main__":\n'
                       '    print(timm.is_model(beside.NAME), sys.argv[1:])\n    sys.exit(3)\n')
-    done = run_module(str(script), '--flag', 'a b')
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, '-m', 'cpool_vision', str(script), '--flag', 'a b'], capture_output=True, text=True)
     assert done.stdout.strip() == "True ['--flag', 'a b']" and done.returncode == 3, done.stderr
     for args, message in (['absent.py'], "error: 'absent.py' is not a file: name a Python script"), ([], ''):
-        done = run_module(*args)
-        assert done.returncode == 2 and message in done.stderr
+        monkeypatch.setattr(sys, 'argv', ['cpool_vision', *args])
+        assert run_script() == 2 and message in capsys.readouterr().err
