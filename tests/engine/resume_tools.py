@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.kill_test import flatten
 from cpool_vision.engine.train.checkpointer import Checkpointer
 
 
@@ -33,20 +34,6 @@ def break_off(run: Callable[[], Any], update: int) -> None:
         crash_at(patch, update)
         with pytest.raises(Crash):
             run()
-
-
-def flatten(value: Any, name: str = '') -> dict[str, Any]:
-    """Leaves of nested dictionaries and lists, by their path."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    else:
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, item in items:
-        flat.update(flatten(item, f'{name}.{key}'))
-    return flat
 
 
 def unequal(one: dict[str, Any], two: dict[str, Any], leave_out: tuple[str, ...] = ('args', 'saver')) -> list[str]:

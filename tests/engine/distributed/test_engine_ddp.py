@@ -1,41 +1,23 @@
-"""Two processes under torchrun on the CPU."""
+"""Two processes on the CPU."""
+import contextlib
 import csv
+import gc
+import glob
+import io
 import json
 import os
-import re
-import subprocess
-import sys
+import pathlib
+import types
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from process_tools import in_processes, torchrun
 
+from cpool_vision.cli import train as cli_train
 from cpool_vision.engine.validate.bulk import run_validation
-
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..', '..'))
-
-
-def torchrun(flags: list[str], script: str = os.path.join(ROOT, 'train.py')) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script, *flags],
-        capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT})
-
-
-# lists the threads before and after the last step of main
-_LIST_THREADS = """
-import contextlib, gc, glob, types
-from cpool_vision.cli import train
-
-def list_threads(when):
-    for name in glob.glob('/proc/self/task/*/comm'):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended since it was listed
-            print(when, open(name).read().strip(), flush=True)
-
-train.gc = types.SimpleNamespace(collect=lambda: (list_threads('before'), gc.collect()))
-train.main()
-list_threads('after')
-"""
 
 
 @pytest.fixture(scope='module')
@@ -45,23 +27,47 @@ def flags(flags_into: Callable[[Any], list[str]], tmp_path_factory: pytest.TempP
             '--model-ema-decay', '0.5', '--dist-bn', 'broadcast']
 
 
+def list_threads() -> list[str]:
+    """Names of the threads of this process, none where there is no /proc."""
+    names = []
+    for path in glob.glob('/proc/self/task/*/comm'):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended since it was listed
+            names.append(pathlib.Path(path).read_text())
+    return names
+
+
+class Done(NamedTuple):
+    """What a process of a run left: exit status, output, threads before and after the last step of `main`."""
+    status: int
+    out: str
+    err: str
+    before: list[str]
+    after: list[str]
+
+
+def run_main(flags: list[str], rank: int) -> Done:
+    out, err, before = io.StringIO(), io.StringIO(), []
+    cli_train.gc = types.SimpleNamespace(collect=lambda: (before.extend(list_threads()), gc.collect()))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli_train.main(flags)
+    return Done(status, out.getvalue(), err.getvalue(), before, list_threads())
+
+
 @pytest.fixture(scope='module')
-def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
-    """A finished run of two processes, which lists its threads."""
-    script = tmp_path_factory.mktemp('script') / 'run.py'
-    script.write_text(_LIST_THREADS)
-    done = torchrun([*flags, '--experiment', 'whole'], str(script))
-    assert done.returncode == 0, done.stderr
+def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Done]:
+    """A finished run of two processes."""
+    work = partial(run_main, [*flags, '--experiment', 'whole'])
+    done = in_processes(2, tmp_path_factory.mktemp('store'), work, group=False)
+    assert [each.status for each in done] == [0, 0], done
     return done
 
 
 def test_two_processes_train_and_validate_exactly(
-        whole: subprocess.CompletedProcess[str], flags: list[str], image_root: str, validate_args: Callable[..., Any],
-        ) -> None:
+        whole: list[Done], flags: list[str], image_root: str, validate_args: Callable[..., Any]) -> None:
     folder = os.path.join(flags[flags.index('--output') + 1], 'whole')
-    assert whole.stdout.count('--result') == 1
+    assert [each.out.count('--result') for each in whole] == [1, 0]
     # 24 images: 3 batches of 4 for each process, 2 updates
-    assert 'Train: 0 [   2/2]' in whole.stderr and whole.stderr.count('Epoch 0: ') == 1
+    assert 'Train: 0 [   2/2]' in whole[0].err and [each.err.count('Epoch 0: ') for each in whole] == [1, 0]
     with open(os.path.join(folder, 'summary.csv'), newline='', encoding='utf-8') as file:
         table = list(csv.DictReader(file))
     assert [row['epoch'] for row in table] == ['0', '1']
@@ -76,9 +82,10 @@ def test_two_processes_train_and_validate_exactly(
 
 @pytest.mark.slow
 def test_two_processes_resume_exactly(
-        whole: subprocess.CompletedProcess[str], flags: list[str], load: Callable[..., Any]) -> None:
+        whole: list[Done], flags: list[str], load: Callable[..., Any]) -> None:
     folder = os.path.join(flags[flags.index('--output') + 1], 'whole')
-    done = torchrun([*flags, '--experiment', 'rest', '--resume', os.path.join(folder, 'checkpoint-0.pth.tar')])
+    resumed = os.path.join(folder, 'checkpoint-0.pth.tar')
+    done = torchrun(2, 'train.py', *flags, '--experiment', 'rest', '--resume', resumed)
     assert done.returncode == 0, done.stderr
     assert [each['epoch'] for each in json.loads(done.stdout.split('--result\n')[1])] == [1]
     rest = os.path.join(os.path.dirname(folder), 'rest')
@@ -89,23 +96,22 @@ def test_two_processes_resume_exactly(
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='lists threads by /proc')
-def test_threads_of_the_process_group_end_before_the_interpreter(whole: subprocess.CompletedProcess[str]) -> None:
-    before, after = (re.findall(rf'^{when} (.*)$', whole.stdout, re.MULTILINE) for when in ('before', 'after'))
-    assert any('python' in name for name in after)
-    assert any('gloo' in name for name in before)  # without main's last step they live on
-    assert not any('gloo' in name for name in after)
+def test_threads_of_the_process_group_end_with_the_run(whole: list[Done]) -> None:
+    for done in whole:
+        assert done.after and any('gloo' in name for name in done.before)  # without main's last step they live on
+        assert not any('gloo' in name for name in done.after)
 
 
 @pytest.mark.slow
 def test_bad_input_stops_both_processes(base_flags: list[str]) -> None:
-    done = torchrun([*base_flags, '--output', '/dev/null/runs'])
+    done = torchrun(2, 'train.py', *base_flags, '--output', '/dev/null/runs')
     assert done.returncode != 0
     assert 'error: output folder' in done.stderr
 
 
 @pytest.mark.slow
 def test_a_non_finite_loss_on_one_process_stops_both(base_flags: list[str], load: Callable[..., Any]) -> None:
-    done = torchrun([*base_flags, '--experiment', 'x', '--opt', 'sgd', '--lr', '1e30', '-b', '4'])
+    done = torchrun(2, 'train.py', *base_flags, '--experiment', 'x', '--opt', 'sgd', '--lr', '1e30', '-b', '4')
     assert done.returncode != 0
     assert 'error: the loss is not finite' in done.stderr
     assert 'error [process 1]: the loss is not finite' in done.stderr

@@ -1,9 +1,6 @@
 """Models divided among processes: the same training, and checkpoints of whole tensors."""
-import os
 import pathlib
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,24 +8,50 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from divided_tools import prepare
-from loop_tools import make_batches
-from process_tools import in_processes
+from loop_tools import make_batches, make_run
+from process_tools import in_processes, torchrun
 from resume_tools import unequal
 from torch.distributed.tensor.debug import CommDebugMode
 
 from benchmarks.kill_test import Run, compare_runs, run_killed
 from cpool_vision.engine.checkpoints.saver import TrainState
 from cpool_vision.engine.distributed import sharding
+from cpool_vision.engine.settings.train import EmaSettings
 from cpool_vision.engine.train.loop import train_one_epoch
 from cpool_vision.errors import ConfigError
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 FLAGS = [
     '--model', 'vit_micro_cpool_patch4_32', '--model-kwargs', 'depth=2', '--dataset', 'cpool/shapes', '--num-classes',
     '10', '--train-num-samples', '96', '--val-num-samples', '15', '-b', '4', '-j', '1', '--grad-accum-steps', '3',
     '--epochs', '3', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3', '--drop', '0.1', '--model-ema',
     '--model-ema-decay', '0.9', '--device', 'cpu', '--recovery-interval', '1', '--no-tensorboard']
+
+
+class TinyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm(self.linear(x)).relu()
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Sequential(TinyBlock(), TinyBlock()), nn.Dropout(0.2), nn.Linear(12, 3))
+
+
+def prepare(fsdp: bool, batches: int = 7, **flags: Any) -> tuple[Any, TrainState]:
+    """A run of `tiny` with an average, and what is saved of it."""
+    run: Any = make_run(make_batches(batches), 3, model=tiny(), **flags)
+    average = EmaSettings(model_ema=True, model_ema_decay=0.9)
+    if fsdp:
+        sharding.shard_task(run.task, average, torch.device('cpu'))
+    else:
+        run.task.setup_ema(decay=0.9)
+    run.optimizer = torch.optim.AdamW(run.task.get_trainable_module().parameters(), lr=0.1)
+    return run, TrainState(run.task, run.optimizer, run.loss_scaler, None, {'model': 'tiny'})
 
 
 def content_of(state: TrainState) -> dict[str, Any]:
@@ -173,6 +196,7 @@ import sys
 import torch.distributed as dist
 from cpool_vision.cli import train
 from cpool_vision.engine.distributed import sharding
+from cpool_vision.engine.settings.train import EmaSettings
 from cpool_vision.engine.train import build as train_build
 
 real = train_build.shard_task
@@ -191,11 +215,8 @@ sys.exit(train.main())
 @pytest.mark.slow
 def test_each_of_three_processes_holds_a_third(tmp_path: pathlib.Path) -> None:
     (tmp_path / 'share.py').write_text(SHARE)
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3',
-         str(tmp_path / 'share.py'), *FLAGS, '--epochs', '1', '--clip-grad', '1', '--fsdp', '--output', str(tmp_path)],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    done = torchrun(3, str(tmp_path / 'share.py'), *FLAGS, '--epochs', '1', '--clip-grad', '1', '--fsdp',
+                    '--output', str(tmp_path))
     assert done.returncode == 0, done.stderr
     shares = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith('share')]
     assert len(shares) == 3 and sum(shares) == pytest.approx(1, abs=0.01) and max(shares) < 0.4

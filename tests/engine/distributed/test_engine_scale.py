@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from loop_tools import make_batches, make_run
+from process_tools import CRASH, ROOT, torchrun
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.tensor.debug import CommDebugMode
 
 from benchmarks.kill_test import compare_runs
 from cpool_vision.engine.train.loop import train_one_epoch
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 FLAGS = [
     '--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]', '--dataset',
     'cpool/shapes', '--num-classes', '10', '--train-num-samples', '96', '--val-num-samples', '15', '-b', '4', '-j', '1',
@@ -57,10 +57,7 @@ def finish(nodes: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
 def one_node(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The same run as two processes of one torchrun."""
     output = tmp_path_factory.mktemp('one')
-    subprocess.run(  # noqa: S603
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'train.py', *FLAGS,
-         '--output', str(output), '--experiment', 'run'], check=True, capture_output=True, timeout=300, cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    torchrun(2, 'train.py', *FLAGS, '--output', str(output), '--experiment', 'run').check_returncode()
     return output / 'run'
 
 
@@ -69,25 +66,6 @@ def test_two_nodes_train_as_two_processes_of_one(one_node: pathlib.Path, tmp_pat
     outputs = finish(start_nodes(2, tmp_path, ['train.py', *FLAGS]))
     assert sum('--result' in out for out, _ in outputs) == 1
     assert compare_runs(one_node, tmp_path / 'run') == []
-
-
-CRASH = '''
-import os, signal, sys
-from cpool_vision.cli import train
-from cpool_vision.engine.train import checkpointer
-
-real, seen = checkpointer.Checkpointer.after_update, [0]
-
-def after_update(self, *args):
-    real(self, *args)
-    seen[0] += 1
-    if seen[0] == 4 and os.environ['RANK'] == '1' and not os.path.exists(sys.argv[0] + '.done'):
-        open(sys.argv[0] + '.done', 'w').close()  # the count of restarts is each node's own
-        os.kill(os.getpid(), signal.SIGKILL)
-
-checkpointer.Checkpointer.after_update = after_update
-sys.exit(train.main())
-'''
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_other_threads_leave_signals_alone() -> None:
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_the_second_signal_has_its_default_action(number: signal.Signals, tmp_path: pathlib.Path) -> None:
     process = start_apart(_signalled_twice, number, output=tmp_path / 'said')
-    process.join(60)
+    process.join(300)
     text = (tmp_path / 'said').read_text()
     assert process.exitcode == -number and f'{number.name}: saving after this update' in text
     assert 'saved' in text and 'still here' not in text

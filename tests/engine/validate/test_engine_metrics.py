@@ -1,6 +1,6 @@
 """Metrics against values worked out by hand and by torchmetrics, and over 1, 2 and 3 processes to the last digit."""
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,18 +209,22 @@ def measure(output: torch.Tensor, target: torch.Tensor, rank: int = 0, world_siz
         return repr((metrics, values, several.compute_over_processes(), result.unreadable_positions))
 
 
-def measure_all(cases: list[tuple[torch.Tensor, torch.Tensor]], world_size: int, rank: int) -> tuple[list[str], str]:
+def measure_all(measure: Callable[..., str], cases: list[Any], world_size: int, rank: int) -> tuple[list[str], str]:
     return [measure(*case, rank, world_size) for case in cases], measure(*cases[0], rank, world_size, padded=True)
+
+
+def check_processes(measure: Callable[..., str], cases: list[Any], world_size: int, folder: Path) -> None:
+    """Compares what each of several processes measures with what one does."""
+    expected = [measure(*case) for case in cases]
+    assert expected[0].endswith('[3, 99])')
+    for measured, padded in in_processes(world_size, folder, partial(measure_all, measure, cases, world_size)):
+        assert measured == expected
+        assert padded != expected[0]  # the control: with the padding counted the figures differ
 
 
 @pytest.mark.parametrize('world_size', [2, 3])
 def test_processes_change_no_digit(rows: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, world_size: int) -> None:
-    cases = [(rows[0][:count], rows[1][:count]) for count in (299, 97, 7, 2, 1)]
-    expected = [measure(*case) for case in cases]
-    assert expected[0].endswith('[3, 99])')
-    for measured, padded in in_processes(world_size, tmp_path, partial(measure_all, cases, world_size)):
-        assert measured == expected
-        assert padded != expected[0]  # the control: with the padding counted the figures differ
+    check_processes(measure, [(rows[0][:count], rows[1][:count]) for count in (299, 97, 7, 2, 1)], world_size, tmp_path)
 
 
 def test_labels_that_are_no_class_are_an_error() -> None:
