@@ -1,5 +1,6 @@
 """Runs that break off inside an epoch and go on end as if they had not."""
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ from resume_tools import break_off, rows, unequal
 from timm.data import IterableImageDataset
 
 from cpool_vision.engine.data import loaders as data
+from cpool_vision.engine.settings.config import read_train
 from cpool_vision.engine.train import build as train_build
 from cpool_vision.engine.train import checkpointer
 from cpool_vision.engine.train import loop as train_loop
+from cpool_vision.engine.train.fit import train
 from cpool_vision.errors import CheckpointError, ConfigError
 
 Train = Callable[..., dict[str, Any]]
@@ -38,15 +41,20 @@ CASES = {
 }
 
 
+# updates after which a run, and each continuation of it, breaks off; an epoch of "mixed" has 3, of "tail" 2, others 6
+STOPS = {'mixed': (1,) * 6, 'tail': (3,)}
+
+
 @pytest.mark.parametrize('name, interval, stops', [
-    *((name, 1, (2, 3)) for name in CASES),
-    *(pytest.param(name, 2, (3, 2), marks=() if name == 'mixed' else pytest.mark.slow) for name in CASES),
+    *((name, 1, STOPS.get(name, (8,))) for name in CASES),
+    *(pytest.param(name, 2, (3,) if name == 'tail' else (3, 2), marks=() if name == 'mixed' else pytest.mark.slow)
+      for name in CASES),
 ])
 def test_a_run_that_breaks_off_inside_an_epoch_ends_as_the_uninterrupted_one(
-        run_train: Train, load: Load, name: str, interval: int, stops: tuple[int, int]) -> None:
-    flags = [*CASES[name], '--epochs', '3']
+        run_train: Train, load: Load, name: str, interval: int, stops: tuple[int, ...]) -> None:
+    flags = CASES[name]
     whole = run_train(*flags, '--experiment', 'whole')
-    flags += ['--experiment', 'broken', '--resume', 'auto', '--recovery-interval', str(interval)]
+    flags = [*flags, '--experiment', 'broken', '--resume', 'auto', '--recovery-interval', str(interval)]
     for stop in stops:
         break_off(lambda: run_train(*flags), stop)
     again = run_train(*flags)
@@ -73,25 +81,14 @@ def test_a_streamed_set_is_entered_inside_an_epoch(run_train: Train, load: Load,
     assert unequal(load(whole, 'last.pth.tar'), load(run_train(*flags)['folder'], 'last.pth.tar')) == []
 
 
-@pytest.mark.parametrize('key, value, words', [
-    ('position', {'epoch': 0}, 'no valid progress'), ('position', 'x', 'no valid progress'),
-    ('processes', 'x', 'no valid state'), ('processes', torch.ones(3), 'no valid state'),
-])
-def test_meaningless_entries_are_errors(run_train: Train, load: Load, tmp_path: Any, key: str, value: Any, words: str,
-                                        ) -> None:
-    folder = run_train('--experiment', 'x', '--epochs', '1')['folder']
-    torch.save({**load(folder, 'last.pth.tar'), key: value}, tmp_path / 'bad.pth.tar')
-    with pytest.raises(CheckpointError, match=f'bad.pth.tar.*{words}'):
-        run_train('--experiment', 'y', '--resume', str(tmp_path / 'bad.pth.tar'))
-
-
-def test_every_update_can_be_the_last_one(run_train: Train, load: Load) -> None:
-    flags = [*CASES['mixed'], '--experiment']
-    whole = load(run_train(*flags, 'whole')['folder'], 'last.pth.tar')
-    flags += ['broken', '--resume', 'auto', '--recovery-interval', '1']
-    for _ in range(6):
-        break_off(lambda: run_train(*flags), 1)
-    assert unequal(whole, load(run_train(*flags)['folder'], 'last.pth.tar')) == []
+def test_meaningless_entries_are_errors(run_train: Train, load: Load, tmp_path: Any) -> None:
+    good = load(run_train('--experiment', 'x', '--epochs', '1')['folder'], 'last.pth.tar')
+    for key, value, words in [
+            ('position', {'epoch': 0}, 'no valid progress'), ('position', 'x', 'no valid progress'),
+            ('processes', 'x', 'no valid state'), ('processes', torch.ones(3), 'no usable state')]:
+        torch.save({**good, key: value}, tmp_path / 'bad.pth.tar')
+        with pytest.raises(CheckpointError, match=f'bad.pth.tar.*{words}'):
+            run_train('--experiment', 'y', '--resume', str(tmp_path / 'bad.pth.tar'))
 
 
 def drop_seed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,18 +112,31 @@ def drop_average(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_build.TrainState, 'load_ema', lambda *_: None)
 
 
+AVERAGED = ['-b', '4', '--model-ema', '--model-ema-decay', '0.7']
+RESUMED = ['--resume', 'auto', '--recovery-interval', '1']
+
+
+@pytest.fixture(scope='module')
+def folders(flags_into: Callable[[Any], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """An uninterrupted run, and one that broke off after its third update."""
+    root = tmp_path_factory.mktemp('runs')
+    flags = [*flags_into(root), *AVERAGED, '--experiment']
+    whole = train(read_train([*flags, 'whole']))['folder']
+    break_off(lambda: train(read_train([*flags, 'broken', *RESUMED])), 3)
+    return whole, str(root / 'broken')
+
+
 @pytest.mark.parametrize('drop, part', [
     (drop_seed, '.state_dict.'), (drop_offset, '.state_dict.'), (drop_optimizer, '.state_dict.'),
     (drop_average, '.state_dict_ema.'), (drop_sums, ''),
 ], ids=lambda value: value.__name__ if callable(value) else '')
-def test_the_comparison_sees_what_is_lost(run_train: Train, load: Load, drop: Callable[..., None], part: str,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ['-b', '4', '--model-ema', '--model-ema-decay', '0.7', '--experiment']
-    whole = run_train(*flags, 'whole')['folder']
-    flags += ['broken', '--resume', 'auto', '--recovery-interval', '1']
-    break_off(lambda: run_train(*flags), 3)
+def test_the_comparison_sees_what_is_lost(
+        run_train: Train, load: Load, folders: tuple[str, str], drop: Callable[..., None], part: str, tmp_path: Any,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = folders
+    shutil.copytree(broken, tmp_path / 'runs' / 'broken')
     drop(monkeypatch)
-    again = run_train(*flags)['folder']
+    again = run_train(*AVERAGED, '--experiment', 'broken', *RESUMED)['folder']
     wrong = unequal(load(whole, 'last.pth.tar'), load(again, 'last.pth.tar'))
     assert any(name.startswith(part) for name in wrong) if part else rows(whole) != rows(again)
 
