@@ -23,7 +23,7 @@ def test_every_example_is_run():
 def test_example_runs(name):
     arguments, words = CASES[name]
     done = subprocess.run(  # noqa: S603
-        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, timeout=600, check=False,
         env=dict(os.environ, PYTHONPATH=str(EXAMPLES.parent)))
     assert done.returncode == 0, done.stderr[-2000:]
     assert words in done.stdout

@@ -98,7 +98,7 @@ def browse(page: pathlib.Path, height: int = 900) -> np.ndarray:
         CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars',
         f'--user-data-dir={page.parent}/chrome', '--host-resolver-rules=MAP * ~NOTFOUND',
         f'--window-size=800,{height}', f'--screenshot={picture}', page.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)  # noqa: S603
     assert picture.exists(), result.stderr
     return np.asarray(Image.open(picture).convert('RGB')).astype(int)
 

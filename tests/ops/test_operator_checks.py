@@ -184,9 +184,9 @@ def test_work_on_a_long_row_follows_its_supports(backend):
 
     def seconds(h, w):
         case = make_case(1, 1, h, w, sigma=(0.5, 1.0))[:3]
-        start = time.perf_counter()
+        start = time.process_time()
         context_pool2d(*case, backend=backend)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(4, 4)
     assert min(seconds(1, 60000) for _ in range(2)) < 20 * min(seconds(245, 245) for _ in range(2))

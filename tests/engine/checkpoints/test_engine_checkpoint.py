@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import yaml
-from timm.task import ClassificationTask
+from test_engine_saving import make_state
 
 from cpool_vision.engine.checkpoints.checkpoint import (
     load_weights,
@@ -19,17 +19,10 @@ from cpool_vision.engine.checkpoints.checkpoint import (
     to_plain,
     weights_of,
 )
-from cpool_vision.engine.checkpoints.saver import CheckpointSaver, TrainState
+from cpool_vision.engine.checkpoints.saver import CheckpointSaver
 from cpool_vision.engine.model import load_model_weights
 from cpool_vision.engine.tracking.run_folder import RunFolder
 from cpool_vision.errors import CheckpointError, CheckpointNotFoundError
-
-
-def make_state() -> TrainState:
-    model = nn.Linear(3, 2)
-    task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(), verbose=False)
-    optimizer = torch.optim.AdamW(model.parameters())
-    return TrainState(task, optimizer, torch.amp.GradScaler('cpu', enabled=False), None, {'model': 'tiny', 'lr': 0.1})
 
 
 @pytest.mark.parametrize('content', [b'', b'not a checkpoint', b'PK\x03\x04 truncated'])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from loader_tools import INPUT, Build, builder
+from loader_tools import INPUT, Build
 from resume_tools import break_off
 
 from cpool_vision.cli import train as cli_train
@@ -19,12 +19,6 @@ from cpool_vision.engine.settings import train
 from cpool_vision.errors import ConfigError
 
 Train = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def build(image_root: str, train_args: Callable[..., Any]) -> Build:
-    """Builds training loaders."""
-    return builder(image_root, train_args)
 
 
 @pytest.fixture

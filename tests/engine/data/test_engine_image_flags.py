@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from loader_tools import INPUT, Build, Prepared, builder
+from loader_tools import INPUT, Build, Prepared
 from PIL import Image
 from timm.data.loader import PrefetchLoader
 
@@ -20,21 +20,15 @@ PROGRESSIVE = (*SIZES, '--train-size-schedule', 'progressive', '--train-size-ran
                '--train-size-schedule-spread', '0.01')
 
 
-@pytest.fixture
-def build(image_root: str, train_args: Callable[..., Any]) -> Build:
-    """Builds training loaders."""
-    return builder(image_root, train_args)
-
-
-def images_of(prepared: Prepared, epoch: int = 0) -> torch.Tensor:
-    """Images `(24, 3, 24, 24)` in the order of the folder, whatever the order of the epoch."""
-    order = _numbers(prepared, epoch)
-    batches = torch.cat([image for image, _ in prepared.take(epoch)])
+def images_of(prepared: Prepared) -> torch.Tensor:
+    """Images `(24, 3, 24, 24)` in the order of the folder, whatever the order of the epoch, the first one."""
+    order = _numbers(prepared)
+    batches = taken(prepared)
     return batches[torch.tensor(order[:len(batches)]).argsort()]
 
 
-def _numbers(prepared: Prepared, epoch: int) -> list[int]:
-    loaders.start_at(prepared.loader, epoch)
+def _numbers(prepared: Prepared) -> list[int]:
+    loaders.start_at(prepared.loader, 0)
     return prepared.loader.sampler
 
 
@@ -62,14 +56,14 @@ def pairs(image: torch.Tensor) -> torch.Tensor:
     return image.unflatten(0, (-1, 4)).flip(1).flatten(0, 1)
 
 
-def batches_of(prepared: Prepared, image: torch.Tensor, epoch: int = 0) -> torch.Tensor:
-    """Images of the folder in the order in which an epoch takes them."""
-    return image[torch.tensor(_numbers(prepared, epoch))]
+def batches_of(prepared: Prepared, image: torch.Tensor) -> torch.Tensor:
+    """Images of the folder in the order in which the first epoch takes them."""
+    return image[torch.tensor(_numbers(prepared))]
 
 
-def taken(prepared: Prepared, epoch: int = 0) -> torch.Tensor:
-    """Images of an epoch, in its order."""
-    return torch.cat([image for image, _ in prepared.take(epoch)])
+def taken(prepared: Prepared) -> torch.Tensor:
+    """Images of the first epoch, in its order."""
+    return torch.cat([image for image, _ in prepared.take(0)])
 
 
 def test_without_augmentation_images_are_those_of_the_folder(build: Build, image_root: str) -> None:
@@ -154,9 +148,9 @@ def test_splits_and_which_of_them_are_erased(build: Build, image_root: str, resp
     assert _erased(second).min() > 0
 
 
-def is_mixup(prepared: Prepared, plain: torch.Tensor, epoch: int = 0) -> bool:
+def is_mixup(prepared: Prepared, plain: torch.Tensor) -> bool:
     """Whether each image is a weighted mean of itself and its partner in the batch."""
-    image, mine = taken(prepared, epoch), batches_of(prepared, plain, epoch)
+    image, mine = taken(prepared), batches_of(prepared, plain)
     return close(image + pairs(image), mine + pairs(mine), 2.1) and not close(_nearest(image, mine), image, 1)
 
 
@@ -202,12 +196,6 @@ def test_each_element_may_be_mixed_in_its_own_way(build: Build) -> None:
         assert (max(map(len, images)) > 1) is (mode == 'elem')
 
 
-def test_mixing_ends_with_an_epoch(build: Build, image_root: str) -> None:
-    prepared, plain = build(*WHOLE, '--mixup', '1', '--mixup-off-epoch', '1'), opened(image_root)
-    assert is_mixup(prepared, plain, 0)
-    assert close(images_of(prepared, 1), plain)
-
-
 SHAPES: dict[str, tuple[tuple[str, ...], Callable[[list[list[tuple[int, int]]]], Any]]] = {
     # (images, side) of the batches of three epochs
     'batch_size': (('-b', '6'), lambda epochs: epochs == [[(6, 24)] * 4] * 3),
@@ -235,7 +223,7 @@ def test_shapes_of_batches(build: Build, flag: str) -> None:
 
 
 def test_the_seed_orders_the_images(build: Build) -> None:
-    one, two = (_numbers(build('--seed', seed), 0) for seed in ('1', '2'))
+    one, two = (_numbers(build('--seed', seed)) for seed in ('1', '2'))
     assert one != two and sorted(one) == sorted(two) == list(range(24))
 
 

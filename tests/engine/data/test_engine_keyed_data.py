@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loader_tools import CASES, Build, builder, check_workers_and_positions, same, states
+from loader_tools import CASES, Build, check_workers_and_positions, same, states
 from timm.data import FastCollateMixup
 from timm.data.random_erasing import RandomErasing
 
@@ -15,12 +15,6 @@ from cpool_vision.data.augment import Augmentation
 from cpool_vision.engine.data import keyed
 from cpool_vision.engine.data import loaders as data
 from cpool_vision.errors import ConfigError
-
-
-@pytest.fixture
-def build(image_root: str, train_args: Callable[..., Any]) -> Build:
-    """Builds training loaders."""
-    return builder(image_root, train_args)
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -1,14 +1,12 @@
 """Training images that cannot be decoded: replaced, listed, capped."""
 import os
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from loader_tools import CASES, Build, builder, same, unreadable_images
+from loader_tools import CASES, Build, same, unreadable_images
 from PIL import Image
 from process_tools import in_processes
 from timm.data import ImageDataset
@@ -16,12 +14,6 @@ from timm.data import ImageDataset
 from cpool_vision.engine.data import loaders as data
 from cpool_vision.engine.data.unreadable import StrictImageDataset, Unreadable, UnreadableLog, refuse_unreadable
 from cpool_vision.errors import DatasetError
-
-
-@pytest.fixture
-def build(image_root: str, train_args: Callable[..., Any]) -> Build:
-    """Builds training loaders."""
-    return builder(image_root, train_args)
 
 
 @pytest.fixture

@@ -122,8 +122,13 @@ def test_what_came_after_the_checkpoint_is_replaced(run_train: Train) -> None:
 
 def test_rows_that_are_given_up_are_kept_aside(run_train: Train) -> None:
     folder = run_train(*POOLS, *PLAIN, '--epochs', '3', '--experiment', 'x')['folder']
+    with open(os.path.join(folder, 'summary.csv'), encoding='utf-8') as file:
+        former = file.read()
     run_train(*POOLS, *PLAIN, '--epochs', '2', '--experiment', 'x', '--resume',
               os.path.join(folder, 'checkpoint-0.pth.tar'))
+    assert [row['epoch'] for row in rows(folder)] == ['0', '1']
+    with open(os.path.join(folder, 'summary.1.csv'), encoding='utf-8') as file:
+        assert file.read() == former
     assert {row['epoch'] for row in table(folder, track.SUPPORTS)} == {'0', '1'}
     assert {row['epoch'] for row in table(folder, 'supports.1.csv')} == {'0', '1', '2'}
     assert len(table(folder, track.UPDATES)) == 4 and len(table(folder, 'updates.1.csv')) == 6

@@ -114,7 +114,7 @@ def test_a_run_without_torchrun_is_asked_to_stop_and_ended(tmp_path: pathlib.Pat
     done = start_apart(_watched, True, 60, output=tmp_path / 'said')
     alone = start_apart(_watched, False, 0.2, output=tmp_path / 'nothing')
     for process in (done, alone):
-        process.join(60)
+        process.join(300)
     assert (done.exitcode, alone.exitcode) == (143, 0)
     said = (tmp_path / 'said').read_text()
     assert 'torchrun is gone' in said and 'asked to stop' in said and not (tmp_path / 'nothing').read_text()
@@ -130,7 +130,7 @@ def _wait_for_another_process(argv: list[str]) -> None:
 
 def test_a_process_that_waits_for_others_ends_with_torchrun(base_flags: list[str], tmp_path: pathlib.Path) -> None:
     process = start_apart(_wait_for_another_process, base_flags, output=tmp_path / 'said')
-    process.join(60)
+    process.join(300)
     assert process.exitcode == -signal.SIGTERM and 'torchrun is gone' in (tmp_path / 'said').read_text()
 
 
@@ -185,10 +185,10 @@ def test_a_hostile_run_folder_is_one_line(
         name: str, content: Any, words: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / 'summary.csv').write_text('epoch,train_loss\n0,1\n')
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    started = time.perf_counter()
+    started = time.process_time()
     assert inspect_command.main(['--run', str(tmp_path), '--html', str(tmp_path / 'o.html')]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.count('\n') == 1 and time.perf_counter() - started < 20
+    assert words in error and error.count('\n') == 1 and time.process_time() - started < 20
 
 
 def test_names_and_figures_of_a_run_are_only_shown(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,16 +80,6 @@ def test_resume_in_place_continues_the_folder(run_train: Train, load: Load) -> N
         assert yaml.safe_load(file)['epochs'] == 2
 
 
-def test_resume_from_an_earlier_epoch_replaces_rows_and_keeps_a_copy(run_train: Train) -> None:
-    folder = run_train('--experiment', 'run', '--epochs', '3')['folder']
-    with open(os.path.join(folder, 'summary.csv'), encoding='utf-8') as file:
-        former = file.read()
-    run_train('--experiment', 'run', '--epochs', '3', '--resume', os.path.join(folder, 'checkpoint-0.pth.tar'))
-    assert [row['epoch'] for row in rows(folder)] == ['0', '1', '2']
-    with open(os.path.join(folder, 'summary.1.csv'), encoding='utf-8') as file:
-        assert file.read() == former
-
-
 def test_resume_auto_starts_anew_without_a_checkpoint(run_train: Train) -> None:
     assert len(run_train('--experiment', 'new', '--resume', 'auto', '--epochs', '1')['epochs']) == 1
     with pytest.raises(ConfigError, match='--experiment'):
