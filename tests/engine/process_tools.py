@@ -92,7 +92,7 @@ def in_processes(count: int, folder: pathlib.Path, work: Callable[[int], Any], g
     for child in children:
         child.start()
     results: dict[int, Any] = {}
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     try:
         while len(results) < count:
             try:
@@ -114,7 +114,7 @@ def torchrun(count: int, *command: str) -> subprocess.CompletedProcess[str]:
     """Runs a script with its flags in so many processes; options of torchrun may stand before it."""
     return subprocess.run(  # noqa: S603
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(count), *command],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
+        capture_output=True, text=True, timeout=900, cwd=ROOT,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
 
 

@@ -1,20 +1,19 @@
 """The Triton kernels of the predictor's maps: on a CUDA device or under the interpreter, as test_triton_kernels.py."""
-import itertools
-
 import pytest
 import torch
 from test_operator_maps import CALLS, SIZES, make_raw
-from test_triton_kernels import DEVICE, fewer
+from test_triton_kernels import DEVICE
 from test_triton_kernels import pytestmark as pytestmark
 
 from cpool_vision.ops.maps import make_maps, make_maps_backward
 
 
-@pytest.mark.parametrize('size,call,dtype,memory_format', fewer(itertools.product(
-    SIZES, CALLS, [torch.float32, torch.bfloat16], [torch.contiguous_format, torch.channels_last]), 5))
-def test_triton_kernels_are_the_formula(size, call, dtype, memory_format):
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('call,rest', CALLS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_triton_kernels_are_the_formula(call, rest, size, dtype, memory_format):
     from cpool_vision.ops.triton.maps import fill_gradient, fill_maps
-    call, rest = call
     raw = make_raw(call, rest, size, dtype, memory_format).to(DEVICE)
     expected = make_maps(raw, *call)
     maps = tuple(torch.full(t.shape, torch.nan, device=DEVICE) for t in expected)

@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 from test_operator_predictor import CASES, make_inputs
-from test_triton_kernels import DEVICE, fewer
+from test_triton_kernels import DEVICE, INTERPRETED, fewer
 from test_triton_kernels import pytestmark as pytestmark
 
 from cpool_vision.ops.layer import compose_layer
@@ -43,9 +43,14 @@ def run_torch(inputs, how, grads, dtype):
     return *maps, *torch.autograd.grad(maps, leaves, [g.to(m.dtype) for g, m in zip(grads, maps, strict=True)])
 
 
-@pytest.mark.parametrize('case,dtype', fewer(
-    itertools.product(CASES + MORE, [torch.float32, torch.bfloat16, torch.float16]), 2))
-def test_errors_stay_within_twice_those_of_torch(case, dtype, poisoned_memory):
+@pytest.fixture
+def few_parts(monkeypatch):
+    """Sums of few parts, of several blocks each: the interpreter takes seconds for as many as a device needs."""
+    if INTERPRETED:
+        monkeypatch.setattr('cpool_vision.ops.triton.predictor.PARTS', 2)
+
+
+def check_errors(case, dtype):
     inputs, how = make_inputs(case, dtype)
     inputs = [t.to(DEVICE) for t in inputs]
     maps, grads, found = run_kernels(inputs, how)
@@ -56,7 +61,17 @@ def test_errors_stay_within_twice_those_of_torch(case, dtype, poisoned_memory):
         assert error <= 2 * allowed + torch.finfo(got.dtype).eps * want.abs().max().clamp(min=1)
 
 
-def test_prefix_tokens_get_no_gradient_and_repeats_are_identical():
+@pytest.mark.parametrize('case', CASES + MORE)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_stay_within_twice_those_of_torch(case, dtype, few_parts, poisoned_memory):
+    check_errors(case, dtype)
+
+
+def test_as_many_parts_as_a_device_needs(poisoned_memory):
+    check_errors(CASES[0], torch.float32)
+
+
+def test_prefix_tokens_get_no_gradient_and_repeats_are_identical(few_parts):
     inputs, how = make_inputs(MORE[0], torch.float32)
     inputs = [t.to(DEVICE) for t in inputs]
     _, grads, first = run_kernels(inputs, how)
@@ -65,7 +80,7 @@ def test_prefix_tokens_get_no_gradient_and_repeats_are_identical():
         assert torch.equal(a, b)
 
 
-def test_weights_of_any_strides():
+def test_weights_of_any_strides(few_parts):
     inputs, how = make_inputs(MORE[1], torch.float32)
     inputs = [t.to(DEVICE) for t in inputs]
     _, grads, first = run_kernels(inputs, how)
@@ -76,7 +91,7 @@ def test_weights_of_any_strides():
 
 @pytest.mark.parametrize('dtype,form', fewer(
     itertools.product([torch.float32, torch.bfloat16], ['tokens', 'nchw', 'nhwc']), 2))
-def test_the_whole_layer_is_its_parts(dtype, form):
+def test_the_whole_layer_is_its_parts(dtype, form, few_parts):
     inputs, (height, width, *how) = make_inputs(CASES[0], dtype, weight_dtype=torch.float32)
     prefix = CASES[0][0][0]
     if form != 'tokens':

@@ -196,7 +196,6 @@ import sys
 import torch.distributed as dist
 from cpool_vision.cli import train
 from cpool_vision.engine.distributed import sharding
-from cpool_vision.engine.settings.train import EmaSettings
 from cpool_vision.engine.train import build as train_build
 
 real = train_build.shard_task
