@@ -21,7 +21,7 @@ PAIRS = [
 ]
 # of the large ones, the same code with less of it
 SMALL = {
-    'naflexvit_base_patch16_gap': dict(depth=2, embed_dim=96, num_heads=3),
+    'naflexvit_base_patch16_gap': dict(depth=4, embed_dim=192, num_heads=3),
     'swin_tiny_patch4_window7_224': dict(depths=(1, 1, 2, 1), embed_dim=48),
 }
 EVERYWHERE = {
@@ -80,7 +80,7 @@ def test_pretrained_base_weights_predict_as_the_base(weights, name, base, size):
         assert all(pool.gamma is None for _, pool in mixers(paper))
         # attention of random weights takes all of its tokens alike, so that what is pooled before it matters little;
         # the last maps of an EfficientNet have 2 x 2 pixels here
-        least = {'swin': 3e-5, 'tf': 2e-5, 'vit': 1e-4}.get(base.split('_')[0], 1e-3)
+        least = {'naflexvit': 5e-5, 'swin': 3e-5, 'tf': 2e-5, 'vit': 1e-4}.get(base.split('_')[0], 1e-3)
         assert (paper(x) - expected).abs().max() > least
 
 
