@@ -83,12 +83,12 @@ def test_a_streamed_set_is_entered_inside_an_epoch(run_train: Train, load: Load,
 
 def test_meaningless_entries_are_errors(run_train: Train, load: Load, tmp_path: Any) -> None:
     good = load(run_train('--experiment', 'x', '--epochs', '1')['folder'], 'last.pth.tar')
-    for key, value, words in [
+    for number, (key, value, words) in enumerate([
             ('position', {'epoch': 0}, 'no valid progress'), ('position', 'x', 'no valid progress'),
-            ('processes', 'x', 'no valid state'), ('processes', torch.ones(3), 'no usable state')]:
+            ('processes', 'x', 'no valid state'), ('processes', torch.ones(3), 'no valid state')]):
         torch.save({**good, key: value}, tmp_path / 'bad.pth.tar')
         with pytest.raises(CheckpointError, match=f'bad.pth.tar.*{words}'):
-            run_train('--experiment', 'y', '--resume', str(tmp_path / 'bad.pth.tar'))
+            run_train('--experiment', f'y{number}', '--resume', str(tmp_path / 'bad.pth.tar'))
 
 
 def drop_seed(monkeypatch: pytest.MonkeyPatch) -> None:
