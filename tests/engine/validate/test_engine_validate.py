@@ -343,7 +343,7 @@ def test_real_labels_replace_top1(validate: Validate, image_root: str, weights: 
     assert row['original_top1'] == pytest.approx(100 * (output.argmax(1) == target).double().mean().item())
     assert row['images'] == 7
     for content, words in (([[0]] * 7, 'no labels for .0.png'), ({'0.png': [3]}, '3 is not a class index below 3'),
-                           ({'0.png': [0]}, 'no labels for .1.png'), ({'0.png': 1}, 'list of labels')):
+                           ({'0.png': [0]}, 'no labels for .1.png'), ({'0.png': 1}, 'list of class indices')):
         (tmp_path / 'real.json').write_text(json.dumps(content))
         with pytest.raises(ConfigError, match=words):
             validate('--real-labels', str(tmp_path / 'real.json'))
