@@ -178,7 +178,7 @@ BOMB = '\n'.join(['a: &a [x, x, x, x, x, x, x, x, x, x]', *(
 
 @pytest.mark.parametrize('name, content, words', [
     ('args.yaml', BOMB, 'aliases expand to more'), ('args.yaml', 'a: &a [*a]', 'refers to a node that contains it'),
-    ('args.yaml', '- 1', 'no settings but list'), ('args.yaml', b'\xff', 'cannot be read'),
+    ('args.yaml', '- 1', 'must contain settings, got list'), ('args.yaml', b'\xff', 'cannot be read'),
     ('args.yaml', '[' * 5000, 'nested too deeply'), ('summary.csv', 'epoch,loss\n1e999,1\n', 'is not a table'),
     ('summary.csv', 'epoch,loss\n0,x\n', 'is not a table'), ('summary.csv', b'\xff' * 100, 'is not a table')])
 def test_a_hostile_run_folder_is_one_line(
