@@ -1,6 +1,7 @@
 """The table of a study and its plots: differences to the base are paired by seed."""
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,13 @@ def draw_contrasts(study: Study, results: Sequence[dict[str, Any]], path: Path, 
     """
     found = [(difference_of(study, a, b), contrast(results, a, b, metric)[1]) for a, b in study.contrasts]
     rows = [(name, interval) for name, interval in found if interval is not None]
-    figure = new_figure(7.5, 1.5 + .35 * len(rows), layout='constrained')
+    names = [textwrap.fill(name, 52) for name, _ in rows]  # a long name would leave no room for the differences
+    lines = sum(name.count('\n') + 1 for name in names)
+    figure = new_figure(8, 1.2 + .2 * len(rows) + .16 * lines, layout='constrained')
     axes = figure.subplots()
     for i, (_, (mean, half)) in enumerate(rows):
         axes.errorbar(mean, i, xerr=half, fmt='o', color='C0' if abs(mean) > half else '0.5', capsize=3)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.axvline(0, color='0.3', linewidth=.8)
     figure.supxlabel(
