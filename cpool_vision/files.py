@@ -1,16 +1,12 @@
 """Atomic file writing: a file appears under its name only once it is complete."""
-import io
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, cast
 
 from .errors import OutputError, UserError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 
 def sync_directory(path: str) -> None:
@@ -62,14 +58,13 @@ def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
             os.remove(temporary)
 
 
-class _Counter(io.BytesIO):
+class _Counter:
     """A file that stores nothing and counts how long it would become."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.place = self.size = 0
 
-    def write(self, data: 'Buffer') -> int:
+    def write(self, data: bytes | memoryview) -> int:
         count = memoryview(data).nbytes
         self.place += count
         self.size = max(self.size, self.place)
@@ -82,13 +77,16 @@ class _Counter(io.BytesIO):
     def tell(self) -> int:
         return self.place
 
+    def flush(self) -> None:
+        pass
+
 
 def _shortage(folder: str, write: Callable[[BinaryIO], object]) -> str:
     """Says how many bytes the disk lacks for a file; '' if a full disk was not the reason for the failure."""
     counter = _Counter()
     try:
         free = shutil.disk_usage(folder).free
-        write(counter)
+        write(cast(BinaryIO, counter))
     except (OSError, RuntimeError, TypeError, ValueError):
         return ''
     if counter.size <= free:

@@ -4,22 +4,18 @@
 archive, which other readers ignore. One rename therefore publishes the file with its seal, and links to it have it too.
 """
 import hashlib
-import io
 import json
 import os
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 
 from cpool_vision.errors import CheckpointError, CheckpointVersionError
 from cpool_vision.files import write_atomic
 from cpool_vision.reading import open_regular
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 SCHEMA = 1
 _MARK = b'cpool_vision checkpoint '
@@ -43,17 +39,19 @@ class Seal:
     serial: int
 
 
-class HashedFile(io.BytesIO):
+class HashedFile:
     """Passes what is written to it on to a file, and hashes it."""
 
     def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
         self.file = file
         self.sha256 = hashlib.sha256()
 
-    def write(self, data: 'Buffer') -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.sha256.update(data)
         return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def save_sealed(path: str, content: Mapping[str, object], serial: int) -> None:
@@ -69,7 +67,7 @@ def save_sealed(path: str, content: Mapping[str, object], serial: int) -> None:
     """
     def write(file: BinaryIO) -> None:
         hashed = HashedFile(file)
-        torch.save(content, hashed)
+        torch.save(content, cast(BinaryIO, hashed))
         seal = Seal(hashed.sha256.hexdigest(), SCHEMA, serial)
         comment = _MARK + json.dumps(asdict(seal)).encode()
         file.seek(-2, os.SEEK_END)
