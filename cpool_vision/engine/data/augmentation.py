@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from cpool_vision.data.augment import AugmentationError, Pipeline
 from cpool_vision.errors import ConfigError
 
+from ..settings.limits import flag_name
 from ..settings.shared import InputConfig, settings_of
 from ..settings.train import AugmentSettings, LoaderSettings
 from .keyed import DrawnSeeds, KeyedDataset, WithTransform, kept_generators
@@ -31,7 +32,7 @@ def open_pipeline(settings: LoaderSettings) -> Pipeline | None:
         return None
     for name, off in _EXCLUDED.items():
         if getattr(settings, name) != off:
-            flag = '--' + name.replace('_', '-')
+            flag = flag_name(name)
             raise ConfigError(f'--aug-config {settings.aug_config} replaces {flag}: drop one of the two')
     if settings.no_prefetcher and settings.reprob:
         raise ConfigError('without the prefetcher, --aug-config replaces --reprob: drop one of the two, or put Erasing '
@@ -58,7 +59,7 @@ def describe_pipeline(settings: LoaderSettings) -> dict[str, object] | None:
     idle = [name for name in _IDLE if getattr(settings, name) != getattr(defaults, name)]
     if idle:
         _logger.warning("--aug-config %s replaces timm's transforms. Ignored: %s.", settings.aug_config,
-                        ', '.join('--' + name.replace('_', '-') for name in idle))
+                        ', '.join(map(flag_name, idle)))
     return pipeline.record
 
 

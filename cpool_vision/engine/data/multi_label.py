@@ -10,6 +10,7 @@ from timm.data import ImageDataset, IterableImageDataset, MultiLabelTarget
 
 from cpool_vision.errors import ConfigError, DatasetError
 
+from ..settings.limits import flag_name
 from ..settings.shared import DataSettings, settings_of
 from .label_file import LabelFileReader, find_label_file
 from .unreadable import UNREADABLE
@@ -53,7 +54,7 @@ def check_task(settings: DataSettings) -> None:
             ('corruptions', 'it reads one class from each folder')):
         if getattr(settings, name, None):
             raise ConfigError(
-                f'--{name.replace("_", "-")} does not work with --task multi_label ({reason}): drop one of them')
+                f'{flag_name(name)} does not work with --task multi_label ({reason}): drop one of them')
 
 
 class MultiHot:

@@ -12,6 +12,7 @@ from timm.data import NaFlexMixup, create_naflex_loader
 from cpool_vision.errors import ConfigError, DatasetError
 
 from ..device import Runtime
+from ..settings.limits import flag_name
 from ..settings.shared import DataSettings, InputConfig
 from ..settings.train import LossSettings
 from .dataset import build_dataset
@@ -113,7 +114,7 @@ def check_naflex(settings: DataSettings, model: nn.Module) -> tuple[int, int]:
     for name, reason in unsupported:
         if getattr(settings, name, None):
             raise ConfigError(
-                f'--{name.replace("_", "-")} does not work with --naflex-loader ({reason}): drop one of them')
+                f'{flag_name(name)} does not work with --naflex-loader ({reason}): drop one of them')
     if getattr(settings, 'mixup_mode', 'batch') != 'batch':
         raise ConfigError('--mixup-mode does not work with --naflex-loader, which mixes pairs of equal shape: drop it')
     sizes, probs = settings.naflex_patch_sizes, settings.naflex_patch_size_probs

@@ -1,5 +1,6 @@
 """Settings classes whose fields are command line flags. A field declares the default and the help of its flag."""
 import argparse
+import copy
 import dataclasses
 import types
 import typing
@@ -10,7 +11,7 @@ from timm.utils import ParseKwargs
 
 from cpool_vision.version import __version__
 
-from .limits import show_limits
+from .limits import flag_name, show_limits
 
 _T = TypeVar('_T')
 
@@ -29,7 +30,7 @@ def flag(default: _T, text: str, *names: str, **options: object) -> _T:
     """
     metadata = {'help': text, 'names': names, **options}
     if isinstance(default, dict):  # dataclasses refuse a mutable default
-        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -101,7 +102,7 @@ def build_parser(kind: type[Settings], prog: str, description: str, config: bool
                 continue
             if choice and choice not in exclusive:
                 exclusive[choice] = group.add_mutually_exclusive_group()
-            own = () if f'--{setting.name}' in names else (f'--{setting.name.replace("_", "-")}',)
+            own = () if f'--{setting.name}' in names else (flag_name(setting.name),)
             ordered = sorted((*own, *names), key=lambda name: name.startswith('--'))  # short names first
             exclusive.get(choice, group).add_argument(*ordered, dest=setting.name, help=text, **options)
     show_limits(parser)

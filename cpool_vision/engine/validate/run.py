@@ -23,7 +23,7 @@ from ..data.naflex import build_naflex_eval_loader
 from ..data.stream import Loader
 from ..data.unreadable import refuse_unreadable, sample_name
 from ..device import Runtime, settle_threads, start_runtime
-from ..settings.limits import check_limits
+from ..settings.limits import check_limits, flag_name
 from ..settings.validate import ValidateSettings
 from . import corruption, results, results_plots
 from .evaluate import check_views, evaluate
@@ -58,7 +58,7 @@ def _check(settings: ValidateSettings, runtime: Runtime) -> None:
                        ('corruptions', 'real_labels'), ('corruptions', 'predictions'), ('corruptions', 'plots'),
                        ('corruptions', 'dataset'), ('class_subset', 'dataset')):
         if getattr(settings, one) and getattr(settings, other):
-            first, second = (f'--{name.replace("_", "-")}' for name in (one, other))
+            first, second = map(flag_name, (one, other))
             raise ConfigError(f'{first} and {second} cannot be combined: drop one of them')
     if settings.predictions:
         results.check_writable(settings.predictions, '--predictions')
