@@ -42,14 +42,14 @@ tags:
 
 ![Supports and pooling weights over images]({picture})
 
-`{model}` with context pooling (Huang et al., ICML 2022, https://arxiv.org/abs/2207.01844), trained from scratch on
-{data} by
+`{model}`: context pooling (Huang et al., ICML 2022, https://arxiv.org/abs/2207.01844) in a small network. This command
+trained it from scratch on {data}:
 
 ```bash
 {command}
 ```
 
-What differs from the defaults of `train.py`:
+Settings that differ from the defaults of `train.py`:
 
 ```
 {flags}
@@ -59,7 +59,7 @@ What differs from the defaults of `train.py`:
 |---|---|---|---|---|---|---|---|
 | {train_images:,} | {epochs} | {params_m:.3f} | {macs_m:.1f} | {images:,} | {top1:.2f} | {top5:.2f} | {loss:.3f} |
 
-The figures are those of the last epoch, by
+This command scores the weights, which are those of the last epoch:
 
 ```bash
 python validate.py --model local-dir:models/{name} --pretrained --data-dir DIR    # DIR/validation/CLASS/*
@@ -79,17 +79,22 @@ model = timm.create_model('local-dir:models/{name}', pretrained=True).eval()
 Input: {size} x {size} RGB, scaled to [0, 1], mean {mean}, standard deviation {std}. Labels are the class folders in
 alphabetical order: {labels}.
 
-The picture: circles have a radius of one standard deviation of the pooling mask; the weight map shows the binary
-logarithm of a pixel's weight over that of a uniform map. The photographs are in the public domain and come with
-scikit-image ([docs/inspection.md](../../docs/inspection.md) says where): `{draw}`.
+In the picture, the radius of a circle is one standard deviation of the pooling mask. The weight map shows the binary
+logarithm of each pixel's weight divided by the weight that it would have in a uniform map. The photographs are in the
+public domain and come with scikit-image ([docs/inspection.md](../../docs/inspection.md) says where). This command draws
+the picture:
 
-Licence of the weights: Apache-2.0.
+```bash
+{draw}
+```
+
+The weights are licensed under Apache-2.0.
 '''
 
-_TWINS = '''## Beside its plain base and a depthwise convolution
+_TWINS = '''## Compared with its plain base and a depthwise convolution
 
-The net with pools, with a convolution in their places and with nothing there, trained by one recipe on {data};
-keywords left out are the defaults:
+The same recipe trained three networks on {data}: with context pools, with a depthwise 7x7 convolution in place of each
+pool, and without either. Keywords that are left out have their defaults:
 
 ```bash
 {command} [--model-kwargs KEYWORDS]
@@ -97,20 +102,22 @@ keywords left out are the defaults:
 
 {table}
 
-{train_images:,} images, {epochs} epochs, **one seed**, scored on {images:,} validation images at the last epoch.
-One seed proves nothing: [docs/evidence.md](../../docs/evidence.md) has seeds and intervals.
-Only the model above is released.'''
+{train_images:,} images, {epochs} epochs, **one seed**, scored on {images:,} validation images at the last epoch. One
+seed proves nothing: [docs/evidence.md](../../docs/evidence.md) compares smaller networks with six seeds.'''
 
-_NO_TWINS = '''Not yet compared: its plain base and a depthwise convolution in the pools' places, trained by one recipe
-([docs/results.md](../../docs/results.md) has the commands). Small nets: [docs/evidence.md](../../docs/evidence.md).'''
+_NO_TWINS = '''Not compared yet with its plain base and a depthwise convolution
+([docs/results.md](../../docs/results.md) has the commands).
+[docs/evidence.md](../../docs/evidence.md) compares smaller networks.'''
 
-_TWIN_CELLS = "| in the pools' places | keywords | parameters (M) | MACs (M) | top-1 (%) | difference to plain |"
+_TWIN_CELLS = "| in place of the pools | keywords | parameters (M) | MACs (M) | top-1 (%) | difference to plain |"
+_TWIN_RULE = '|---|---|---:|---:|---:|---:|'
 
 _INDEX = '''# Released models
 
-Small models trained from scratch by the committed configs: demonstrations of each family, not for use on other images.
-A folder loads by `timm.create_model('local-dir:models/NAME', pretrained=True)` after `import cpool_vision`; its card
-says how it was trained and scored. This page is written by `python -m benchmarks.zoo --write`.
+One small model of each family, trained from scratch with the configs in this repository. They are demonstrations and
+not meant for other images. After `import cpool_vision`, `timm.create_model('local-dir:models/NAME', pretrained=True)`
+loads a folder; its card says how the model was trained and what it scores. `python -m benchmarks.zoo --write` writes
+this page.
 
 | model | data | epochs | parameters (M) | MACs (M) | top-1 (%) | weights (MB) |
 |---|---|---:|---:|---:|---:|---:|
@@ -153,19 +160,19 @@ def format_twins(facts: dict[str, Any]) -> str:
     twins = facts.get('twins')
     if not twins:
         return _NO_TWINS
-    lines = [_TWIN_CELLS, '|---|---|---:|---:|---:|---:|', *twin_rows(twins)]
+    lines = [_TWIN_CELLS, _TWIN_RULE, *twin_rows(twins)]
     return _TWINS.format(table='\n'.join(lines), **twins)
 
 
 def results_table() -> str:
     """The twins of every entry, and which entries have none."""
     facts = {folder: read_facts(folder) for folder in entries()}
-    lines = [f'| `{each["model"]}` {row}' for each in facts.values() if 'twins' in each
-             for row in twin_rows(each['twins'])]
+    lines = [f'| `{each["model"]}` | {each["twins"]["train_images"]:,} | {each["twins"]["epochs"]} {row}'
+             for each in facts.values() if 'twins' in each for row in twin_rows(each['twins'])]
     if lines:
-        lines = [f'| model {_TWIN_CELLS}', '|---|---|---|---:|---:|---:|---:|', *lines, '']
+        lines = [f'| model | training images | epochs {_TWIN_CELLS}', f'|---|---:|---:{_TWIN_RULE}', *lines, '']
     without = [f'`{folder.name}`' for folder, each in facts.items() if 'twins' not in each]
-    return '\n'.join([*lines, f'Not yet compared: {", ".join(without)}.'] if without else lines[:-1])
+    return '\n'.join([*lines, f'Not compared yet: {", ".join(without)}.'] if without else lines[:-1])
 
 
 def card(folder: Path) -> str:
