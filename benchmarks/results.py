@@ -1,11 +1,9 @@
-"""Scores finished training runs, and sets an entry of the zoo beside its twins.
+"""Scores finished training runs of one recipe and puts the figures beside an entry of the zoo.
 
-    python -m benchmarks.results RUN... --data-dir DIR [--write FILE]
     python -m benchmarks.results RUN... --data-dir DIR --entry models/NAME --data WORDS --command COMMAND
 
-Every run folder of train.py is measured by validate.py's own function, at its last checkpoint: choosing the best epoch
-by the validation images would be biased. `--write` puts the table between the markers of a Markdown file. `--entry`
-takes runs of one recipe that differ in `--model-kwargs` alone: their figures go into the entry's `release.json`, and
+The runs differ in `--model-kwargs` alone. Each is measured by validate.py's own function at its last checkpoint: to
+choose the best epoch by the validation images would be biased. The figures go into the entry's `release.json`, and
 `python -m benchmarks.zoo --write` makes tables of them.
 """
 import argparse
@@ -21,7 +19,6 @@ from cpool_vision.engine.settings import train
 from cpool_vision.engine.settings.config import parse_args, read_validate, read_yaml
 from cpool_vision.engine.validate.run import validate
 
-from .markers import write_between
 from .model_table import count
 from .study.runner import write_text
 
@@ -78,7 +75,9 @@ def arm_name(model_kwargs: dict[str, Any]) -> str:
     if model_kwargs.get('cpool_positions') in ([], 'none'):
         return PLAIN
     mixer = model_kwargs.get('cpool_mixer', 'context')
-    return {'context': POOL, 'depthwise7': DEPTHWISE}.get(mixer, mixer)
+    name = {'context': POOL, 'depthwise7': DEPTHWISE}.get(mixer, mixer)
+    beside = model_kwargs.get('cpool_depthwise')
+    return f'{name} beside a depthwise {beside}x{beside} convolution' if beside else name
 
 
 def measure(run: Path, data_dir: Path, split: str = 'validation') -> dict[str, Any]:
@@ -165,24 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path)
     parser.add_argument('--data-dir', type=Path, required=True, help='holds validation/CLASS/*')
-    parser.add_argument('--write', type=Path, help='Markdown file with the markers')
-    parser.add_argument('-o', '--output', type=Path, help='JSON file for the figures')
-    parser.add_argument('--entry', type=Path, help='entry of the zoo whose twins the runs are')
-    parser.add_argument('--data', help='what the runs were trained on, for the card')
-    parser.add_argument('--command', help='the command that trained them, without --model-kwargs, for the card')
+    parser.add_argument('--entry', type=Path, required=True, help='entry of the zoo whose twins the runs are')
+    parser.add_argument('--data', required=True, help='what the runs were trained on, for the card')
+    parser.add_argument('--command', required=True, help='what trained them, without --model-kwargs, for the card')
     args = parser.parse_args()
-    if args.entry:
-        if not (args.data and args.command):
-            parser.error('--entry needs --data and --command, which the card prints')
-        rows = add_twins(args.entry, args.runs, args.data_dir, args.data, args.command)
-    else:
-        rows = [measure(run, args.data_dir) for run in args.runs]
-    table = format_table(rows)
-    print(table)
-    if args.output:
-        write_text(args.output, json.dumps(rows, indent=1) + '\n')
-    if args.write:
-        write_between(args.write, '<!-- results -->', '<!-- /results -->', table)
+    print(format_table(add_twins(args.entry, args.runs, args.data_dir, args.data, args.command)))
 
 
 if __name__ == '__main__':

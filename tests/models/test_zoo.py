@@ -65,22 +65,10 @@ def test_the_printed_command_gives_the_settings_and_the_size_of_the_entry(entry:
     assert (params, macs) == (facts['params'], facts['macs'])
 
 
-def test_the_table_of_results_follows_from_the_named_keywords() -> None:
-    page = (zoo.MODELS.parent / 'docs' / 'results.md').read_text(encoding='utf-8')
-    runs = page.split('<!-- runs -->')[1].split('<!-- /runs -->')[0]
-    keywords = {line.split('`')[1]: line.split('`')[3].split() for line in runs.splitlines() if line.startswith('- ')}
-    rows = json.loads((zoo.MODELS.parent / 'benchmarks' / 'results' / 'cifar10_10k.json').read_text(encoding='utf-8'))
-    assert {row['model'] for row in rows} == set(keywords)
-    for row in rows:
-        plain = ['cpool_positions=[]'] if row['arm'] == 'plain base' else []
-        args = train.build_parser().parse_args(['--model-kwargs', *keywords[row['model']], *plain])
-        assert count(row['model'], num_classes=10, **args.model_kwargs)[1:] == (row['params'], row['macs'])
-
-
 def test_the_command_of_the_twins_gives_their_sizes(entry: Path) -> None:
     facts = json.loads((entry / 'release.json').read_text(encoding='utf-8'))
     twins = facts.get('twins', {'rows': []})
-    assert 'twins' not in facts or {row['arm'] for row in twins['rows']} == {PLAIN, POOL, DEPTHWISE}
+    assert 'twins' not in facts or {row['arm'] for row in twins['rows']} >= {PLAIN, POOL, DEPTHWISE}
     for row in twins['rows']:
         keywords = [f'{key}={value}' for key, value in row['model_kwargs'].items()]
         argv = shlex.split(twins['command'])[2:] + (['--model-kwargs', *keywords] if keywords else [])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.release import release
-from benchmarks.results import add_twins, format_table, measure
+from benchmarks.results import add_twins, arm_name, format_table, measure
 from benchmarks.zoo import card, format_twins
 from cpool_vision.engine.settings.config import read_validate
 from cpool_vision.engine.validate.run import validate
@@ -31,7 +31,7 @@ def test_a_run_becomes_a_row_and_an_entry_with_the_same_figures(
         '--model', f'local-dir:{entry}', '--data-dir', image_root, '-j', '0', '--device', 'cpu']))
     assert again['loss'] == pytest.approx(row['loss'], abs=1e-3) and again['top1'] == row['top1']
     text = card(entry)
-    assert 'trained from scratch on\nrandom images' in text and 'drop: 0.2' in text and 'Good for nothing.' in text
+    assert 'trained it from scratch on random images:' in text and 'drop: 0.2' in text and 'Good for nothing.' in text
     assert 'mean [0.4, 0.5, 0.6]' in text and 'cat, dog, owl' in text
     assert f'| 24 | 2 | {row["params"] / 1e6:.3f} |' in text and f'| 7 | {row["top1"]:.2f} |' in text
     assert {path.name for path in entry.iterdir()} == {'release.json', 'config.json', 'model.safetensors'}
@@ -62,6 +62,8 @@ def test_an_entry_is_set_beside_its_twins(
     text = format_twins(facts)
     assert f'| {pool["top1"]:.2f} | {pool["top1"] - plain["top1"]:+.2f} |' in text
     assert f'| {plain["top1"]:.2f} |  |' in text and 'cpool_mixer=depthwise7' in text and '24 images, 1 epochs' in text
+
+    assert arm_name({'cpool_depthwise': 7}) == 'context pool beside a depthwise 7x7 convolution'
 
     before = file.read_text()
     for wrong, words in (
