@@ -221,17 +221,24 @@ def test_any_number_of_threads(threads, set_threads):
 
 
 @needs_compiler
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('threads', [1, 2, 4])
-def test_chunks_of_images_give_the_same(threads, set_threads, monkeypatch):
+def test_chunks_of_images_give_the_same(threads, layout, dtype, set_threads, monkeypatch):
     from cpool_vision.ops.native import launch
     set_threads(threads)
-    case = make_case(5, 24, 17, 19)
+    x, weight_logits, sigma, grad = make_case(5, 24, 17, 19)
+    x, grad = (t.to(dtype).contiguous(memory_format=layout) for t in (x, grad))
 
     def run():
-        return *launch.native_backward(case[3], *case[:3], 1), launch.native_forward(*case[:3], 1)
+        dx, *rest = launch.native_backward(grad, x, weight_logits, sigma, 1)
+        y = launch.native_forward(x, weight_logits, sigma, 1)
+        for t in (y, dx):
+            assert t.dtype == dtype and t.is_contiguous(memory_format=layout)
+        return dx, *rest, y
 
     whole = run()
-    monkeypatch.setattr(launch, 'CHUNK_ELEMENTS', 2 * case[0][0].numel())
+    monkeypatch.setattr(launch, 'CHUNK_ELEMENTS', 2 * x[0].numel())
     if threads == 1:
         assert all(torch.equal(a, b) for a, b in zip(whole, run(), strict=True))
     else:  # maps fewer than threads are summed in bands

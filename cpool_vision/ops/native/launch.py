@@ -12,7 +12,7 @@ from .build import BuildError, Shape, load
 
 # As in shared.h.
 RATIOS = 16
-# Of a temporary in another layout than the caller's: held in the cache, and not as large as the batch.
+# Of a temporary in another layout or dtype than the caller's: held in the cache, and not as large as the batch.
 CHUNK_ELEMENTS = 1 << 21
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -79,24 +79,43 @@ def _take_folded(x: Tensor, groups: int, sigma: Tensor, like: Tensor) -> tuple[T
     return workspace.take('folded', like, size + pixels), size
 
 
-def _with_pixels_first(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """`x` with its channels side by side, and the strides of images and pixels."""
+def _maps_like(x: Tensor, slot: str, like: Tensor) -> Tensor:
+    """Memory for maps of the shape and layout of `x` in fp32, the dtype of `like`."""
+    b, c, h, w = x.shape
+    if is_channels_last(x, 1):
+        return workspace.take(slot, like, b, h, w, c).permute(0, 3, 1, 2)
+    return workspace.take(slot, like, b, c, h, w)
+
+
+def _with_pixels_first(x: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """`x` in fp32 with its channels side by side, and the strides of images and pixels."""
     if _has_adjacent_channels(x):
         return x, (x.stride(0), _pixel_stride(x))
     b, c, h, w = x.shape
-    x = x.to(torch.float32)
-    pixels = workspace.take('pixels', x, b, h * w, c)
+    pixels = workspace.take('pixels', like, b, h * w, c)
     if x.is_contiguous():
-        _transpose(x.flatten(2), pixels)
+        maps = x if x.dtype == torch.float32 else _maps_like(x, 'maps', like).copy_(x)
+        _transpose(maps.flatten(2), pixels)
     else:
         pixels.view(b, h, w, c).copy_(x.permute(0, 2, 3, 1))
     return pixels, (h * w * c, c)
 
 
-def _even(y: Tensor) -> Tensor:
-    """`y` in fp32, copied unless its pixels are evenly spaced."""
-    y = y.to(torch.float32)
-    return y if _is_even(y) else y.contiguous()
+def _from_pixels(pixels: Tensor, out: Tensor) -> None:
+    """Writes fp32 `(B, H * W, C)` to maps `(B, C, H, W)` of any dtype and layout."""
+    b, c, h, w = out.shape
+    if out.is_contiguous():
+        maps = out if out.dtype == torch.float32 else _maps_like(out, 'maps', pixels)
+        _transpose(pixels, maps)
+        if maps is not out:
+            out.copy_(maps)
+    else:
+        out.permute(0, 2, 3, 1).copy_(pixels.view(b, h, w, c))
+
+
+def _is_direct(y: Tensor) -> bool:
+    """Whether the kernels read and write these maps of outputs where they lie."""
+    return y.dtype == torch.float32 and _is_even(y)
 
 
 def _check(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> None:
@@ -107,10 +126,14 @@ def _check(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> None
             f'pass backend=None to use another')
 
 
-def _chunks(x: Tensor, shared: bool) -> list[slice]:
-    """Ranges of images that go through the kernels at once."""
-    b = x.shape[0]
-    size = b if _has_adjacent_channels(x) and not shared else max(1, CHUNK_ELEMENTS // max(1, x[0].numel()))
+def _chunks(x: Tensor, groups: int, sigma: Tensor, direct: bool) -> list[slice]:
+    """Ranges of images that go through the kernels at once: all where they need no temporaries."""
+    if not x.numel():
+        return []
+    b = size = x.shape[0]
+    if not direct or groups > sigma.shape[1] or not _has_adjacent_channels(x):
+        # Every thread takes the supports of one image at a time: there are enough for all.
+        size = max(CHUNK_ELEMENTS // x[0].numel(), -(-torch.get_num_threads() // sigma.shape[1]))
     return [slice(i, i + size) for i in range(0, b, size)]
 
 
@@ -124,20 +147,19 @@ def native_forward(
     shape = (*x.shape[:2], *sigma.shape[2:])
     if out is not None:
         check_out('out', out, shape, x)
-    direct = out is not None and out.dtype == torch.float32 and _is_even(out)
-    y = out if out is not None and direct else empty_maps(x, shape, is_channels_last(x, 1), torch.float32)
-    if x.numel():
-        groups = weight_logits.shape[1]
-        logits, supports = weight_logits.float().contiguous(), sigma.float().contiguous()
-        scratch = torch.empty_like(logits)
-        for part in _chunks(x, groups > sigma.shape[1]):
-            pixels, strides = _with_pixels_first(x[part])
-            folded, _ = _take_folded(x[part], groups, sigma, logits)
-            _call('cpool_forward', _shape(x[part], y, groups, sigma[part], stride, strides),
-                  pixels, logits[part], supports[part], scratch[part], folded, y[part])
-    if out is not None:
-        return out if direct else out.copy_(y)
-    return y.to(x.dtype)
+    y = out if out is not None else empty_maps(x, shape, is_channels_last(x, 1))
+    groups, direct = weight_logits.shape[1], _is_direct(y)
+    logits, supports = weight_logits.float().contiguous(), sigma.float().contiguous()
+    scratch = torch.empty_like(logits)
+    for part in _chunks(x, groups, sigma, direct):
+        pixels, strides = _with_pixels_first(x[part], logits)
+        folded, _ = _take_folded(x[part], groups, sigma, logits)
+        result = y[part] if direct else _maps_like(y[part], 'results', logits)
+        _call('cpool_forward', _shape(x[part], result, groups, sigma[part], stride, strides),
+              pixels, logits[part], supports[part], scratch[part], folded, result)
+        if not direct:
+            y[part].copy_(result)
+    return y
 
 
 def native_backward(
@@ -151,22 +173,23 @@ def native_backward(
     check_gradient(grad, x, sigma)
     if dx is not None:
         check_out('dx', dx, tuple(x.shape), x)
+    else:
+        dx = empty_maps(x, x.shape, is_channels_last(x, 1))
     groups, bands = weight_logits.shape[1], _bands(sigma) if x.numel() else 1
-    given = dx if dx is not None else empty_maps(x, x.shape, is_channels_last(x, 1), torch.float32)
-    whole = bands == 1 and _has_adjacent_channels(given)
+    direct, whole = _is_direct(grad), bands == 1 and _has_adjacent_channels(dx)
     if not x.numel():
-        given.zero_()
+        dx.zero_()
     logits, supports = weight_logits.float().contiguous(), sigma.float().contiguous()
     dlogits, dsigma = torch.zeros_like(logits), torch.zeros_like(supports)
     scratch = torch.empty_like(logits)
-    for part in _chunks(x, groups > sigma.shape[1]) if x.numel() else ():
-        dy = _even(grad[part])
-        pixels, strides = _with_pixels_first(x[part])
+    for part in _chunks(x, groups, sigma, direct and whole):
+        dy = grad[part] if direct else _maps_like(grad[part], 'output gradients', logits).copy_(grad[part])
+        pixels, strides = _with_pixels_first(x[part], logits)
         b, c, h, w = x[part].shape
         folded, size = _take_folded(x[part], groups, sigma, logits)
         dfolded = workspace.take('folded gradients', logits, bands * size).zero_()
         if whole:
-            sums, dx_strides = given[part], (given.stride(0), _pixel_stride(given))
+            sums, dx_strides = dx[part], (dx.stride(0), _pixel_stride(dx))
         else:
             sums, dx_strides = workspace.take('gradients', logits, bands, b, h * w, c), (h * w * c, c)
         dweights = torch.zeros(bands, *logits[part].shape)
@@ -175,12 +198,8 @@ def native_backward(
               dsigma[part])
         dlogits[part] = dweights.sum(0)
         if not whole:
-            total = sums[0] if bands == 1 else sums.sum(0)
-            if given.dtype == torch.float32 and given.is_contiguous():
-                _transpose(total, given[part])
-            else:
-                given[part].permute(0, 2, 3, 1).copy_(total.view(b, h, w, c))
+            _from_pixels(sums[0] if bands == 1 else sums.sum(0), dx[part])
     # One division at a time: the cube of a small support underflows.
     for _ in range(3):
         dsigma = dsigma / supports
-    return (given if dx is not None else given.to(x.dtype)), dlogits.to(weight_logits.dtype), dsigma.to(sigma.dtype)
+    return dx, dlogits.to(weight_logits.dtype), dsigma.to(sigma.dtype)
