@@ -29,21 +29,20 @@ def _call(name: str, shape: Shape, *tensors: Tensor) -> None:
         raise MemoryError(f'{name} found no memory for the temporaries of a {shape.height}x{shape.width} map')
 
 
-def _transpose(t: Tensor, out: Tensor) -> Tensor:
+def _transpose(t: Tensor, out: Tensor) -> None:
     """Writes contiguous `(B, R, C)` to contiguous `(B, C, R)`."""
     _library().cpool_transpose(*t.shape, torch.get_num_threads(), t.data_ptr(), out.data_ptr())
-    return out
 
 
 def _has_adjacent_channels(x: Tensor) -> bool:
-    """Whether pixels are evenly spaced and hold their channels side by side, as in tokens and channels-last maps."""
-    return x.dtype == torch.float32 and x.stride(1) == 1 and x.shape[1] > 1 and _is_even(x)
+    """Whether pixels in fp32 are evenly spaced and hold their channels side by side, as in tokens and channels-last."""
+    return _is_direct(x) and x.stride(1) == 1 and x.shape[1] > 1
 
 
-def _is_even(x: Tensor) -> bool:
-    """Whether pixels are evenly spaced."""
+def _is_direct(x: Tensor) -> bool:
+    """Whether the kernels read or write an output where it lies: fp32, with evenly spaced pixels."""
     h, w = x.shape[2:]
-    return h == 1 or w == 1 or x.stride(2) == w * x.stride(3)
+    return x.dtype == torch.float32 and (h == 1 or w == 1 or x.stride(2) == w * x.stride(3))
 
 
 def _pixel_stride(x: Tensor) -> int:
@@ -113,11 +112,6 @@ def _from_pixels(pixels: Tensor, out: Tensor) -> None:
         out.permute(0, 2, 3, 1).copy_(pixels.view(b, h, w, c))
 
 
-def _is_direct(y: Tensor) -> bool:
-    """Whether the kernels read and write these maps of outputs where they lie."""
-    return y.dtype == torch.float32 and _is_even(y)
-
-
 def _check(x: Tensor, weight_logits: Tensor, sigma: Tensor, stride: int) -> None:
     check_arguments(x, weight_logits, sigma, stride)
     if x.device.type != 'cpu' or x.dtype not in DTYPES:
@@ -177,8 +171,6 @@ def native_backward(
         dx = empty_maps(x, x.shape, is_channels_last(x, 1))
     groups, bands = weight_logits.shape[1], _bands(sigma) if x.numel() else 1
     direct, whole = _is_direct(grad), bands == 1 and _has_adjacent_channels(dx)
-    if not x.numel():
-        dx.zero_()
     logits, supports = weight_logits.float().contiguous(), sigma.float().contiguous()
     dlogits, dsigma = torch.zeros_like(logits), torch.zeros_like(supports)
     scratch = torch.empty_like(logits)
