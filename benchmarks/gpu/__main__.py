@@ -3,7 +3,7 @@
 Needs torch, triton, timm and this checkout, and downloads nothing. What matters most comes first, every result is
 written as soon as it is there, and what the time allowed (`--budget`) does not suffice for is listed as skipped:
 
-1. the kernels' tests, in parallel where pytest-xdist is installed, while the kernels of all cases are compiled;
+1. the kernels' tests, in parallel where pytest-xdist is installed, while the kernels of all cases and models compile;
 2. the operator and a depthwise convolution on every case;
 3. layers, the operator with its predictor under autocast;
 4. training steps in eager mode, against the base and against a depthwise convolution in the same slot, and their
@@ -11,7 +11,8 @@ written as soon as it is there, and what the time allowed (`--budget`) does not 
 5. what else could stand in the operator's place: dense eager, attention, FlexAttention, deformable convolution;
 6. compiled training steps.
 
-`python -m benchmarks.gpu.tables OUT.json --write` puts the tables into docs/performance.md.
+`--parts steps others` measures these parts alone, in this order. `python -m benchmarks.gpu.tables OUT.json --write`
+puts the tables into docs/performance.md.
 """
 import argparse
 import dataclasses
@@ -38,6 +39,7 @@ from .compile import arch_of, compile_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = tuple(f'tests/ops/test_triton_{name}.py' for name in ('kernels', 'maps', 'predictor'))
+PARTS = 'operator', 'layers', 'steps', 'others', 'compiled'
 # Seconds that one measurement is expected to take at most: none begins with less left.
 _SECONDS = {'operator': 3.0, 'other': 12.0, 'step': 12.0, 'compiled': 70.0}
 
@@ -128,6 +130,21 @@ def _steps(session: Session, models: tuple[tuple[str, int, float], ...], arms: t
             _release(session.device)
 
 
+def _parts(session: Session, args: argparse.Namespace, cases: dict[str, Case]) -> dict[str, Callable[[], None]]:
+    """What can be measured, by name, in the order of importance."""
+    scale = 0.0 if args.tiny else 1.0
+    models = steps.TINY_MODELS if args.tiny else steps.MODELS
+    layers = layer.TINY_LAYERS if args.tiny else layer.LAYERS
+    n = args.repeats
+    return {
+        'operator': lambda: _operators(session, cases, operator.FIRST, scale * _SECONDS['operator'], n),
+        'layers': lambda: _layers(session, layers, scale * _SECONDS['operator'], n),
+        'steps': lambda: _steps(session, models, tuple(steps.ARMS), False, n),
+        'others': lambda: _operators(session, cases, operator.OTHERS, scale * _SECONDS['other'], n),
+        'compiled': lambda: _steps(session, models, ('base', 'variant'), True, n),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs everything that the time allows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--budget', type=float, default=340.0, help='seconds in all')
     parser.add_argument('--device', default='cuda', help='cuda, cuda:N, or cpu with --tiny')
     parser.add_argument('--tiny', action='store_true', help='one small case and model: tries the command itself')
-    parser.add_argument('--no-tests', action='store_true', help='begin with the operator')
+    parser.add_argument('--no-tests', action='store_true', help='leave the tests out')
+    parser.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS, help='what to measure, in this order')
     parser.add_argument('--repeats', type=int, default=10, help='counted runs of each')
     args = parser.parse_args(argv)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
@@ -145,21 +163,20 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     cases = {title: dataclasses.replace(case, device=args.device)
              for title, case in (operator.TINY_CASES if args.tiny else operator.CASES).items()}
-    models = steps.TINY_MODELS if args.tiny else steps.MODELS
     session = Session(args.output, args.device, args.budget)
     if args.device.startswith('cuda'):
         workers = compile_kernels(cases.values(), arch_of(args.device))
+        if 'steps' in args.parts:
+            for name, *_ in steps.MODELS:
+                workers.submit(steps.warm_up, name, args.device)
         if not args.no_tests:
             session.results['tests'] = run_tests(min(100.0, session.left() / 3))
             print(session.results['tests']['summary'], flush=True)
             session.save()
         workers.shutdown()
-    scale = 0.0 if args.tiny else 1.0
-    _operators(session, cases, operator.FIRST, scale * _SECONDS['operator'], args.repeats)
-    _layers(session, layer.TINY_LAYERS if args.tiny else layer.LAYERS, scale * _SECONDS['operator'], args.repeats)
-    _steps(session, models, tuple(steps.ARMS), False, args.repeats)
-    _operators(session, cases, operator.OTHERS, scale * _SECONDS['other'], args.repeats)
-    _steps(session, models, ('base', 'variant'), True, args.repeats)
+    parts = _parts(session, args, cases)
+    for name in args.parts:
+        parts[name]()
     session.results['seconds'] = time.monotonic() - session.start
     session.save()
     print(f'figures in {args.output}; {len(session.results["skipped"])} measurements skipped')

@@ -27,7 +27,8 @@ ARMS: dict[str, dict[str, Any]] = {
 def make_step(name: str, arm: str, batch: int, device: str, compiled: bool) -> Callable[[], None]:
     """One step under bf16 autocast, channels-last, with AdamW, on a batch of noise."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **ARMS[arm]).train().to(device, memory_format=torch.channels_last)
+    with torch.device(device):  # a fast device makes initial weights sooner
+        model = timm.create_model(name, **ARMS[arm]).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=torch.device(device).type == 'cuda')
     images = torch.randn(batch, *model.pretrained_cfg['input_size'], device=device)
     images = images.to(memory_format=torch.channels_last)
@@ -41,6 +42,11 @@ def make_step(name: str, arm: str, batch: int, device: str, compiled: bool) -> C
         optimizer.step()
         optimizer.zero_grad()
     return step
+
+
+def warm_up(name: str, device: str) -> None:
+    """Has the variant's kernels compiled into Triton's cache, for another process."""
+    make_step(name, 'variant', 16, device, False)()
 
 
 def measure(name: str, arm: str, batch: int, device: str, repeats: int, compiled: bool) -> dict[str, Any]:
