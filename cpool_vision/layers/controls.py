@@ -7,12 +7,18 @@ from torch import Tensor, nn
 from .context_pool import ContextPool2d
 from .mixer import Mixer2d, Subsample2d
 from .naflex_context_pool import NaFlexContextPool, NaFlexMixer
-from .rivals import DeformableDepthwise2d, GaussianBlur2d, dilated_with_learned_spacings, selective_kernel
+from .rivals import (
+    DeformableDepthwise2d,
+    GaussianBlur2d,
+    blur_pool,
+    dilated_with_learned_spacings,
+    selective_kernel,
+)
 from .token_context_pool import TokenContextPool, TokenMixer
 
 ABLATIONS = ('uniform', 'fixed', 'layer')
 # Mixers that are not context pools.
-LOCAL = ('identity', 'average', 'depthwise3', 'depthwise7', 'gaussian', 'deform', 'dcls', 'selective')
+LOCAL = ('identity', 'average', 'depthwise3', 'depthwise7', 'blur', 'gaussian', 'deform', 'dcls', 'selective')
 
 
 class AblatedPool2d(ContextPool2d):
@@ -64,10 +70,11 @@ class LocalMixer2d(Mixer2d):
     Args:
         dim: Channels C.
         mixer: `identity`: the input itself, every `stride`-th pixel. `average`: the mean of 3 x 3 pixels.
-            `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity. `gaussian`: a separable
-            Gaussian of constant width without parameters. `deform`: a deformable depthwise 3x3 convolution that starts
-            as the identity. `dcls`: a depthwise convolution of nine Gaussian taps at learned positions (needs the
-            package `dcls`). `selective`: timm's `SelectiveKernel` of depthwise convolutions.
+            `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity. `blur`: timm's
+            `BlurPool2d`, a constant binomial 3x3 filter. `gaussian`: a separable Gaussian of constant width without
+            parameters. `deform`: a deformable depthwise 3x3 convolution that starts as the identity. `dcls`: a
+            depthwise convolution of nine Gaussian taps at learned positions (needs the package `dcls`). `selective`:
+            timm's `SelectiveKernel` of depthwise convolutions.
         ratio, floor, support_init: The width of `gaussian`: the initial supports of a context pool with these values.
         stride, init, gate, base, device, dtype: As in `Mixer2d`.
 
@@ -99,6 +106,8 @@ class LocalMixer2d(Mixer2d):
             self.local: nn.Module = Subsample2d(stride)
         elif mixer == 'average':
             self.local = nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+        elif mixer == 'blur':
+            self.local = blur_pool(dim, stride, **dd)
         elif mixer == 'gaussian':
             self.local = GaussianBlur2d(stride, ratio * support_init, floor)
         elif mixer == 'deform':

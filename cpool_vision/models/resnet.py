@@ -22,7 +22,8 @@ __all__ = ['ContextPoolResNet']
 # At 224 pixels the first stage holds 56 x 56 maps, where a pool can cost more than the rest of its stage; with 512
 # channels at 28 x 28 the second would carry most of the multiply-adds.
 FAMILY = Family(
-    'resnet', positions=('branch', 'stem', 'stride', 'shortcut'), stages=(2, 3), former_positions={'stage': 'branch'})
+    'resnet', positions=('stride', 'branch', 'stem', 'shortcut'), stages=(2, 3), groups=16,
+    former_positions={'stage': 'branch'})
 
 
 class ContextPoolBasicBlock(BasicBlock):
@@ -84,9 +85,9 @@ def _rename_on_loading(_: nn.Module, state_dict: dict[str, Any], prefix: str, *_
 class ContextPoolResNet(ResNet):
     """timm's `ResNet` with context pools.
 
-    Positions: `branch` pools the residual branch of the last block of each stage, before the addition (stride 1);
-    `stem` replaces the max-pool of the stem; `stride` pools after the strided 3x3 convolution of a stage's first
-    block, which then runs at stride 1; `shortcut` pools before the 1x1 convolution of the strided shortcut. With
+    Positions: `stride` pools after the strided 3x3 convolution of a stage's first block, which then runs at stride 1;
+    `branch` pools the residual branch of the last block of each stage, before the addition (stride 1); `stem` replaces
+    the max-pool of the stem; `shortcut` pools before the 1x1 convolution of the strided shortcut. With
     `init='identity'` each starts as the module that it replaced.
 
     Args:

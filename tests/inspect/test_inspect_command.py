@@ -121,7 +121,7 @@ def test_report_of_a_run_with_its_model(run_folder: pathlib.Path, tmp_path: path
     path = tmp_path / 'run.html'
     run(capsys, 'resnet_micro_cpool_32', '--run', run_folder, '--html', path, *SMALL, '--num-images', 1, '--layers', 1)
     page = check_page(path.read_text(encoding='utf-8'))
-    assert len(page.images) == 5 and 'Supports at the end' not in page.text and 'Settings' not in page.text
+    assert len(page.images) == 6 and 'Supports at the end' not in page.text and 'Settings' not in page.text
 
 
 @pytest.mark.parametrize('arguments, message', [

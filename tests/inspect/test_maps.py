@@ -26,6 +26,8 @@ def make(name, **kwargs):
         kwargs.update(img_size=(32, 48), class_token=True, global_pool='token')
     else:
         kwargs.update(cpool_stages=[0, 1, 2, 3])
+    if name.startswith('resnet'):
+        kwargs.update(cpool_positions='branch')
     return timm.create_model(name, **kwargs)
 
 
@@ -72,7 +74,7 @@ def test_maps_are_those_the_forward_pooled_with():
 def test_strided_pools_and_named_grids():
     model = timm.create_model('resnet18_cpool', cpool_positions='stem')
     maps = context_maps(model, torch.randn(1, 3, 66, 64))['maxpool.cpool']
-    assert maps.grid == (33, 32) and maps.stride == 2 and maps.sigma.shape == (1, 1, 17, 16)
+    assert maps.grid == (33, 32) and maps.stride == 2 and maps.sigma.shape == (1, 16, 17, 16)
     vit = timm.create_model('vit_micro_cpool_patch4_32', dynamic_img_size=True, cpool_positions=['pre_attn'])
     assert {m.grid for m in context_maps(vit, torch.randn(1, 3, 20, 44)).values()} == {(5, 11)}
 

@@ -127,7 +127,7 @@ def test_incomplete_base_weights_are_refused(weights, tmp_path):
             'resnet18_cpool', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'cut.safetensors')))
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(cpool_init='paper', cpool_positions='stride')])
+@pytest.mark.parametrize('kwargs', [dict(), dict(cpool_init='paper', cpool_positions='branch')])
 def test_weights_of_other_pools_are_refused(tmp_path, kwargs):
     trained = timm.create_model('resnet_micro_cpool_32', cpool_init='paper')
     path = tmp_path / 'trained.safetensors'
@@ -182,7 +182,7 @@ def test_checkpoints_of_resnets_whose_pools_had_the_names_of_slots_load(prefix):
         old = key.replace('1.cpool.', '1.se.').replace('.cpool.', '.')
         assert torch.equal(value, former[prefix + old]), key
     # an SE module of the base keeps its name
-    excited = timm.create_model('resnet18_cpool', block_args=dict(attn_layer='se'))
+    excited = timm.create_model('resnet18_cpool', cpool_positions='branch', block_args=dict(attn_layer='se'))
     assert {k for k in excited.state_dict() if '.se.' in k} and 'layer4.1.cpool.reduce.weight' in excited.state_dict()
     excited.load_state_dict(excited.state_dict())
 

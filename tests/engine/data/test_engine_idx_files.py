@@ -26,7 +26,7 @@ def flags(tmp_path: Path) -> list[str]:
     write_idx(raw, 't10k', 20)
     return ['--config', 'fashion_mnist_resnet_micro', '--data-dir', str(tmp_path), '--epochs', '1',
             '--warmup-epochs', '0', '-b', '20', '-j', '0', '--device', 'cpu', '--output', str(tmp_path / 'runs'),
-            '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]']
+            '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]', 'cpool_groups=1']
 
 
 def test_the_recipe_trains_on_the_files(flags: list[str]) -> None:

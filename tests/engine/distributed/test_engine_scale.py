@@ -15,10 +15,11 @@ from benchmarks.kill_test import compare_runs
 from cpool_vision.engine.train.loop import train_one_epoch
 
 FLAGS = [
-    '--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]', '--dataset',
-    'cpool/shapes', '--num-classes', '10', '--train-num-samples', '96', '--val-num-samples', '15', '-b', '4', '-j', '1',
-    '--grad-accum-steps', '3', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-2', '--drop',
-    '0.2', '--model-ema', '--model-ema-decay', '0.9', '--device', 'cpu', '--recovery-interval', '1', '--no-tensorboard']
+    '--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]', 'cpool_groups=1',
+    '--dataset', 'cpool/shapes', '--num-classes', '10', '--train-num-samples', '96', '--val-num-samples', '15',
+    '-b', '4', '-j', '1', '--grad-accum-steps', '3', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw',
+    '--lr', '1e-2', '--drop', '0.2', '--model-ema', '--model-ema-decay', '0.9', '--device', 'cpu',
+    '--recovery-interval', '1', '--no-tensorboard']
 
 
 @pytest.mark.parametrize('batches, accum, exchanges', [(6, 3, 2), (7, 3, 3), (5, 1, 5), (2, 4, 1)])

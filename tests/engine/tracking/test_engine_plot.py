@@ -71,7 +71,7 @@ def test_pictures_hold_the_curves(folder: pathlib.Path, tmp_path: pathlib.Path, 
 def test_a_real_run_is_drawn(run_train: Any, tmp_path: pathlib.Path) -> None:
     pytest.importorskip('matplotlib')
     folder = run_train('--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]',
-                       '--no-tensorboard')['folder']
+                       'cpool_groups=1', '--no-tensorboard')['folder']
     run = read_run(folder)
     assert run.updates['loss'][0][-1] == 2 and run.epochs['eval_top1'][0].tolist() == [1, 2] and len(run.supports) == 2
     assert plot.main([folder, '-o', str(tmp_path / 'a.svg')]) == 0

@@ -23,7 +23,8 @@ from cpool_vision.errors import ConfigError, OutputError
 from cpool_vision.inspect import context_maps
 
 Train = Callable[..., dict[str, Any]]
-POOLS = ['--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]']
+POOLS = [
+    '--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]', 'cpool_groups=1']
 PLAIN = ['--log-interval', '2', '--no-tensorboard']
 # three updates an epoch, of which the first and the last are reported
 KILLS = ['--epochs', '3', '--recovery-interval', '1', '--experiment', 'x', '--resume', 'auto']
@@ -70,7 +71,7 @@ def test_supports_are_those_of_the_validated_weights(base_flags: list[str]) -> N
     run.trackers.close(False)
     assert run.validator is not None
     average: Any = unwrap_model(run.task.get_eval_model(ema=True))
-    torch.nn.init.constant_(average.layer3[0].cpool.predict.bias, 1.)
+    torch.nn.init.constant_(average.layer3[0].aa.cpool.predict.bias, 1.)
     _, found = run.validator.measure(run.task)
     (images, _), = run.validator.loader
     for each, (layer, maps) in zip(found, context_maps(average, images).items(), strict=True):

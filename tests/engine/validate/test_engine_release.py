@@ -13,7 +13,8 @@ from benchmarks.zoo import card, format_twins
 from cpool_vision.engine.settings.config import read_validate
 from cpool_vision.engine.validate.run import validate
 
-MODEL = ['--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]']
+MODEL = [
+    '--model', 'resnet_micro_cpool_32', '--model-kwargs', 'channels=[8,8,8,8]', 'layers=[1,1,1,1]', 'cpool_groups=1']
 INPUT = ['--mean', '0.4', '0.5', '0.6', '--std', '0.3', '0.3', '0.3', '--crop-pct', '1.0']
 
 
