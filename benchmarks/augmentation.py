@@ -9,6 +9,7 @@ prefetcher. Times are of one thread, in rounds in which all pipelines take turns
 of (images per second of the pipeline / those of timm's default). "With decoding" begins at the JPEG file in memory.
 """
 import argparse
+import functools
 import io
 import pathlib
 import random
@@ -95,12 +96,16 @@ def draw_sheet(transforms: dict[str, Transform], images: list[Image.Image], size
     return sheet
 
 
+def _decode_and(transform: Transform, file: bytes) -> Any:
+    return transform(decode(file))
+
+
 def time_all(transforms: dict[str, Transform], files: list[bytes], rounds: int) -> list[tuple[str, float, float]]:
     """Name, images per second with decoding and without, both over those of the first transform."""
     images = [decode(file) for file in files]
     cases: list[tuple[Callable[[Any], Any], list[Any]]] = []
     for transform in transforms.values():
-        cases += [(lambda file, transform=transform: transform(decode(file)), files), (transform, images)]
+        cases += [(functools.partial(_decode_and, transform), files), (transform, images)]
     seconds: list[list[float]] = [[] for _ in cases]
     for number in range(rounds + 1):
         order = list(range(len(cases)))

@@ -29,7 +29,7 @@ MODELS = (
 def gradients(name: str, dtype: torch.dtype, autocast: bool, batch: int = 16, **kwargs: Any) -> dict[str, Tensor]:
     """Gradients of one training step, in fp64, by name of the parameter."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).train().to(dtype)
+    model: Any = timm.create_model(name, **kwargs).train().to(dtype)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, *model.pretrained_cfg['input_size'], generator=generator).to(dtype)
     labels = torch.randint(0, model.num_classes, (batch,), generator=generator)

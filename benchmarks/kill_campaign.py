@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -160,8 +161,8 @@ class ForkedRun(Run):
     """A run whose processes are forked from this one."""
 
     def _spawn(self, flags: list[str]) -> _Forked:
-        work, more = (_train, {}) if self.nproc == 1 else (_train_two, self.nproc)
-        process = get_context('fork').Process(target=work, args=(flags, self.log, more))
+        work: tuple[Callable[..., None], Any] = (_train, {}) if self.nproc == 1 else (_train_two, self.nproc)
+        process = get_context('fork').Process(target=work[0], args=(flags, self.log, work[1]))
         process.start()
         return _Forked(process)
 
@@ -172,7 +173,8 @@ def check_skipped(folder: pathlib.Path) -> None:
     Raises:
         RuntimeError: it has not.
     """
-    scale = read_checkpoint(str(checkpoint_of(folder, 'last')), 'checkpoint')[SCALER_KEY]['scale']
+    state: Any = read_checkpoint(str(checkpoint_of(folder, 'last')), 'checkpoint')[SCALER_KEY]
+    scale = state['scale']
     if scale >= torch.amp.GradScaler('cpu').state_dict()['scale']:
         raise RuntimeError(f'no step was skipped: the scale of the loss is {scale}')
 

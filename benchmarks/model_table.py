@@ -43,7 +43,7 @@ def count(name: str, **kwargs: Any) -> tuple[int, int, int]:
     set_fused_attn(False)
     try:
         with torch.device('meta'):
-            model = timm.create_model(name, **kwargs).eval()
+            model: Any = timm.create_model(name, **kwargs).eval()
     finally:
         set_fused_attn(bool(fused))
     with torch.device('meta'):

@@ -3,6 +3,7 @@
 A call checks twice, where it enters the dispatcher and where it enters the backend. Medians of many calls in turn on
 one thread; gradients are not asked for, so that the share is the largest there is.
 """
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -33,10 +34,10 @@ def main() -> None:
     run = torch.ops.cpool_vision.context_pool2d
     for shape in SHAPES:
         inputs, _ = Case(shape, (0.2, 1.0), backward=False).inputs()
-        plain = [t.detach() for t in inputs]
+        x, weight_logits, sigma = (t.detach() for t in inputs)
         found = _microseconds({
-            'checks': lambda plain=plain: check_arguments(*plain, 1),
-            'call': lambda plain=plain: run(*plain, 1, 'native')})
+            'checks': functools.partial(check_arguments, x, weight_logits, sigma, 1),
+            'call': functools.partial(run, x, weight_logits, sigma, 1, 'native')})
         checks = CHECKS_OF_A_CALL * found['checks']
         print(f'| {"x".join(map(str, shape))} | {checks:.0f} | {found["call"]:.0f} | {checks / found["call"]:.1%} |')
 

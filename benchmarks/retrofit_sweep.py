@@ -66,7 +66,7 @@ def smallest(module: str, limit: int) -> dict[str, Any]:
     if not sizes:
         return {'model': '', 'status': 'skipped', 'reason': errors[0] if errors else 'no model'}
     params, name = min(sizes)
-    row = {'model': name, 'kwargs': {}, 'params': params}
+    row: dict[str, Any] = {'model': name, 'kwargs': {}, 'params': params}
     for kwargs in SMALLER:
         try:
             row.update(params=count(name, kwargs), kwargs=kwargs)
@@ -139,12 +139,12 @@ def check(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         require(same(after, copy.deepcopy(model)(x)), 'a deep copy gives another output')
     model.train()
     sum(tensor.square().sum() for tensor in flat(model(x))).backward()  # type: ignore[union-attr]
-    for pool_name, pool in pools.items():
-        for key, parameter in pool.named_parameters():
-            require(parameter.grad is not None, f'{pool_name}.{key} gets no gradient')
-            require(bool(parameter.grad.isfinite().all()), f'{pool_name}.{key} gets a gradient that is not finite')
-    grads = [bool((p.grad != 0).any()) for pool in pools.values() for p in pool.parameters()]
-    require(any(grads), 'every gradient of the pools is zero')
+    grads: dict[str, Any] = {
+        f'{pool_name}.{key}': p.grad for pool_name, pool in pools.items() for key, p in pool.named_parameters()}
+    for key, grad in grads.items():
+        require(grad is not None, f'{key} gets no gradient')
+        require(bool(grad.isfinite().all()), f'{key} gets a gradient that is not finite')
+    require(any(bool(grad.any()) for grad in grads.values()), 'every gradient of the pools is zero')
     require(not same(before, after), 'an open gate does not change the output')
     layouts = {'ContextPool2d': 'NCHW', 'ChannelsLastContextPool': 'NHWC', 'GridContextPool': 'tokens'}
     return {

@@ -36,7 +36,7 @@ CASES: tuple[tuple[str, dict[str, Any], float], ...] = (
 def make_step(name: str, batch: int, num_classes: int = 1000, **kwargs: Any) -> Callable[[], None]:
     """One training step of a model, on a batch of noise."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=num_classes, **kwargs).train()
+    model: Any = timm.create_model(name, num_classes=num_classes, **kwargs).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     images = torch.randn(batch, *model.pretrained_cfg['input_size'])
     targets = torch.randint(num_classes, (batch,))

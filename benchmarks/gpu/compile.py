@@ -24,7 +24,8 @@ def compile_kernels(jobs: Iterable[Case | Job], arch: int) -> Executor:
     a case, the kernel's name, and its `Config`."""
     workers = ProcessPoolExecutor(min(14, os.cpu_count() or 1), multiprocessing.get_context('spawn'))
     for job in jobs:
-        workers.submit(compile_case, *(job if isinstance(job, tuple) else (job, None, None)), arch)
+        case, kernel, config = job if isinstance(job, tuple) else (job, None, None)
+        workers.submit(compile_case, case, kernel, config, arch)
     return workers
 
 

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpool_vision.ops.triton import launch
+from cpool_vision.ops.triton import backward, forward, launch
 from cpool_vision.ops.triton.launch import Config, Launch
+from cpool_vision.ops.triton.layout import block_width
 from cpool_vision.profile.cases import Case
 from cpool_vision.profile.measure import device_info, machine
 
 from .compile import arch_of, compile_kernels
 from .operator import CASES
 
-KERNELS = {'pool': launch.pool, 'grad_queries': launch.grad_queries, 'grad_keys': launch.grad_keys}
+KERNELS = {'pool': forward.pool, 'grad_queries': backward.grad_queries, 'grad_keys': backward.grad_keys}
 # Clock cycles that the device sleeps before a timed kernel, so that the launch is not measured.
 _SLEEP = 800_000
 # Largest relative difference from the shipped configuration's results.
@@ -43,7 +44,7 @@ def shipped(case: Case, kernel: str) -> Config:
 def candidates(case: Case, kernel: str) -> list[Config]:
     """The shipped configuration, and others round it."""
     best = shipped(case, kernel)
-    block = launch.block_width(case.shape[3])
+    block = block_width(case.shape[3])
     tiles = [(2, 16), (4, 16), (8, 16), (16, 16)] if block == 16 else [(4, 8), (8, 8), (8, 16), (16, 8)]
     found = [best]
     for (tile_h, tile_w), chunk, warps, cap, prefetch in itertools.product(
@@ -91,8 +92,9 @@ def timed(kernel: str, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) 
 
 def run(inputs: tuple[Tensor, ...], grad: Tensor, stride: int) -> list[Tensor]:
     """Forward and backward pass."""
-    y, kept = launch.triton_forward(*inputs, stride)
-    return [y, *launch.triton_backward(grad, *inputs, kept, stride)]
+    x, weight_logits, sigma = inputs
+    y, kept = launch.triton_forward(x, weight_logits, sigma, stride)
+    return [y, *launch.triton_backward(grad, x, weight_logits, sigma, kept, stride)]
 
 
 def measure(case: Case, kernel: str, config: Config, inputs: tuple[Tensor, ...], grad: Tensor, expected: list[Tensor],

@@ -28,7 +28,8 @@ def make_step(name: str, arm: str, batch: int, device: str, compiled: bool) -> C
     """One step under bf16 autocast, channels-last, with AdamW, on a batch of noise."""
     torch.manual_seed(0)
     with torch.device(device):  # a fast device makes initial weights sooner
-        model = timm.create_model(name, **ARMS[arm]).train().to(memory_format=torch.channels_last)
+        model: Any = timm.create_model(name, **ARMS[arm]).train()
+    model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=torch.device(device).type == 'cuda')
     images = torch.randn(batch, *model.pretrained_cfg['input_size'], device=device)
     images = images.to(memory_format=torch.channels_last)

@@ -46,7 +46,7 @@ def draw_supports(study: Study, results: Sequence[dict[str, Any]], path: Path) -
     axes.set_xlabel('pool, counted from the input on')
     axes.set_ylabel('support size (pixels of the image)')
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params('x', integer=True)
     axes.grid(alpha=.3)
     axes.spines[['top', 'right']].set_visible(False)
     figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize='small')

@@ -85,6 +85,9 @@ class Stack:
         self.graphed = False
         self.advance: Callable[[Split, Tensor, Tensor, float], Tensor] = self.graph_step if cuda else self.step
         self._eager_steps = 0
+        self._graph: torch.cuda.CUDAGraph
+        self._inputs: tuple[Tensor, Tensor, Tensor]
+        self._losses: Tensor
 
     def outputs(self, images: Tensor) -> Tensor:
         """For uint8 images `(S, B, 3, H, W)`, or `(B, 3, H, W)` shown to all."""
