@@ -17,7 +17,8 @@ from ._family import Family, PoolConfig
 
 __all__ = ['ContextPoolSwinTransformer']
 
-FAMILY = Family('swin_transformer', positions=('pre_attn', 'window', 'post_block'), stages=(2, 3))
+FAMILY = Family(
+    'swin_transformer', positions=('pre_attn', 'window', 'post_block'), stages=(2, 3), ratio=0.25, groups=16)
 
 
 class ContextPoolLinear(nn.Linear):
