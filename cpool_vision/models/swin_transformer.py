@@ -122,7 +122,7 @@ def swin_micro_cpool_patch2_window4_32(pretrained: bool = False, **kwargs: Any) 
     """Swin of 1.1 M parameters for 32 x 32 images, with context pooling: the first stage has 16 x 16 tokens."""
     model_args = dict(
         img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(2, 2, 4, 1), num_heads=(2, 3, 6, 12),
-        cpool_groups=8)
+        cpool_groups=6)
     return _create_swin_transformer('swin_micro_cpool_patch2_window4_32', pretrained, **dict(model_args, **kwargs))
 
 
