@@ -161,8 +161,9 @@ class ForkedRun(Run):
     """A run whose processes are forked from this one."""
 
     def _spawn(self, flags: list[str]) -> _Forked:
-        work: tuple[Callable[..., None], Any] = (_train, {}) if self.nproc == 1 else (_train_two, self.nproc)
-        process = get_context('fork').Process(target=work[0], args=(flags, self.log, work[1]))
+        target: Callable[..., None] = _train if self.nproc == 1 else _train_two
+        more: Any = {} if self.nproc == 1 else self.nproc
+        process = get_context('fork').Process(target=target, args=(flags, self.log, more))
         process.start()
         return _Forked(process)
 
