@@ -71,10 +71,10 @@ class LocalMixer2d(Mixer2d):
         dim: Channels C.
         mixer: `identity`: the input itself, every `stride`-th pixel. `average`: the mean of 3 x 3 pixels.
             `depthwise3`, `depthwise7`: a depthwise convolution that starts as the identity. `blur`: timm's
-            `BlurPool2d`, a constant binomial 3x3 filter. `gaussian`: a separable Gaussian of constant width without
-            parameters. `deform`: a deformable depthwise 3x3 convolution that starts as the identity. `dcls`: a
-            depthwise convolution of nine Gaussian taps at learned positions (needs the package `dcls`). `selective`:
-            timm's `SelectiveKernel` of depthwise convolutions.
+            `BlurPool2d`, a constant binomial 3x3 filter, for maps of at least 2 x 2 pixels. `gaussian`: a separable
+            Gaussian of constant width without parameters. `deform`: a deformable depthwise 3x3 convolution that starts
+            as the identity. `dcls`: a depthwise convolution of nine Gaussian taps at learned positions (needs the
+            package `dcls`). `selective`: timm's `SelectiveKernel` of depthwise convolutions.
         ratio, floor, support_init: The width of `gaussian`: the initial supports of a context pool with these values.
         stride, init, gate, base, device, dtype: As in `Mixer2d`.
 
@@ -132,8 +132,11 @@ class LocalMixer2d(Mixer2d):
                 nn.init.zeros_(self.local.bias)
 
     def mix(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        if self.mixer == 'blur' and min(x.shape[-2:]) < 2:
+            raise ValueError(f"mixer 'blur' mirrors the border of a map and needs at least 2 x 2 pixels, got "
+                             f'{x.shape[-2]} x {x.shape[-1]}: choose another mixer or larger images')
         y = self.local(x)
-        if present is not None and self.mixer in ('average', 'gaussian'):
+        if present is not None and self.mixer in ('average', 'blur', 'gaussian'):
             y = y / self.local(present.type_as(x)).clamp(min=1e-3)
         return y
 

@@ -92,6 +92,16 @@ def test_unknown_mixers_are_refused():
         timm.create_model('vit_micro_cpool_patch4_32', cpool_mixer='mean', device='meta')
 
 
+def test_blur_is_the_binomial_filter_of_maps_that_it_can_mirror():
+    pool = create_mixer(8, mixer='blur', stride=2)
+    taps = torch.tensor([.25, .5, .25])
+    kernel = (taps[:, None] * taps).expand(8, 1, 3, 3)
+    expected = nn.functional.conv2d(nn.functional.pad(X, (1, 1, 1, 1), 'reflect'), kernel, stride=2, groups=8)
+    torch.testing.assert_close(pool(X), expected)
+    with pytest.raises(ValueError, match="mixer 'blur' .* needs at least 2 x 2 pixels, got 1 x 9"):
+        pool(X[:, :, :1])
+
+
 def test_mixers_without_a_predictor_are_no_context_pools():
     for mixer in HERE:
         pool = create_mixer(8, mixer=mixer)

@@ -58,7 +58,9 @@ def batch_of(single, length=27, garbage=0.):
     dict(), dict(cpool_groups=4, cpool_init='identity', cpool_positions='post_block'), dict(cpool_positions='pre_attn'),
     dict(cpool_backend='reference'), dict(cpool_backend='tiled'), dict(pos_embed='factorized', reg_tokens=0),
     dict(class_token=True, global_pool='token', use_key_only_attn_mask=True),
-    *(dict(cpool_mixer=mixer) for mixer in MIXERS[1:] if mixer != 'dcls' or importlib.util.find_spec('DCLS'))], ids=str)
+    # one of the images has a single row of patches, which `blur` refuses
+    *(dict(cpool_mixer=mixer) for mixer in MIXERS[1:]
+      if mixer != 'blur' and (mixer != 'dcls' or importlib.util.find_spec('DCLS')))], ids=str)
 def test_a_batch_of_patches_equals_every_image_alone(kwargs):
     model = make(**kwargs)
     with torch.no_grad():
