@@ -107,7 +107,7 @@ class LocalMixer2d(Mixer2d):
         elif mixer == 'average':
             self.local = nn.AvgPool2d(3, stride, 1, count_include_pad=False)
         elif mixer == 'blur':
-            self.local = blur_pool(dim, stride, **dd)
+            self.local = blur_pool(stride, **dd)
         elif mixer == 'gaussian':
             self.local = GaussianBlur2d(stride, ratio * support_init, floor)
         elif mixer == 'deform':

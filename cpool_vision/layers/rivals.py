@@ -95,13 +95,13 @@ def dilated_with_learned_spacings(dim: int, stride: int = 1, device: Any = None,
     return module.to(device=device, dtype=dtype)
 
 
-def blur_pool(dim: int, stride: int = 1, device: Any = None, dtype: Any = None) -> nn.Module:
-    """timm's `BlurPool2d`, a constant binomial 3x3 filter.
+def blur_pool(stride: int = 1, device: Any = None, dtype: Any = None) -> nn.Module:
+    """timm's `BlurPool2d`, a constant binomial 3x3 filter, for maps of any number of channels.
 
     `Making Convolutional Networks Shift-Invariant Again`, https://arxiv.org/abs/1904.11486.
     """
     from timm.layers import BlurPool2d
-    return BlurPool2d(dim, stride=stride, device=device, dtype=dtype)
+    return BlurPool2d(stride=stride, device=device, dtype=dtype)
 
 
 def selective_kernel(dim: int, stride: int = 1, device: Any = None, dtype: Any = None) -> nn.Module:

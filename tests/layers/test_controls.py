@@ -102,6 +102,14 @@ def test_blur_is_the_binomial_filter_of_maps_that_it_can_mirror():
         pool(X[:, :, :1])
 
 
+@pytest.mark.parametrize('mixer', ['average', 'blur', 'gaussian'])
+def test_constant_filters_leave_missing_pixels_out(mixer):
+    present = torch.ones(2, 1, 11, 9)
+    present[:, :, 4:, 3:] = 0
+    y = create_mixer(8, mixer=mixer).mix(7 * present.expand(2, 8, 11, 9), present)
+    torch.testing.assert_close(y[:, :, :4], torch.full((2, 8, 4, 9), 7.))
+
+
 def test_mixers_without_a_predictor_are_no_context_pools():
     for mixer in HERE:
         pool = create_mixer(8, mixer=mixer)
