@@ -1,7 +1,7 @@
 """Times a training step of each variant against its plain base: `python -m benchmarks.train_step [-o FILE.json]`.
 
-A step is forward, loss, backward and an SGD update in fp32 on the same batch. Both arms alternate within one run; a
-ratio is the variant's median time over the base's. Fresh pools reach far (half of the largest support), so that less
+The third arm has a depthwise 7x7 convolution in the position of each pool. A step is forward, loss, backward and an SGD
+update in fp32 on the same batch. The arms alternate within one run; a ratio is an arm's median time over the base's. Fresh pools reach far (half of the largest support), so that less
 is skipped than after training.
 """
 import argparse
@@ -23,13 +23,14 @@ from .model_table import count
 from .op import machine
 
 BEGIN, END = '<!-- train-step -->', '<!-- /train-step -->'
-# Model, its settings, and the ratio of times aimed at.
-CASES: tuple[tuple[str, dict[str, Any], float], ...] = (
+# Model, its settings, and the ratio of times aimed at, if any.
+CASES: tuple[tuple[str, dict[str, Any], float | None], ...] = (
     ('vit_small_cpool_patch16_224', {}, 1.10),
     ('vit_small_cpool_patch16_224', {'cpool_support_groups': 1}, 1.10),
     ('vit_small_cpool_patch16_224', {'cpool_groups': 1}, 1.04),
     ('resnet50_cpool', {}, 1.20),
     ('convnext_tiny_cpool', {}, 1.15),
+    ('swin_tiny_cpool_patch4_window7_224', {}, None),
 )
 
 
@@ -49,17 +50,21 @@ def make_step(name: str, batch: int, num_classes: int = 1000, **kwargs: Any) -> 
 
 
 def run_case(
-        name: str, settings: dict[str, Any], target: float, batch: int, repeats: int,
+        name: str, settings: dict[str, Any], target: float | None, batch: int, repeats: int,
         clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    steps = {'base': make_step(name, batch, cpool_positions=[]), 'variant': make_step(name, batch, **settings)}
+    steps = {
+        'base': make_step(name, batch, cpool_positions=[]),
+        'variant': make_step(name, batch, **settings),
+        'depthwise7': make_step(name, batch, cpool_mixer='depthwise7'),
+    }
     times: dict[str, list[float]] = {arm: [] for arm in steps}
     for _ in range(repeats + 1):
         for arm, step in steps.items():
             start = clock()
             step()
             times[arm].append(clock() - start)
-    base, variant = (statistics.median(times[arm][1:]) for arm in ('base', 'variant'))
+    base, variant, depthwise7 = (statistics.median(times[arm][1:]) for arm in steps)
     _, base_params, base_macs = count(name, cpool_positions=[])
     _, params, macs = count(name, **settings)
     return {
@@ -68,7 +73,9 @@ def run_case(
         'batch': batch,
         'base_ms': base * 1e3,
         'variant_ms': variant * 1e3,
+        'depthwise7_ms': depthwise7 * 1e3,
         'ratio': variant / base,
+        'depthwise7_ratio': depthwise7 / base,
         'target_ratio': target,
         'params_change': params / base_params - 1,
         'macs_change': macs / base_macs - 1,
@@ -80,11 +87,12 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ['| model | training step, variant / base | target | parameters | MACs |', '|---|---|---|---|---|']
-    lines += [
-        f'| {_label(r)} | {r["ratio"]:.2f} | {r["target_ratio"]:.2f} | {100 * r["params_change"]:+.1f} % '
-        f'| {100 * r["macs_change"]:+.1f} % |' for r in rows
-    ]
+    lines = ['| model | training step, variant / base | depthwise 7x7 / base | target for the variant | parameters | MACs |',
+             '|---|---|---|---|---|---|']
+    for r in rows:
+        target = '-' if r['target_ratio'] is None else f'{r["target_ratio"]:.2f}'
+        lines.append(f'| {_label(r)} | {r["ratio"]:.2f} | {r["depthwise7_ratio"]:.2f} | {target} '
+                     f'| {100 * r["params_change"]:+.1f} % | {100 * r["macs_change"]:+.1f} % |')
     return '\n'.join(lines)
 
 

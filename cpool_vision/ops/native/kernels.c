@@ -173,6 +173,8 @@ int cpool_backward(const Shape *p, const float *grad, const float *x, const floa
                    float *pixel, float *folded, float *dfolded, float *dx, float *dlogits, float *dsigma) {
     const int64_t n = p->height * p->width, no = p->out_height * p->out_width, c = p->channels;
     const int64_t images = p->maps / p->groups, shares = p->maps / p->shared;
+    /* Threads stay apart: in dx, pixels of neighboring groups lie in the same lines of the cache. */
+    const int64_t threads = p->threads, each = (shares + threads - 1) / threads;
     const int64_t width = folded_width(p), band_size = shares * n * width;
     const float *common = folded + shares * n * width;
     const int rows = (int)((p->out_height + TILE_H - 1) / TILE_H), cols = (int)((p->out_width + TILE_W - 1) / TILE_W);
@@ -185,8 +187,10 @@ int cpool_backward(const Shape *p, const float *grad, const float *x, const floa
         Tile tile, *t = &tile;
         const int ok = begin(t, p, 1, x, logits, pixel, folded, facts, &failed);
 #pragma omp for schedule(dynamic)
-        for (int64_t job = 0; job < shares * p->bands; ++job) {
-            const int64_t share = job / p->bands, band = job % p->bands, first = share * p->shared;
+        for (int64_t job = 0; job < threads * each * p->bands; ++job) {
+            const int64_t place = job / p->bands, band = job % p->bands;
+            const int64_t share = place % threads * each + place / threads, first = share * p->shared;
+            if (share >= shares) continue;
             const int from = (int)(rows * band / p->bands), to = (int)(rows * (band + 1) / p->bands);
             for (int at = from * cols; ok && at < to * cols; ++at) {
                 make_tile(t, p, at / cols, at % cols, sigma + share * no, logits + first * n, facts + first);
