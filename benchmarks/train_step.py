@@ -1,8 +1,8 @@
 """Times a training step of each variant against its plain base: `python -m benchmarks.train_step [-o FILE.json]`.
 
 The third arm has a depthwise 7x7 convolution in the position of each pool. A step is forward, loss, backward and an SGD
-update in fp32 on the same batch. The arms alternate within one run; a ratio is an arm's median time over the base's. Fresh pools reach far (half of the largest support), so that less
-is skipped than after training.
+update in fp32 on the same batch. The arms take turns; a ratio is the median over the turns of an arm's time over the
+base's. Fresh pools reach far (half of the largest support), so that less is skipped than after training.
 """
 import argparse
 import json
@@ -64,18 +64,18 @@ def run_case(
             start = clock()
             step()
             times[arm].append(clock() - start)
-    base, variant, depthwise7 = (statistics.median(times[arm][1:]) for arm in steps)
+    # Other load comes and goes: times are compared with those of the same turn.
+    ratios = {arm: statistics.median(a / b for a, b in zip(times[arm][1:], times['base'][1:], strict=True))
+              for arm in steps}
     _, base_params, base_macs = count(name, cpool_positions=[])
     _, params, macs = count(name, **settings)
     return {
         'model': name,
         'settings': settings,
         'batch': batch,
-        'base_ms': base * 1e3,
-        'variant_ms': variant * 1e3,
-        'depthwise7_ms': depthwise7 * 1e3,
-        'ratio': variant / base,
-        'depthwise7_ratio': depthwise7 / base,
+        **{f'{arm}_ms': statistics.median(times[arm][1:]) * 1e3 for arm in steps},
+        'ratio': ratios['variant'],
+        'depthwise7_ratio': ratios['depthwise7'],
         'target_ratio': target,
         'params_change': params / base_params - 1,
         'macs_change': macs / base_macs - 1,
