@@ -87,7 +87,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ['| model | training step, variant / base | depthwise 7x7 / base | target for the variant | parameters | MACs |',
+    lines = ['| model | training step, variant / base | depthwise 7x7 / base | target, variant | parameters | MACs |',
              '|---|---|---|---|---|---|']
     for r in rows:
         target = '-' if r['target_ratio'] is None else f'{r["target_ratio"]:.2f}'
