@@ -246,8 +246,20 @@ def test_chunks_of_images_give_the_same(threads, layout, dtype, set_threads, mon
 
 
 @needs_compiler
+@pytest.mark.parametrize('exponent', [-100, 100])
+def test_gradients_of_any_size(exponent):
+    from cpool_vision.ops.native import launch
+    x, weight_logits, sigma, grad = make_case(1, 12, 13, 15, sigma=(0.3, 3.0))
+    weight_logits = 11.9 * weight_logits / weight_logits.abs().max()
+    expected = launch.native_backward(grad, x, weight_logits, sigma, 1)
+    got = launch.native_backward(grad * 2. ** exponent, x, weight_logits, sigma, 1)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a * 2. ** -exponent, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+
+
+@needs_compiler
 def test_wide_channels_use_every_block_size():
-    for channels in (1, 5, 16, 31, 49, 127):
+    for channels in (*range(1, 25), 31, 49, 127):
         assert_as_good_as_eager(make_case(1, channels, 19, 23, sigma=(0.2, 2.0), seed=channels), 'native')
 
 

@@ -31,12 +31,14 @@ static void place_keys(Tile *t, const Shape *p, int i0, int i1) {
     }
 }
 
-/* dots[key] += sum over n channels of feature * g, for `keys` keys, whose sums do not wait for one another. */
-INLINE void dot_keys(vf *dots, const float *x, const int *places, int64_t pixel, const vf *g, int n, int keys) {
+/* dots[key] becomes the sum over n channels of feature * g, added to what it was if asked to, for `keys` keys, whose sums
+ * do not wait for one another. */
+INLINE void dot_keys(vf *dots, const float *x, const int *places, int64_t pixel, const vf *g, int n, int keys,
+                     int add) {
     vf a[DOT_KEYS];
     const float *f[DOT_KEYS];
     for (int j = 0; j < keys; ++j) {
-        a[j] = dots[j];
+        a[j] = add ? dots[j] : splat(0);
         f[j] = x + places[j] * pixel;
     }
 #pragma GCC unroll 24
@@ -50,8 +52,9 @@ INLINE void dot_block(Tile *t, const float *x, int64_t pixel, int c0, int n, int
     vf g[BLOCK];
     for (int c = 0; c < n; ++c) g[c] = t->columns[c0 + c];
     int at = 0;
-    for (; at + DOT_KEYS <= count; at += DOT_KEYS) dot_keys(t->dots + k + at, x + c0, t->places + at, pixel, g, n, DOT_KEYS);
-    for (; at < count; ++at) dot_keys(t->dots + k + at, x + c0, t->places + at, pixel, g, n, 1);
+    for (; at + DOT_KEYS <= count; at += DOT_KEYS)
+        dot_keys(t->dots + k + at, x + c0, t->places + at, pixel, g, n, DOT_KEYS, c0 > 0);
+    for (; at < count; ++at) dot_keys(t->dots + k + at, x + c0, t->places + at, pixel, g, n, 1, c0 > 0);
 }
 
 /* dx[key] += sum over queries of weight * rows, for `keys` keys and n vectors of channels from c0, of which the last
@@ -94,9 +97,13 @@ INLINE void spread_block(Tile *t, float *dx, int64_t pixel, int c0, int n, int s
         int c = 0, left = (int)p->channels;                                            \
         for (; left >= BLOCK; left -= BLOCK, c += BLOCK) call(BLOCK);                  \
         if (BLOCK > 16 && left >= 16) { call(16 < BLOCK ? 16 : BLOCK); c += 16; left -= 16; } \
-        if (left >= 8) { call(8); c += 8; left -= 8; }                                 \
+        if (BLOCK > 12 && left >= 12) { call(12 < BLOCK ? 12 : BLOCK); c += 12; left -= 12; } \
+        if (BLOCK > 8 && left >= 8) { call(8); c += 8; left -= 8; }                           \
+        if (left >= 6) { call(6); c += 6; left -= 6; }                                 \
         if (left >= 4) { call(4); c += 4; left -= 4; }                                 \
-        for (; left > 0; --left, ++c) call(1);                                         \
+        if (left >= 3) { call(3); c += 3; left -= 3; }                                 \
+        if (left >= 2) { call(2); c += 2; left -= 2; }                                 \
+        if (left) call(1);                                                             \
     } while (0)
 
 static void pool_all(Tile *t, const Shape *p, const float *x, int64_t pixel, int i0, int i1, int k) {

@@ -103,10 +103,7 @@ static vf differentiate_tile(Tile *t, const Shape *p, const Facts *facts, int64_
     for (int q = 0; q < LANES; ++q)
         if (t->index[q] < 0) inverse[q] = 0;
     load_gradient(t, p, dy, !narrow);
-    for (int k = 0; k < t->key_count; ++k) {
-        t->weights[k] *= inverse;
-        t->dots[k] = splat(0);
-    }
+    for (int k = 0; k < t->key_count; ++k) t->weights[k] *= inverse;
     spread_gradients(t, p, in, din, narrow);
     vf mean = splat(0), dscale = splat(0);
     for (int k = 0; k < t->key_count; ++k) mean += t->weights[k] * t->dots[k];
@@ -123,7 +120,8 @@ static vf differentiate_tile(Tile *t, const Shape *p, const Facts *facts, int64_
                 dscale += u[j] * (off_y + offset2(t->center_x, t->near_x, at + j));
             }
             const vf sums = add_lanes(u);
-            for (int j = 0; j < some; ++j) to[at + j] += sums[j];
+            if (some == LANES) *(vf *)(to + at) += sums;
+            else store_some(to + at, load_some(to + at, some) + sums, some);
         }
     }
     return dscale;

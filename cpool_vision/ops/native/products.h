@@ -20,6 +20,7 @@ static void sum_features(Tile *t, const Shape *p, const float *in, int narrow) {
 
 /* From the gradient in rows and columns: its products with the features, and what each key gets of it. */
 static void spread_gradients(Tile *t, const Shape *p, const float *in, float *din, int narrow) {
+    if (narrow) memset(t->dots, 0, t->key_count * sizeof(vf)); /* quads add to those that they read */
     for (int i = 0, k = 0, keys; i < t->segment_count; k += keys) {
         int end = next_chunk(t, i, narrow ? NARROW_CHUNK : CHUNK, &keys);
         if (narrow) {

@@ -112,7 +112,6 @@ static vf differentiate_share(Tile *t, const Shape *p, const float *pixel, const
         t->columns[ratios + g] = -mean * inverse;
     }
     to_rows(t);
-    memset(t->dots, 0, t->key_count * sizeof(vf));
     spread_gradients(t, &q, folded, dfolded, narrow);
     vf dscale = splat(0);
     for (int i = 0, k = 0; i < t->segment_count; ++i) {

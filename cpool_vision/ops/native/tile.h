@@ -205,6 +205,41 @@ INLINE int lane_of(int j, int i) {
     return j % (TILE_W / 2) * 2 + j / (TILE_W / 2) * 2 * TILE_W + i % 2 + i / 2 * TILE_W;
 }
 
+/* Of one row of keys, zeroes those at the ends that weigh at most `least`, query by query, and sets the spans that are
+ * left of it; returns how many keys they hold. */
+static int64_t trim_queries(const Tile *t, Segment s, vf *weights, Span *spans, vf least, vf *dropped) {
+    const int n = s.x1 - s.x0;
+    int64_t read = 0;
+    vi first = (vi){0} + s.x0, last = (vi){0} + s.x1;
+    vi out = ~(vi){0};
+    for (int k = 0; k < n; ++k) {
+        out &= weights[k] <= least;
+        if (!any_of(out)) break;
+        *dropped += pick(out, weights[k], splat(0));
+        weights[k] = pick(out, splat(0), weights[k]);
+        first -= out;
+    }
+    out = ~out;
+    for (int k = n - 1; k >= 0; --k) {
+        out &= weights[k] <= least;
+        if (!any_of(out)) break;
+        *dropped += pick(out, weights[k], splat(0));
+        weights[k] = pick(out, splat(0), weights[k]);
+        last += out;
+    }
+    for (int j = 0; j < QUADS; ++j) {
+        spans[j] = (Span){s.x1, 0};
+        for (int i = 0; i < 4; ++i) {
+            const int q = lane_of(j, i);
+            if (t->index[q] < 0 || first[q] >= last[q]) continue;
+            spans[j].x0 = first[q] < spans[j].x0 ? first[q] : spans[j].x0;
+            spans[j].x1 = last[q] > spans[j].x1 ? last[q] : spans[j].x1;
+        }
+        if (spans[j].x1 > spans[j].x0) read += spans[j].x1 - spans[j].x0;
+    }
+    return read;
+}
+
 /* Leaves out pairs at the ends of rows that, all together, weigh at most t->tolerance in every query;
  * reach2, which knows no more of the logits than the largest, leaves out as much. Takes them off the sums.
  * Far pixels count most in dsigma: cuts that spend the whole tolerance would exceed its error bound.
@@ -225,36 +260,10 @@ static int64_t trim(Tile *t, const Shape *p, vf *total) {
         while (b > a && all_at_most(from[b - 1], least)) dropped += from[--b];
         if (a < b) {
             if (to != from + a) memmove(to, from + a, (b - a) * sizeof(vf));
-            vi first = (vi){0} + (s.x0 + a), last = (vi){0} + (s.x0 + b);
-            vi out = ~(vi){0};
-            for (int k = 0; k < b - a; ++k) {
-                out &= to[k] <= own_least;
-                if (!any_of(out)) break;
-                dropped += pick(out, to[k], splat(0));
-                to[k] = pick(out, splat(0), to[k]);
-                first -= out;
-            }
-            out = ~out;
-            for (int k = b - a - 1; k >= 0; --k) {
-                out &= to[k] <= own_least;
-                if (!any_of(out)) break;
-                dropped += pick(out, to[k], splat(0));
-                to[k] = pick(out, splat(0), to[k]);
-                last += out;
-            }
+            s = (Segment){s.y, s.x0 + a, s.x0 + b};
+            if (may_list(p)) read += trim_queries(t, s, to, t->spans[count], own_least, &dropped);
             to += b - a;
-            for (int j = 0; may_list(p) && j < QUADS; ++j) {
-                Span *span = &t->spans[count][j];
-                *span = (Span){s.x1, 0};
-                for (int i = 0; i < 4; ++i) {
-                    const int q = lane_of(j, i);
-                    if (t->index[q] < 0 || first[q] >= last[q]) continue;
-                    span->x0 = first[q] < span->x0 ? first[q] : span->x0;
-                    span->x1 = last[q] > span->x1 ? last[q] : span->x1;
-                }
-                if (span->x1 > span->x0) read += span->x1 - span->x0;
-            }
-            t->segments[count++] = (Segment){s.y, s.x0 + a, s.x0 + b};
+            t->segments[count++] = s;
         }
         from += n;
     }
