@@ -148,7 +148,7 @@ def score_test(study: Study, output: Path, data: Data, device: torch.device) -> 
     return rows
 
 
-def step_ratios(study: Study, data: Data, size: int, device: torch.device, repeats: int = 9) -> dict[str, float]:
+def step_ratios(study: Study, data: Data, size: int, device: torch.device, repeats: int = 21) -> dict[str, float]:
     """Median over rounds of the time of a training step of every arm over that of its base in the same round."""
     steps = {}
     for arm in study.arms.values():
