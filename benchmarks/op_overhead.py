@@ -5,7 +5,6 @@ one thread; gradients are not asked for, so that the share is the largest there 
 """
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +13,15 @@ import torch
 from cpool_vision.ops.checks import check_arguments
 from cpool_vision.profile.cases import Case
 
+from .turns import take_turns
+
 SHAPES = ((1, 16, 4, 4), (1, 384, 14, 14), (8, 384, 14, 14))
 CHECKS_OF_A_CALL = 2
 
 
 def _microseconds(functions: dict[str, Callable[[], Any]], repeats: int = 300) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) * 1e6 for name, each in times.items()}
+    rounds = take_turns(functions, repeats)
+    return {name: statistics.median(times[name] for times in rounds) * 1e6 for name in functions}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import cpool_vision  # noqa: F401  registers the variants
 from .markers import write_between
 from .model_table import count
 from .op import machine
+from .turns import median_ratio, take_turns
 
 BEGIN, END = '<!-- train-step -->', '<!-- /train-step -->'
 # Model, its settings, and the ratio of times aimed at, if any.
@@ -58,24 +59,16 @@ def run_case(
         'variant': make_step(name, batch, **settings),
         'depthwise7': make_step(name, batch, cpool_mixer='depthwise7'),
     }
-    times: dict[str, list[float]] = {arm: [] for arm in steps}
-    for _ in range(repeats + 1):
-        for arm, step in steps.items():
-            start = clock()
-            step()
-            times[arm].append(clock() - start)
-    # Other load comes and goes: times are compared with those of the same turn.
-    ratios = {arm: statistics.median(a / b for a, b in zip(times[arm][1:], times['base'][1:], strict=True))
-              for arm in steps}
+    rounds = take_turns(steps, repeats, clock=clock)
     _, base_params, base_macs = count(name, cpool_positions=[])
     _, params, macs = count(name, **settings)
     return {
         'model': name,
         'settings': settings,
         'batch': batch,
-        **{f'{arm}_ms': statistics.median(times[arm][1:]) * 1e3 for arm in steps},
-        'ratio': ratios['variant'],
-        'depthwise7_ratio': ratios['depthwise7'],
+        **{f'{arm}_ms': statistics.median(times[arm] for times in rounds) * 1e3 for arm in steps},
+        'ratio': median_ratio(rounds, 'variant', 'base'),
+        'depthwise7_ratio': median_ratio(rounds, 'depthwise7', 'base'),
         'target_ratio': target,
         'params_change': params / base_params - 1,
         'macs_change': macs / base_macs - 1,

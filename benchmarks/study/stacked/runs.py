@@ -1,7 +1,6 @@
 """What a stacked study runs, keeps and repeats: results, weights and times of its arms."""
 import fnmatch
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cpool_vision.profile.measure import machine
 
+from ...turns import median_ratio, take_turns
 from ..runner import fingerprint, result_file, run_name, write_text
 from ..spec import Arm, Study
 from .nets import build_net, unstack
@@ -157,17 +157,10 @@ def step_ratios(study: Study, data: Data, size: int, device: torch.device, repea
         split = data.split(recipe, 'train')
         order, draws = epoch_order(stack.seeds, 0, len(split.images), recipe.batch_size)
         batch = order[:, 0].to(device), draws[:, 0].to(device)
-        steps[arm.name] = lambda stack=stack, split=split, batch=batch: stack.step(split, *batch, 1e-4)
-    rounds = []
-    for _ in range(repeats + 2):
-        times = {}
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step().sum().item()  # waits for the device
-            times[name] = time.perf_counter() - start
-        rounds.append(times)
-    return {
-        name: statistics.median(t[name] / t[study.arms[name].base or name] for t in rounds[2:]) for name in steps}
+        # reading a sum waits for the device
+        steps[arm.name] = lambda stack=stack, split=split, batch=batch: stack.step(split, *batch, 1e-4).sum().item()
+    rounds = take_turns(steps, repeats, warm_up=2)
+    return {name: median_ratio(rounds, name, study.arms[name].base or name) for name in steps}
 
 
 def replay_ratios(study: Study, rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -79,9 +79,7 @@ INLINE void spread_keys_all(Tile *t, float *dx, const int *places, int64_t pixel
     }
     for (int j = 0; j < keys; ++j) {
         for (int v = 0; v < n - 1; ++v) *(vf *)(f[j] + v * LANES) += acc[j][v];
-        float *last = f[j] + (n - 1) * LANES;
-        if (some == LANES) *(vf *)last += acc[j][n - 1];
-        else store_some(last, load_some(last, some) + acc[j][n - 1], some);
+        add_some(f[j] + (n - 1) * LANES, acc[j][n - 1], some);
     }
 }
 
@@ -92,18 +90,24 @@ INLINE void spread_block(Tile *t, float *dx, int64_t pixel, int c0, int n, int s
 }
 
 /* Runs a block function over all channels, with block sizes known to the compiler. */
-#define OVER_CHANNELS(call)                                                            \
-    do {                                                                               \
-        int c = 0, left = (int)p->channels;                                            \
-        for (; left >= BLOCK; left -= BLOCK, c += BLOCK) call(BLOCK);                  \
-        if (BLOCK > 16 && left >= 16) { call(16 < BLOCK ? 16 : BLOCK); c += 16; left -= 16; } \
-        if (BLOCK > 12 && left >= 12) { call(12 < BLOCK ? 12 : BLOCK); c += 12; left -= 12; } \
-        if (BLOCK > 8 && left >= 8) { call(8); c += 8; left -= 8; }                           \
-        if (left >= 6) { call(6); c += 6; left -= 6; }                                 \
-        if (left >= 4) { call(4); c += 4; left -= 4; }                                 \
-        if (left >= 3) { call(3); c += 3; left -= 3; }                                 \
-        if (left >= 2) { call(2); c += 2; left -= 2; }                                 \
-        if (left) call(1);                                                             \
+#define TAKE(n, call)                              \
+    if ((n) < BLOCK && left >= (n)) {              \
+        call((n) < BLOCK ? (n) : BLOCK);           \
+        c += (n);                                  \
+        left -= (n);                               \
+    }
+#define OVER_CHANNELS(call)                                           \
+    do {                                                              \
+        int c = 0, left = (int)p->channels;                           \
+        for (; left >= BLOCK; left -= BLOCK, c += BLOCK) call(BLOCK); \
+        TAKE(16, call)                                                \
+        TAKE(12, call)                                                \
+        TAKE(8, call)                                                 \
+        TAKE(6, call)                                                 \
+        TAKE(4, call)                                                 \
+        TAKE(3, call)                                                 \
+        TAKE(2, call)                                                 \
+        TAKE(1, call)                                                 \
     } while (0)
 
 static void pool_all(Tile *t, const Shape *p, const float *x, int64_t pixel, int i0, int i1, int k) {

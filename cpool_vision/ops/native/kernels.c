@@ -120,8 +120,7 @@ static vf differentiate_tile(Tile *t, const Shape *p, const Facts *facts, int64_
                 dscale += u[j] * (off_y + offset2(t->center_x, t->near_x, at + j));
             }
             const vf sums = add_lanes(u);
-            if (some == LANES) *(vf *)(to + at) += sums;
-            else store_some(to + at, load_some(to + at, some) + sums, some);
+            add_some(to + at, sums, some);
         }
     }
     return dscale;

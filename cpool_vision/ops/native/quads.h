@@ -26,7 +26,7 @@ static void list_keys(Tile *t, const Shape *p, int i0, int i1, int k) {
 }
 
 /* rows[q] += sum over the keys of a quad of weight * feature, for n vectors of channels from c0. */
-INLINE void pool_list(Tile *t, const Shape *p, const float *x, int64_t pixel, int c0, int n) {
+INLINE void pool_list(Tile *t, const float *x, int64_t pixel, int c0, int n) {
     for (int j = 0; j < QUADS; ++j) {
         const Entry *at = t->entries + j * t->list_size, *end = at + t->entry_count[j];
         const float *weights = (const float *)t->weights + lane_of(j, 0);
@@ -50,7 +50,7 @@ INLINE void pool_list(Tile *t, const Shape *p, const float *x, int64_t pixel, in
 }
 
 /* dots[key] += sum over n vectors of channels from c0 of feature * rows. */
-INLINE void dot_list(Tile *t, const Shape *p, const float *x, int64_t pixel, int c0, int n) {
+INLINE void dot_list(Tile *t, const float *x, int64_t pixel, int c0, int n) {
     enum { KEYS = LANES / 4 };
     for (int j = 0; j < QUADS; ++j) {
         const Entry *at = t->entries + j * t->list_size;
@@ -127,13 +127,13 @@ INLINE void spread_list(Tile *t, const Shape *p, float *dx, int64_t pixel, int c
     } while (0)
 
 static void pool_lists(Tile *t, const Shape *p, const float *x, int64_t pixel) {
-#define CALL(n) pool_list(t, p, x, pixel, c, n)
+#define CALL(n) pool_list(t, x, pixel, c, n)
     OVER_VECTORS(QUAD_BLOCK, CALL);
 #undef CALL
 }
 
 static void dot_lists(Tile *t, const Shape *p, const float *x, int64_t pixel) {
-#define CALL(n) dot_list(t, p, x, pixel, c, n)
+#define CALL(n) dot_list(t, x, pixel, c, n)
     OVER_VECTORS(QUAD_BLOCK, CALL);
 #undef CALL
 }

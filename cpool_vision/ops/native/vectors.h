@@ -116,6 +116,12 @@ INLINE void store_some(float *to, vf v, int n) {
 #endif
 }
 
+/* Adds the first n lanes, or all, to memory that ends behind them. */
+INLINE void add_some(float *to, vf v, int n) {
+    if (n == LANES) *(vf *)to += v;
+    else store_some(to, load_some(to, n) + v, n);
+}
+
 /* Lanes with the bit `d` of their number clear and set, of a and b in turn: the two halves of a butterfly of rows. */
 #define LOW(i, d) ((i) & (d) ? LANES + (i) - (d) : (i))
 #define HIGH(i, d) ((i) & (d) ? LANES + (i) : (i) + (d))
