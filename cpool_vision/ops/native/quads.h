@@ -81,7 +81,7 @@ INLINE void dot_list(Tile *t, const float *x, int64_t pixel, int c0, int n) {
 }
 
 /* dx[key] += sum over the quads that read it of weight * rows, for n vectors of channels from c0 and `keys` keys. */
-INLINE void spread_keys(Tile *t, const Shape *p, float *f, int64_t pixel, int c0, int n, const Span *spans, int x, int k,
+INLINE void spread_keys(Tile *t, float *f, int64_t pixel, int c0, int n, const Span *spans, int x, int k,
                         int keys) {
     const float *weights = (const float *)(t->weights + k);
     vf acc[2][SPREAD_BLOCK];
@@ -110,8 +110,8 @@ INLINE void spread_list(Tile *t, const Shape *p, float *dx, int64_t pixel, int c
         const Segment s = t->segments[i];
         float *f = dx + ((int64_t)s.y * p->width + s.x0) * pixel + c0;
         int x = s.x0;
-        for (; x + 2 <= s.x1; x += 2, f += 2 * pixel, k += 2) spread_keys(t, p, f, pixel, c0, n, t->spans[i], x, k, 2);
-        if (x < s.x1) spread_keys(t, p, f, pixel, c0, n, t->spans[i], x, k++, 1);
+        for (; x + 2 <= s.x1; x += 2, f += 2 * pixel, k += 2) spread_keys(t, f, pixel, c0, n, t->spans[i], x, k, 2);
+        if (x < s.x1) spread_keys(t, f, pixel, c0, n, t->spans[i], x, k++, 1);
     }
 }
 
